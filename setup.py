@@ -48,7 +48,7 @@ extensions = [
     Extension(
         f"gateway._speedups.{source.stem}",
         [f"_speedups/{source.name}"],
-        extra_compile_args=[*COMPILE, "-fvisibility=hidden", "-Wno-unused-function", "-Wno-unreachable-code-fallthrough"],
+        extra_compile_args=[*COMPILE, "-fvisibility=hidden", "-Wno-unused-function", "-Wno-unused-const-variable"],
         extra_link_args=LINK,
         define_macros=[("CROSSWAY_CHECKED", "1" if CHECKED else "0")],
         depends=[str(path.relative_to(ROOT)) for path in (ROOT / "_speedups").glob("*.pxd")],

@@ -11,7 +11,7 @@ cdef enum:
     MAX_FIELDS = 256            # hard cap of the table; the configured limit (default 100) is at most this
 
 # Known field names. The order is that of the names in headers.pyx.
-cdef enum FieldId:
+cdef enum:                      # FieldId
     F_OTHER = 0
     F_HOST
     F_CONTENT_LENGTH
@@ -51,7 +51,7 @@ cdef enum FieldId:
     F_RETRY_AFTER
     F_KNOWN                     # how many there are
 
-cdef enum FieldFlag:
+cdef enum:                      # FieldFlag
     FIELD_DROP = 1              # not forwarded: hop-by-hop, framing, named by Connection, or removed by an edit
     FIELD_IDENTITY = 2          # asserts an identity in some spelling (X-Forwarded-*, X_Auth_Subject, ...)
 
@@ -64,7 +64,7 @@ cdef struct Field:
     uint8_t id                  # FieldId
     uint8_t flags               # FieldFlag
 
-cdef enum Method:
+cdef enum:                      # Method
     M_OTHER = 0
     M_GET
     M_HEAD

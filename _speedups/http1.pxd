@@ -8,7 +8,7 @@ once. Whatever is ambiguous is an error with its own code; there is no lenient m
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from gateway._speedups.headers cimport Head
 
-cdef enum ParseError:
+cdef enum:              # ParseError
     E_NONE = 0
     E_METHOD            # 400
     E_TARGET            # 400
@@ -50,7 +50,7 @@ cdef const char* error_detail(int error) noexcept nogil
 # bytes. Returns the new length, or a negated ParseError for what can be read in two ways.
 cdef int normalise_path(const char* path, uint32_t length, char* out) noexcept nogil
 
-cdef enum ChunkState:
+cdef enum:              # ChunkState
     CHUNK_SIZE = 0      # first digit of a size
     CHUNK_SIZE_MORE
     CHUNK_EXT           # inside extensions
