@@ -51,7 +51,7 @@ extensions = [
         extra_compile_args=[*COMPILE, "-fvisibility=hidden", "-Wno-unused-function", "-Wno-unused-const-variable"],
         extra_link_args=LINK,
         define_macros=[("CROSSWAY_CHECKED", "1" if CHECKED else "0")],
-        depends=[str(path.relative_to(ROOT)) for path in (ROOT / "_speedups").glob("*.pxd")],
+        depends=[str(path.relative_to(ROOT)) for path in (ROOT / "_speedups").glob("*.px[di]")],
     )
     for source in sorted((ROOT / "_speedups").glob("*.pyx"))
     if not only or source.stem in only

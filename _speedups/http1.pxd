@@ -42,6 +42,7 @@ cdef struct Limits:
 
 cdef int parse_request(const char* base, uint32_t length, Head* head, const Limits* limits) noexcept nogil
 cdef int parse_response(const char* base, uint32_t length, Head* head, const Limits* limits) noexcept nogil
+cdef uint8_t method_id(const char* p, uint32_t n) noexcept nogil
 cdef int error_status(int error) noexcept nogil
 cdef const char* error_slug(int error) noexcept nogil
 cdef const char* error_detail(int error) noexcept nogil

@@ -1,0 +1,466 @@
+"""Writes heads; see compose.pxd.
+
+Strategy: an Out is a pointer with an end; put() refuses what does not fit and remembers that it did, so callers check once.
+Python is called from here: never, but for the bytes objects that policies prepared.
+
+Safety: put() is the only writer and compares with `end` before each copy; sources are offsets of a parsed head or bytes
+objects held by the exchange or its snapshot.
+"""
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcmp, memcpy
+from gateway._speedups.exchange cimport BODY_CHUNKED, BODY_CLOSE, BODY_LENGTH, BODY_NONE, Edits, Exchange
+from gateway._speedups.headers cimport *
+from gateway._speedups.pool cimport HOST_LITERAL, HOST_PRESERVE
+from gateway._speedups.wire cimport cw_equals_name, cw_hex, cw_put_decimal
+
+cdef extern from "<sys/random.h>" nogil:
+    ssize_t getrandom(void* out, size_t n, unsigned int flags)
+
+cdef extern from *:
+    """
+    /* xoshiro256**: identifiers have to be unique, not secret. Seeded by getrandom(), anew after fork. */
+    static uint64_t cw_random_state[4];
+    static inline uint64_t cw_rotl(uint64_t x, int k) { return (x << k) | (x >> (64 - k)); }
+    static inline uint64_t cw_random(void) {
+        uint64_t *s = cw_random_state, r = cw_rotl(s[1] * 5, 7) * 9, t = s[1] << 17;
+        s[2] ^= s[0]; s[3] ^= s[1]; s[1] ^= s[2]; s[0] ^= s[3]; s[2] ^= t; s[3] = cw_rotl(s[3], 45);
+        return r;
+    }
+    static const char cw_hexdigits[] = "0123456789abcdef";
+    static inline void cw_hex_bytes(char *out, uint64_t v, int digits) {
+        for (int i = digits - 1; i >= 0; i--) { out[i] = cw_hexdigits[v & 15]; v >>= 4; }
+    }
+    static const char *cw_reason(int status) {
+        switch (status) {
+            case 200: return "OK"; case 201: return "Created"; case 202: return "Accepted"; case 204: return "No Content";
+            case 301: return "Moved Permanently"; case 302: return "Found"; case 303: return "See Other";
+            case 304: return "Not Modified"; case 307: return "Temporary Redirect"; case 308: return "Permanent Redirect";
+            case 400: return "Bad Request"; case 401: return "Unauthorized"; case 402: return "Payment Required";
+            case 403: return "Forbidden"; case 404: return "Not Found"; case 405: return "Method Not Allowed";
+            case 406: return "Not Acceptable"; case 408: return "Request Timeout"; case 409: return "Conflict";
+            case 410: return "Gone"; case 411: return "Length Required"; case 412: return "Precondition Failed";
+            case 413: return "Content Too Large"; case 414: return "URI Too Long"; case 415: return "Unsupported Media Type";
+            case 417: return "Expectation Failed"; case 421: return "Misdirected Request";
+            case 422: return "Unprocessable Content"; case 425: return "Too Early"; case 428: return "Precondition Required";
+            case 429: return "Too Many Requests"; case 431: return "Request Header Fields Too Large";
+            case 451: return "Unavailable For Legal Reasons"; case 500: return "Internal Server Error";
+            case 501: return "Not Implemented"; case 502: return "Bad Gateway"; case 503: return "Service Unavailable";
+            case 504: return "Gateway Timeout"; case 505: return "HTTP Version Not Supported";
+            default: return "Status";
+        }
+    }
+    typedef struct { char *at; char *end; int short_; } cw_out;
+    static inline void cw_put(cw_out *o, const char *p, size_t n) {
+        if ((size_t)(o->end - o->at) < n) { o->short_ = 1; return; }
+        memcpy(o->at, p, n);
+        o->at += n;
+    }
+    #define cw_lit(o, s) cw_put((o), (s), __builtin_strlen(s))
+    """
+    uint64_t cw_random_state[4]
+    uint64_t cw_random() nogil
+    void cw_hex_bytes(char* out, uint64_t v, int digits) nogil
+    const char* cw_reason(int status) nogil
+    size_t strlen(const char* s) nogil
+    ctypedef struct cw_out:
+        char* at
+        char* end
+        bint short_
+    void cw_put(cw_out* o, const char* p, size_t n) nogil
+    void cw_lit(cw_out* o, const char* s) nogil
+
+
+def seed_random() -> None:
+    """Seed the identifiers' generator; called at import and in every forked worker."""
+    if getrandom(cw_random_state, sizeof(cw_random_state), 0) != sizeof(cw_random_state):
+        raise OSError("getrandom failed")
+
+seed_random()
+
+
+# -- identifiers ------------------------------------------------------------------------------------------------------
+
+cdef void make_request_id(char* out, int64_t wall_us) noexcept nogil:
+    cdef uint64_t ms = <uint64_t>(wall_us // 1000)
+    cdef uint64_t a = cw_random()
+    cdef uint64_t b = cw_random()
+    cw_hex_bytes(out, ms >> 16, 8)
+    out[8] = 45
+    cw_hex_bytes(out + 9, ms & 0xffff, 4)
+    out[13] = 45
+    cw_hex_bytes(out + 14, 0x7000 | (a & 0xfff), 4)
+    out[18] = 45
+    cw_hex_bytes(out + 19, 0x8000 | (b >> 50), 4)
+    out[23] = 45
+    cw_hex_bytes(out + 24, (b << 16) >> 16, 12)
+
+
+cdef void make_trace(char* out) noexcept nogil:
+    memcpy(out, b"00-", 3)
+    cw_hex_bytes(out + 3, cw_random(), 16)
+    cw_hex_bytes(out + 19, cw_random(), 16)
+    out[35] = 45
+    cw_hex_bytes(out + 36, cw_random() | 1, 16)
+    memcpy(out + 52, b"-02", 3)             # not sampled, trace id is random (level 2)
+
+
+cdef bint valid_request_id(const char* p, uint32_t n) noexcept nogil:
+    """8-4-4-4-12 hexadecimal digits of a UUID, any version."""
+    cdef uint32_t i
+    if n != 36:
+        return False
+    for i in range(36):
+        if i == 8 or i == 13 or i == 18 or i == 23:
+            if p[i] != 45:
+                return False
+        elif cw_hex[<uint8_t>p[i]] == 0:
+            return False
+    return True
+
+
+cdef bint valid_trace(const char* p, uint32_t n) noexcept nogil:
+    """version-traceid-parentid-flags in lower-case hex; ids not all zero; version ff is invalid, later ones may be longer."""
+    cdef uint32_t i
+    cdef bint trace = False, parent = False
+    if n < 55 or (n > 55 and ((p[0] == 48 and p[1] == 48) or p[55] != 45)):
+        return False
+    for i in range(55):
+        if i == 2 or i == 35 or i == 52:
+            if p[i] != 45:
+                return False
+        elif cw_hex[<uint8_t>p[i]] == 0 or 65 <= p[i] <= 70:
+            return False
+        elif p[i] != 48:
+            trace = trace or 3 <= i < 35
+            parent = parent or 36 <= i < 52
+    return trace and parent and not (p[0] == 102 and p[1] == 102)
+
+
+cdef void continue_trace(char* out, const char* received) noexcept nogil:
+    """The received trace with a span id of our own."""
+    memcpy(out, received, 55)
+    out[0] = out[1] = 48
+    cw_hex_bytes(out + 36, cw_random() | 1, 16)
+
+
+# -- parts ------------------------------------------------------------------------------------------------------------
+
+cdef inline void put_bytes(cw_out* o, bytes value):
+    if value is not None:
+        cw_put(o, PyBytes_AS_STRING(value), PyBytes_GET_SIZE(value))
+
+
+cdef void put_number(cw_out* o, uint64_t value) noexcept nogil:
+    cdef char digits[20]
+    cw_put(o, digits, cw_put_decimal(digits, value))
+
+
+cdef void put_fields(cw_out* o, const Head* head) noexcept nogil:
+    """Copies the lines that are not dropped, adjacent ones in one go."""
+    cdef int i = 0
+    cdef uint32_t start
+    cdef const Field* field
+    while i < head.count:
+        field = &head.fields[i]
+        if field.flags & FIELD_DROP:
+            i += 1
+            continue
+        start = field.name
+        while i < head.count and not (head.fields[i].flags & FIELD_DROP):
+            field = &head.fields[i]
+            i += 1
+        cw_put(o, head.base + start, field.name + field.line_len - start)
+
+
+cdef void drop_named(Head* head, object names):
+    """Marks every field named in `names` (lower-case bytes) as dropped."""
+    cdef bytes name
+    cdef int i
+    for name in names:
+        i = head_find(head, name, len(name), 0)
+        while i >= 0:
+            head.fields[i].flags |= FIELD_DROP
+            i = head_find(head, name, len(name), i + 1)
+
+
+cdef void drop_folded(Head* head, tuple names):
+    """Marks every field whose name folds to one of `names` (lower case, '-'), however it is spelled."""
+    cdef bytes name
+    cdef int i
+    for name in names:
+        for i in range(head.count):
+            if head.fields[i].name_len == PyBytes_GET_SIZE(name) and \
+                    cw_equals_name(head.base + head.fields[i].name, PyBytes_AS_STRING(name), PyBytes_GET_SIZE(name)):
+                head.fields[i].flags |= FIELD_DROP
+
+
+cdef void put_edits(cw_out* o, Edits edits, list lines):
+    if edits is not None:
+        put_bytes(o, edits.add)
+    if lines is not None:
+        for line in lines:
+            put_bytes(o, <bytes?>line)
+
+
+cdef void drop_edited(Head* head, Edits edits, list removed):
+    if edits is not None and edits.remove:
+        drop_named(head, edits.remove)
+    if removed is not None:
+        drop_named(head, removed)
+
+
+# -- the request ------------------------------------------------------------------------------------------------------
+
+cdef void put_path(cw_out* o, Exchange x):
+    """The path that was matched, or what the route's rewrite makes of it, then the query, untouched."""
+    cdef const char* path = x.path()
+    cdef int i
+    if x.route.rewrite_path is not None:
+        for part in x.route.rewrite_path:
+            if type(part) is bytes:
+                put_bytes(o, <bytes>part)
+            else:
+                i = part
+                cw_put(o, path + x.match.param_at[i], x.match.param_len[i])
+    elif x.route.rewrite_prefix is not None:
+        # prefix_len leaves the rest empty or with its slash; the new prefix ends without one.
+        put_bytes(o, x.route.rewrite_prefix)
+        if x.path_len == x.match.prefix_len and PyBytes_GET_SIZE(x.route.rewrite_prefix) == 0:
+            cw_lit(o, b"/")
+        cw_put(o, path + x.match.prefix_len, x.path_len - x.match.prefix_len)
+    else:
+        cw_put(o, path, x.path_len)
+    if x.head.has_query:
+        cw_lit(o, b"?")
+        cw_put(o, x.head.base + x.head.query_at, x.head.query_len)
+
+
+cdef void put_host(cw_out* o, Exchange x):
+    cw_lit(o, b"host: ")
+    if x.route.rewrite_host is not None:
+        put_bytes(o, x.route.rewrite_host)
+    elif x.upstream.host_mode == HOST_PRESERVE and x.head.host_len:
+        cw_put(o, x.head.base + x.head.host_at, x.head.host_len)
+    elif x.upstream.host_mode == HOST_LITERAL:
+        put_bytes(o, x.upstream.host_literal)
+    else:
+        put_bytes(o, x.endpoint.host_field)
+    cw_lit(o, b"\r\n")
+
+
+cdef void put_received(cw_out* o, Exchange x, int known, const char* prefix) noexcept:
+    """`prefix`, then the values of all received fields of that name, each followed by a comma and a space."""
+    cdef int i = x.head.first[known]
+    cw_lit_name(o, prefix)
+    if not x.trusted:
+        return
+    while 0 <= i < x.head.count:
+        if x.head.fields[i].id == known and x.head.fields[i].value_len:
+            cw_put(o, x.head.base + x.head.fields[i].value, x.head.fields[i].value_len)
+            cw_lit(o, b", ")
+        i += 1
+
+
+cdef inline void cw_lit_name(cw_out* o, const char* text) noexcept:
+    cw_put(o, text, strlen(text))
+
+
+cdef void put_single(cw_out* o, Exchange x, int known, const char* name, const char* own, int length) noexcept:
+    """A field that a trusted proxy's value keeps, else `own`."""
+    cdef int i = x.head.first[known]
+    cw_lit_name(o, name)
+    if x.trusted and i >= 0:
+        cw_put(o, x.head.base + x.head.fields[i].value, x.head.fields[i].value_len)
+    else:
+        cw_put(o, own, length)
+    cw_lit(o, b"\r\n")
+
+
+cdef void put_identity(cw_out* o, Exchange x):
+    """Who sent it, how, to which host: RFC 7239 and its X- forerunners, then the ids."""
+    cdef const char* host = x.head.base + x.head.host_at
+    put_received(o, x, F_X_FORWARDED_FOR, b"x-forwarded-for: ")
+    cw_put(o, x.client_text, x.client_len)
+    cw_lit(o, b"\r\n")
+    if x.secure:
+        put_single(o, x, F_X_FORWARDED_PROTO, b"x-forwarded-proto: ", b"https", 5)
+    else:
+        put_single(o, x, F_X_FORWARDED_PROTO, b"x-forwarded-proto: ", b"http", 4)
+    if x.head.host_len:
+        put_single(o, x, F_X_FORWARDED_HOST, b"x-forwarded-host: ", host, x.head.host_len)
+    put_received(o, x, F_FORWARDED, b"forwarded: ")
+    if x.client_len and is_v6(x):
+        cw_lit(o, b"for=\"[")
+        cw_put(o, x.client_text, x.client_len)
+        cw_lit(o, b"]\"")
+    else:
+        cw_lit(o, b"for=")
+        cw_put(o, x.client_text, x.client_len)
+    if x.head.host_len:
+        cw_lit(o, b";host=\"")
+        cw_put(o, host, x.head.host_len)
+        cw_lit(o, b"\"")
+    if x.secure:
+        cw_lit(o, b";proto=https\r\nx-request-id: ")
+    else:
+        cw_lit(o, b";proto=http\r\nx-request-id: ")
+    cw_put(o, x.request_id, 36)
+    cw_lit(o, b"\r\ntraceparent: ")
+    cw_put(o, x.trace, 55)
+    cw_lit(o, b"\r\nvia: 1.1 crossway\r\n")
+
+
+cdef inline bint is_v6(Exchange x) noexcept:
+    cdef int i
+    for i in range(x.client_len):
+        if x.client_text[i] == 58:
+            return True
+    return False
+
+
+cdef int compose_request(Exchange x, char* out, int room) except -2:
+    cdef Head* head = x.head
+    cdef cw_out o
+    cdef int i
+    o.at = out
+    o.end = out + room
+    o.short_ = False
+    head_mark_hop_by_hop(head)
+    for i in range(head.count):
+        # Ours replace them, or extend what a trusted proxy said, which put_identity() copies.
+        if (head.fields[i].flags & FIELD_IDENTITY) or head.fields[i].id in (F_HOST, F_X_REQUEST_ID, F_TRACEPARENT):
+            head.fields[i].flags |= FIELD_DROP
+        elif head.fields[i].id in (F_TRACESTATE, F_BAGGAGE) and not x.trusted:
+            head.fields[i].flags |= FIELD_DROP
+        elif head.fields[i].id == F_AUTHORIZATION and x.route.strip_authorization:
+            head.fields[i].flags |= FIELD_DROP
+        elif head.fields[i].id == F_EXPECT and (x.collected is not None or not head.expect):
+            head.fields[i].flags |= FIELD_DROP
+    if x.snapshot.identity_names:
+        drop_folded(head, x.snapshot.identity_names)
+    drop_edited(head, x.route.request_edits, x.request_removed)
+    cw_put(&o, head.base + head.method_at, head.method_len)
+    cw_lit(&o, b" ")
+    put_path(&o, x)
+    cw_lit(&o, b" HTTP/1.1\r\n")
+    put_host(&o, x)
+    put_fields(&o, head)
+    put_identity(&o, x)
+    if x.principal is not None:
+        put_bytes(&o, x.principal.headers)
+    put_edits(&o, x.route.request_edits, x.request_set)
+    if x.body.out == BODY_LENGTH:
+        cw_lit(&o, b"content-length: ")
+        put_number(&o, x.body.remaining if x.collected is None else len(x.collected))
+        cw_lit(&o, b"\r\n")
+    elif x.body.out == BODY_CHUNKED:
+        cw_lit(&o, b"transfer-encoding: chunked\r\n")
+    cw_lit(&o, b"\r\n")
+    return -1 if o.short_ else <int>(o.at - out)
+
+
+# -- answers ----------------------------------------------------------------------------------------------------------
+
+cdef void put_status(cw_out* o, int status) noexcept nogil:
+    cdef const char* reason = cw_reason(status)
+    cw_lit(o, b"HTTP/1.1 ")
+    put_number(o, status)
+    cw_lit(o, b" ")
+    cw_put(o, reason, strlen(reason))
+    cw_lit(o, b"\r\n")
+
+
+cdef int compose_answer(Exchange x, Head* head, char* out, int room) except -2:
+    cdef cw_out o
+    o.at = out
+    o.end = out + room
+    o.short_ = False
+    head_mark_hop_by_hop(head)
+    if head.first[F_X_REQUEST_ID] >= 0:
+        drop_named(head, (b"x-request-id",))
+    drop_edited(head, x.route.response_edits, x.response_removed)
+    cw_lit(&o, b"HTTP/1.1 ")
+    put_number(&o, head.status)
+    cw_lit(&o, b" ")
+    cw_put(&o, head.base + head.reason_at, head.reason_len)
+    cw_lit(&o, b"\r\n")
+    put_fields(&o, head)
+    cw_lit(&o, b"x-request-id: ")
+    cw_put(&o, x.request_id, 36)
+    cw_lit(&o, b"\r\n")
+    put_bytes(&o, x.answer_headers)
+    put_edits(&o, x.route.response_edits, x.response_set)
+    if x.answer.out == BODY_LENGTH or (x.answer.out == BODY_NONE and head.content_length >= 0 and
+                                       (x.head.method == M_HEAD or head.status == 304)):
+        cw_lit(&o, b"content-length: ")
+        put_number(&o, head.content_length)
+        cw_lit(&o, b"\r\n")
+    elif x.answer.out == BODY_CHUNKED:
+        cw_lit(&o, b"transfer-encoding: chunked\r\n")
+    if not x.keep_alive:
+        cw_lit(&o, b"connection: close\r\n")
+    elif x.head.minor == 0:
+        cw_lit(&o, b"connection: keep-alive\r\n")
+    cw_lit(&o, b"\r\n")
+    return -1 if o.short_ else <int>(o.at - out)
+
+
+cdef int compose_informational(Head* head, char* out, int room) noexcept:
+    """A 1xx answer as it came, without hop-by-hop fields."""
+    cdef cw_out o
+    o.at = out
+    o.end = out + room
+    o.short_ = False
+    head_mark_hop_by_hop(head)
+    cw_lit(&o, b"HTTP/1.1 ")
+    put_number(&o, head.status)
+    cw_lit(&o, b" ")
+    cw_put(&o, head.base + head.reason_at, head.reason_len)
+    cw_lit(&o, b"\r\n")
+    put_fields(&o, head)
+    cw_lit(&o, b"\r\n")
+    return -1 if o.short_ else <int>(o.at - out)
+
+
+cdef bytes problem(Exchange x):
+    """The problem+json body (RFC 9457 section 3). slug and detail are ours or checked: no quotes, no control bytes."""
+    reason = cw_reason(x.status)
+    return (b'{"type":"urn:crossway:problem:' + x.slug + b'","title":"' + reason + b'","status":' + str(x.status).encode() +
+            b',"detail":"' + x.detail + b'","request_id":"' + x.request_id[:36] + b'"}\n')
+
+
+cdef int compose_reply(Exchange x, char* out, int room, bint keep_alive) except -2:
+    cdef cw_out o
+    cdef bytes body = x.reply_body
+    cdef bint bodiless = x.status == 204 or x.status == 304
+    o.at = out
+    o.end = out + room
+    o.short_ = False
+    if body is None:
+        body = problem(x)
+    put_status(&o, x.status)
+    if not bodiless and x.reply_body is None:
+        cw_lit(&o, b"content-type: application/problem+json\r\ncache-control: no-store\r\n")
+    elif not bodiless and x.reply_type is not None:
+        cw_lit(&o, b"content-type: ")
+        put_bytes(&o, x.reply_type)
+        cw_lit(&o, b"\r\n")
+    if not bodiless:
+        cw_lit(&o, b"content-length: ")
+        put_number(&o, PyBytes_GET_SIZE(body))
+        cw_lit(&o, b"\r\n")
+    cw_lit(&o, b"x-request-id: ")
+    cw_put(&o, x.request_id, 36)
+    cw_lit(&o, b"\r\n")
+    put_bytes(&o, x.reply_headers)
+    put_bytes(&o, x.answer_headers)
+    if not keep_alive:
+        cw_lit(&o, b"connection: close\r\n")
+    elif x.head.minor == 0:
+        cw_lit(&o, b"connection: keep-alive\r\n")
+    cw_lit(&o, b"\r\n")
+    if not bodiless and x.head.method != M_HEAD:
+        put_bytes(&o, body)
+    return -1 if o.short_ else <int>(o.at - out)

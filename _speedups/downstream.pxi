@@ -1,0 +1,747 @@
+# The client's side of the engine (included by engine.pyx): from the first byte of a request to the last of its answer.
+#
+# Strategy: one exchange at a time; what the client pipelines behind it stays in the read buffer, then in the kernel. The head
+# of the present request stays where it was read until its exchange ends, so views into it are offsets. `advance` is the only
+# loop; all else returns to it, so a client that sends ten thousand refusable requests costs no stack.
+
+
+cdef class Downstream(Connection):
+    """A client's connection."""
+
+    cdef int on_events(self, uint32_t events) except -1:
+        cdef int result
+        if events & (EPOLLERR | EPOLLHUP):
+            return self.gone()
+        if events & EPOLLRDHUP:
+            self.ended = True
+        if events & EPOLLOUT:
+            self.writable = True
+            if self.out.end > self.out.start:
+                result = self.flush()
+                if result < 0:
+                    return self.gone()
+                if result == 0:
+                    self.arm(T_WRITE, self.listener.write_us)
+                elif self.flushed() < 0:
+                    return 0
+        if events & (EPOLLIN | EPOLLRDHUP):
+            self.readable = True
+        if self.fd >= 0:
+            self.advance()
+        return 0
+
+    cdef int flushed(self) except -1:
+        """All that waited is sent: go on with what it had stopped."""
+        cdef UpstreamConnection upstream
+        if self.state == D_FLUSH:
+            return self.settle()
+        if self.x is not None and self.x.upstream_connection is not None:
+            upstream = <UpstreamConnection>self.x.upstream_connection
+            self.arm(T_UP_IDLE, self.x.route.idle_us)
+            upstream.pump_answer()
+        return 0
+
+    cdef int on_timeout(self) except -1:
+        cdef uint8_t why = self.why
+        cdef uint64_t* counters = self.engine.slot.counters
+        if self.state == D_ACTIVE:
+            return self.exchange_timeout(why)
+        if self.state == D_HEAD:
+            counters[C_TIMEOUTS_HEAD] += 1
+            self.begin_unparsed()
+            return self.refuse(408, b"head-timeout", b"the request head did not arrive in time")
+        if why == T_WRITE:
+            counters[C_TIMEOUTS_WRITE] += 1
+            cw_reset_on_close(self.fd)
+        elif why == T_KEEPALIVE:
+            counters[C_TIMEOUTS_IDLE] += 1
+        self.close()
+        return 0
+
+    cdef int exchange_timeout(self, uint8_t why) except -1:
+        cdef Exchange x = self.x
+        cdef UpstreamConnection upstream
+        cdef uint64_t* counters = self.engine.slot.counters
+        if why == T_BODY:
+            counters[C_TIMEOUTS_BODY] += 1
+            x.side = SIDE_DOWNSTREAM
+            return self.abort(True) if x.answer_started else self.refuse(408, b"body-timeout", b"the request body stopped arriving")
+        if why == T_WRITE:
+            counters[C_TIMEOUTS_WRITE] += 1
+            x.side = SIDE_DOWNSTREAM
+            return self.abort(True)
+        counters[C_UPSTREAM_TIMEOUTS] += 1
+        x.side = SIDE_UPSTREAM
+        if x.answer_started:
+            return self.abort(True)
+        if why == T_CONNECT:
+            upstream = <UpstreamConnection>x.upstream_connection
+            return upstream.connect_failed(504, b"upstream-connect-timeout", b"the upstream did not accept a connection in time; the request was not sent")
+        if why == T_UP_HEAD:
+            return self.refuse(504, b"upstream-head-timeout", b"the upstream did not answer in time; the request may have been executed")
+        if why == T_UP_IDLE:
+            return self.refuse(504, b"upstream-idle-timeout", b"the upstream's answer stopped; the request may have been executed")
+        if not x.sent:
+            return self.refuse(504, b"total-timeout", b"the time for this request is over; it was not sent to the upstream")
+        return self.refuse(504, b"total-timeout", b"the time for this request is over; it may have been executed")
+
+    cdef void arm(self, uint8_t why, int64_t us) noexcept:
+        """Sets the deadline for what is waited for now, cut by the exchange's total."""
+        cdef int64_t at = self.engine.now + us
+        if self.x is not None and self.x.total_at and self.x.total_at < at:
+            at = self.x.total_at
+            why = T_TOTAL
+        self.engine.set_timer(self, why, at)
+
+    cdef int advance(self) except -1:
+        while self.fd >= 0:
+            if self.state == D_IDLE or self.state == D_HEAD:
+                if self.read_head() == 0:
+                    return 0
+            elif self.state == D_ACTIVE:
+                if self.x.body.done or self.pump_request() == 0:
+                    return 0
+            elif self.state == D_LINGER:
+                return self.linger()
+            else:
+                return 0
+        return 0
+
+    # -- the head -----------------------------------------------------------------------------------------------------
+
+    cdef int read_head(self) except -1:
+        """1 when a request was taken up or the connection ended, 0 when bytes are missing."""
+        cdef int result
+        cdef uint32_t room
+        cdef ssize_t n
+        while True:
+            if self.inb.end > self.inb.start:
+                result = self.parse_head()
+                if result:
+                    return result
+            if not self.readable:
+                break
+            if buffer_reserve(&self.inb, 2048) < 0:
+                self.close()
+                return 1
+            room = self.inb.cap - self.inb.end
+            n = cw_recv(self.fd, self.inb.base + self.inb.end, room)
+            if n > 0:
+                self.inb.end += <uint32_t>n
+                self.engine.slot.counters[C_BYTES_IN] += n
+                if n < room and not self.ended:
+                    self.readable = False           # edge-triggered: more bytes make a new event
+            elif n == -EAGAIN:
+                self.readable = False
+            else:
+                if self.state == D_HEAD:
+                    self.engine.slot.counters[C_CLIENT_ABORTS] += 1
+                self.close()
+                return 1
+        if self.inb.end == self.inb.start:
+            buffer_release(&self.inb)
+        return 0
+
+    cdef int parse_head(self) except -1:
+        """1 when the head is complete or refused, 0 when bytes are missing."""
+        cdef Exchange x
+        cdef int result
+        if self.proxied:
+            result = self.take_proxy_header()
+            if result <= 0:
+                return -result
+        if self.x is None:
+            # RFC 9112 2.2: an empty line or two before a request line is passed over.
+            while self.inb.end - self.inb.start >= 2 and self.blanks < 2 and \
+                    self.inb.base[self.inb.start] == 13 and self.inb.base[self.inb.start + 1] == 10:
+                self.inb.start += 2
+                self.blanks += 1
+            if self.inb.start == self.inb.end or (self.inb.end - self.inb.start == 1 and self.inb.base[self.inb.start] == 13
+                                                  and self.blanks < 2):
+                return 0
+            self.begin_unparsed()
+            self.arm(T_HEAD, self.listener.head_us)
+        x = self.x
+        result = parse_request(self.inb.base + self.inb.start, self.inb.end - self.inb.start, x.head, &self.listener.limits)
+        if result > 0:
+            self.begin(result)
+            return 1
+        if result < 0:
+            self.parse_failed(-result)
+            return 1
+        return 0
+
+    cdef void begin_unparsed(self):
+        """Takes an exchange for a request of which bytes are here."""
+        cdef Exchange x
+        if self.version != self.engine.snapshot.version:
+            self.listener = self.engine.snapshot.listeners.get(self.listener_name, self.listener)
+            self.version = self.engine.snapshot.version
+        if self.x is None:
+            x = self.engine.take_exchange()
+            x.connection = self
+            self.x = x
+        self.blanks = 0
+        self.state = D_HEAD
+
+    cdef int take_proxy_header(self) except -1:
+        """PROXY protocol v1/v2. 1 taken (or absent where optional), 0 more bytes needed, -1 refused and closed."""
+        cdef sockaddr_storage address
+        cdef uint16_t port = 0
+        cdef int kind = 0
+        cdef int result = parse_proxy_header(self.inb.base + self.inb.start, self.inb.end - self.inb.start, &address, &kind)
+        if result == 0:
+            return 0
+        self.proxied = False
+        if result < 0:
+            if self.listener.proxy_protocol == 1 and kind == 0:
+                return 1
+            self.engine.slot.counters[C_BAD_REQUESTS] += 1
+            self.close()
+            return -1
+        buffer_consume(&self.inb, <uint32_t>result)
+        if kind == 1:                               # an address; LOCAL and UNKNOWN keep the connection's own
+            self.text_len = cw_address_text(&address, self.text, sizeof(self.text), &port)
+            cw_address_bytes(&address, self.address)
+            self.peer_trusted = self.listener.trusted.contains(self.address)
+        return 1 if self.inb.end > self.inb.start else 0
+
+    cdef int parse_failed(self, int error) except -1:
+        cdef Exchange x = self.x
+        self.engine.slot.counters[C_BAD_REQUESTS] += 1
+        x.head.count = 0                            # what was parsed of it is not to be trusted
+        x.head.minor = 1
+        x.side = SIDE_DOWNSTREAM
+        return self.refuse(error_status(error), <bytes>error_slug(error), <bytes>error_detail(error))
+
+    cdef int begin(self, int length) except -1:
+        """A complete head: framing, identity, route; then its steps."""
+        cdef Exchange x = self.x
+        cdef Head* head = x.head
+        cdef Engine engine = self.engine
+        cdef int result
+        head.base = self.inb.base + self.inb.start
+        x.body_at = length
+        x.started = engine.now = cw_monotonic_us()
+        x.wall = cw_wall_us()
+        self.state = D_ACTIVE
+        self.requests += 1
+        x.first = self.requests == 1
+        x.snapshot = engine.snapshot
+        x.listener = self.listener
+        engine.slot.counters[C_REQUESTS] += 1
+        x.keep_alive = (not head.close if head.minor else head.keep_alive and not head.close) and \
+            self.requests < self.listener.requests_max and not engine.draining
+        if head.chunked:
+            x.body.mode = x.body.out = BODY_CHUNKED
+        elif head.content_length >= 0:
+            x.body.mode = x.body.out = BODY_LENGTH
+            x.body.remaining = head.content_length
+            x.body.done = head.content_length == 0
+        else:
+            x.body.done = True
+        self.identify()
+        if head.path_plain or head.path_len == 0:
+            x.path_len = head.path_len if head.path_len else 1
+        else:
+            x.path_copy = <char*>malloc(head.path_len)
+            if x.path_copy == NULL:
+                raise MemoryError
+            result = normalise_path(head.base + head.path_at, head.path_len, x.path_copy)
+            if result < 0:
+                engine.slot.counters[C_BAD_REQUESTS] += 1
+                x.keep_alive = False
+                x.side = SIDE_DOWNSTREAM
+                return self.refuse(400, <bytes>error_slug(-result), <bytes>error_detail(-result))
+            x.path_len = result
+        return self.route()
+
+    cdef int route(self) except -1:
+        cdef Exchange x = self.x
+        cdef Head* head = x.head
+        cdef const char* host = head.base + head.host_at
+        cdef uint32_t n = head.host_len
+        cdef int result
+        # Host was validated: at most one colon outside brackets.
+        if n and host[0] == 91:
+            n = <uint32_t>(<const char*>memchr(host, 93, n) - host) + 1
+        elif n and memchr(host, 58, n) != NULL:
+            n = <uint32_t>(<const char*>memchr(host, 58, n) - host)
+        x.host_len = n
+        result = self.listener.trie.match(head, host, n, x.path(), x.path_len, &x.match)
+        if result == 1:
+            x.route = <RouteEntry>x.match.route
+        elif head.method == M_OPTIONS and head.first[F_ACR_METHOD] >= 0 and self.preflight(host, n):
+            return self.reply()
+        elif result == 0:
+            return self.refuse(404, b"no-route", b"no route matches this host and path")
+        else:
+            self.drop_upstream()
+            x.refuse(405, b"method-not-allowed", b"the resource does not offer this method")
+            x.reply_headers = b"allow: " + self.listener.trie.allow(&x.match) + b"\r\n"
+            return self.reply()
+        if x.body.mode == BODY_LENGTH and x.body.remaining > x.route.body_limit:
+            return self.refuse(413, b"body-too-large", b"the request body is larger than the limit")
+        if x.route.total_us:
+            x.total_at = self.engine.now + x.route.total_us
+        return self.run_steps()
+
+    cdef bint preflight(self, const char* host, uint32_t n) except -1:
+        """A CORS preflight (Fetch 4.8) is answered by the route that the method to come would reach."""
+        cdef Exchange x = self.x
+        cdef Head* head = x.head
+        cdef Field* wanted = &head.fields[head.first[F_ACR_METHOD]]
+        cdef uint32_t at = head.method_at, length = head.method_len
+        cdef int result
+        head.method_at = wanted.value
+        head.method_len = wanted.value_len
+        head.method = method_id(head.base + wanted.value, wanted.value_len)
+        result = self.listener.trie.match(head, host, n, x.path(), x.path_len, &x.match)
+        head.method_at = at
+        head.method_len = length
+        head.method = M_OPTIONS
+        if result != 1 or (<RouteEntry>x.match.route).cors is None:
+            return False
+        x.route = <RouteEntry>x.match.route
+        return (<Step>x.route.cors).run(x) == STEP_ANSWERED
+
+    cdef int identify(self) except -1:
+        """The client's address, the request id and the trace."""
+        cdef Exchange x = self.x
+        cdef Head* head = x.head
+        cdef int i
+        x.trusted = self.peer_trusted
+        memcpy(x.client, self.address, 16)
+        memcpy(x.client_text, self.text, 48)
+        x.client_len = self.text_len
+        if x.trusted and head.first[F_X_FORWARDED_FOR] >= 0:
+            self.forwarded_client()
+        i = head.first[F_X_REQUEST_ID]
+        if i >= 0 and valid_request_id(head.base + head.fields[i].value, head.fields[i].value_len):
+            memcpy(x.request_id, head.base + head.fields[i].value, 36)
+        else:
+            make_request_id(x.request_id, x.wall)
+        i = head.first[F_TRACEPARENT]
+        if x.trusted and i >= 0 and valid_trace(head.base + head.fields[i].value, head.fields[i].value_len):
+            continue_trace(x.trace, head.base + head.fields[i].value)
+        else:
+            make_trace(x.trace)
+        return 0
+
+    cdef int forwarded_client(self) except -1:
+        """The rightmost address of X-Forwarded-For that no trusted proxy has: what stands left of it is hearsay."""
+        cdef Exchange x = self.x
+        cdef Head* head = x.head
+        cdef int i = head.count
+        cdef uint32_t start, end
+        cdef const char* p
+        cdef char text[48]
+        cdef sockaddr_storage address
+        cdef socklen_t length = 0
+        cdef uint16_t port = 0
+        while i > 0:
+            i -= 1
+            if head.fields[i].id != F_X_FORWARDED_FOR:
+                continue
+            p = head.base + head.fields[i].value
+            end = head.fields[i].value_len
+            while end > 0:
+                start = end
+                while start > 0 and p[start - 1] != 44:
+                    start -= 1
+                while end > start and (p[end - 1] == 32 or p[end - 1] == 9):
+                    end -= 1
+                length = start
+                while length < end and (p[length] == 32 or p[length] == 9):
+                    length += 1
+                if end - length == 0 or end - length >= sizeof(text):
+                    return 0
+                memcpy(text, p + length, end - length)
+                text[end - length] = 0
+                if not cw_parse_address(text, 0, &address, &length):
+                    return 0
+                cw_address_bytes(&address, x.client)
+                x.client_len = cw_address_text(&address, x.client_text, sizeof(x.client_text), &port)
+                if not self.listener.trusted.contains(x.client):
+                    return 0
+                end = start - 1 if start else 0
+        return 0
+
+    # -- steps and answers of our own ---------------------------------------------------------------------------------
+
+    cdef int run_steps(self) except -1:
+        cdef Exchange x = self.x
+        cdef Step step
+        cdef int verdict
+        while x.step < x.route.step_count:
+            step = <Step>x.route.step[x.step]
+            verdict = step.run(x)
+            if verdict == STEP_GO:
+                x.step += 1
+                continue
+            if verdict == STEP_ANSWERED:
+                return self.reply()
+            x.parked = step
+            if verdict == STEP_COLLECT and x.collected is None:
+                return self.collect()
+            self.arm(T_TOTAL, x.route.total_us)
+            self.engine.parked.append((x, x.generation))
+            return 0
+        return self.forward()
+
+    cdef int collect(self) except -1:
+        """Begins to gather the body for the parked step; pump_request() parks the exchange once it is complete."""
+        cdef Exchange x = self.x
+        x.collected = bytearray()
+        if x.body.done:
+            self.engine.parked.append((x, x.generation))
+            return 0
+        if x.body.mode == BODY_LENGTH and x.body.remaining > x.parked.body_limit:
+            return self.refuse(413, b"body-too-large", b"the request body is larger than the policy's limit")
+        x.collecting = True
+        if x.head.expect and self.inb.end - self.inb.start == x.body_at and self.put(b"HTTP/1.1 100 Continue\r\n\r\n", 25) < 0:
+            return self.gone()
+        self.arm(T_BODY, self.listener.body_us)
+        return 0
+
+    cdef int refuse(self, int status, bytes slug, bytes detail) except -1:
+        """Ends the exchange with an answer of our own; an upstream that is at work for it is cut off."""
+        cdef Exchange x = self.x
+        self.drop_upstream()
+        x.parked = None
+        x.collecting = False
+        x.refuse(status, slug, detail)
+        if status == 408 or status == 431 or status == 414:
+            x.keep_alive = False
+        return self.reply()
+
+    cdef bint body_at_hand(self) noexcept:
+        """Takes the rest of the request body from the buffer, unread. False when it is not all there."""
+        cdef Exchange x = self.x
+        cdef uint32_t there = self.inb.end - self.inb.start - x.body_at
+        cdef uint32_t used = 0
+        if x.body.done:
+            return True
+        if x.body.mode == BODY_LENGTH and x.body.remaining <= there:
+            x.body_at += <uint32_t>x.body.remaining
+            x.body.done = True
+        elif x.body.mode == BODY_CHUNKED and there:
+            if chunked_decode(&x.body.chunked, self.inb.base + self.inb.start + x.body_at, there, &used) >= 0:
+                x.body_at += used
+                x.body.done = x.body.chunked.state == CHUNK_DONE
+        return x.body.done
+
+    cdef int reply(self) except -1:
+        """Sends the local answer that x.refuse() or x.respond() prepared."""
+        cdef Exchange x = self.x
+        cdef int n
+        if x.task is not None:
+            task, x.task = x.task, None
+            task.cancel()
+        if x.side == SIDE_NONE:
+            x.side = SIDE_GATEWAY
+        if x.started == 0:                          # refused before its head was complete
+            x.started = self.engine.now
+            x.wall = cw_wall_us()
+            make_request_id(x.request_id, x.wall)
+            make_trace(x.trace)
+            x.keep_alive = False
+            x.snapshot = self.engine.snapshot
+        if not self.body_at_hand():
+            x.keep_alive = False
+        n = compose_reply(x, self.engine.composed, COMPOSED, x.keep_alive)
+        if n < 0:
+            x.refuse(500, b"answer-too-large", b"a policy's answer is too large")
+            n = compose_reply(x, self.engine.composed, COMPOSED, x.keep_alive)
+        self.engine.slot.counters[C_RESPONSES_LOCAL] += 1
+        if self.put(self.engine.composed, n) < 0:
+            return self.gone()
+        self.engine.slot.counters[C_BYTES_OUT] += n
+        return self.answered()
+
+    # -- the body -----------------------------------------------------------------------------------------------------
+
+    cdef int pump_request(self) except -1:
+        """Moves body bytes from the client to the upstream, or to the policy that asked for them. 0 when it has to wait."""
+        cdef Exchange x = self.x
+        cdef UpstreamConnection upstream = x.upstream_connection
+        cdef int piece
+        cdef uint32_t there, used, want
+        cdef ssize_t n
+        for piece in range(PIECES):
+            if not x.collecting and (upstream is None or upstream.state == U_CONNECTING or upstream.broken or
+                                     upstream.out.end > upstream.out.start):
+                return 0
+            used = 0
+            there = self.inb.end - self.inb.start - x.body_at
+            if there:
+                if self.take_payload(self.inb.base + self.inb.start + x.body_at, there, &used):
+                    return 1
+                x.body_at += used
+            elif not self.readable:
+                return 0
+            else:
+                want = SCRATCH
+                if x.body.mode == BODY_LENGTH and x.body.remaining < SCRATCH:
+                    want = <uint32_t>x.body.remaining
+                n = cw_recv(self.fd, self.engine.scratch, want)
+                if n == -EAGAIN:
+                    self.readable = False
+                    return 0
+                if n <= 0:
+                    return self.truncated()
+                if n < want and not self.ended:
+                    self.readable = False
+                x.replayable = False
+                self.engine.slot.counters[C_BYTES_IN] += n
+                if self.take_payload(self.engine.scratch, <uint32_t>n, &used):
+                    return 1
+                if used < n:
+                    self.keep_behind(self.engine.scratch + used, <uint32_t>n - used)
+            if x.body.done:
+                if x.parked is not None:
+                    x.collecting = False
+                    self.arm(T_TOTAL, x.route.total_us)
+                    self.engine.parked.append((x, x.generation))
+                elif not x.answer_started:
+                    self.arm(T_UP_HEAD, x.route.head_us)
+                return 0
+        if not self.queued:
+            self.queued = True
+            self.engine.again.append(self)
+        return 0
+
+    cdef int keep_behind(self, const char* data, uint32_t n) except -1:
+        """Keeps bytes that belong to the next request; the head before them may move, so its base is taken anew."""
+        if buffer_append(&self.inb, data, n) < 0:
+            raise MemoryError
+        self.x.head.base = self.inb.base + self.inb.start
+        return 0
+
+    cdef int take_payload(self, char* data, uint32_t n, uint32_t* used) except -1:
+        """Unframes data[0:n) and hands the payload on. 1 when that ended the exchange."""
+        cdef Exchange x = self.x
+        cdef UpstreamConnection upstream = x.upstream_connection
+        cdef int64_t payload
+        cdef int result = 0
+        if x.body.mode == BODY_LENGTH:
+            payload = n if n < x.body.remaining else x.body.remaining
+            x.body.remaining -= payload
+            used[0] = <uint32_t>payload
+            x.body.done = x.body.remaining == 0
+        else:
+            payload = chunked_decode(&x.body.chunked, data, n, used)
+            x.replayable = False
+            if payload < 0:
+                self.engine.slot.counters[C_BAD_REQUESTS] += 1
+                x.keep_alive = False
+                x.side = SIDE_DOWNSTREAM
+                x.body.mode = BODY_NONE             # nothing behind it can be read
+                return self.cut(400, <bytes>error_slug(<int>-payload), <bytes>error_detail(<int>-payload))
+            x.body.done = x.body.chunked.state == CHUNK_DONE
+        x.body.bytes += payload
+        if x.body.bytes > <uint64_t>x.route.body_limit or \
+                (x.collecting and x.body.bytes > <uint64_t>x.parked.body_limit):
+            x.body.done = False
+            x.body.mode = BODY_NONE
+            x.keep_alive = False
+            return self.cut(413, b"body-too-large", b"the request body is larger than the limit")
+        if x.collecting:
+            x.collected += PyBytes_FromStringAndSize(data, payload)
+        else:
+            self.engine.slot.counters[C_UPSTREAM_BYTES_OUT] += payload
+            if x.body.out == BODY_CHUNKED:
+                result = upstream.put_chunk(data, <uint32_t>payload)
+                if result == 0 and x.body.done:
+                    result = upstream.put(b"0\r\n\r\n", 5)
+            else:
+                result = upstream.put(data, <uint32_t>payload)
+            if result < 0:
+                upstream.broken = True              # its answer may be there all the same
+                upstream.readable = True
+                upstream.pump_answer()
+                return 1
+        if not x.body.done:
+            self.arm(T_BODY, self.listener.body_us)
+        return 0
+
+    cdef int cut(self, int status, bytes slug, bytes detail) except -1:
+        """The request turned out bad while its body streamed: the upstream never gets it whole."""
+        if self.x.answer_started:
+            self.abort(True)
+        else:
+            self.refuse(status, slug, detail)
+        return 1
+
+    cdef int truncated(self) except -1:
+        """The client left in the middle of its body."""
+        self.engine.slot.counters[C_CLIENT_ABORTS] += 1
+        self.x.side = SIDE_DOWNSTREAM
+        self.abort(False)
+        return 1
+
+    # -- the upstream -------------------------------------------------------------------------------------------------
+
+    cdef int forward(self) except -1:
+        cdef Exchange x = self.x
+        x.upstream = x.route.upstream
+        if x.upstream.active >= x.upstream.requests_max:
+            x.refuse(503, b"upstream-overloaded", b"too many requests to the upstream are under way; this one was not sent")
+            x.reply_headers = b"retry-after: 1\r\n"
+            return self.reply()
+        return self.attach(False)
+
+    cdef int attach(self, bint fresh) except -1:
+        """Gives the exchange an upstream connection and sends the request as soon as it is connected."""
+        cdef Exchange x = self.x
+        cdef UpstreamConnection upstream = self.engine.obtain(x, fresh)
+        if upstream is None and x.tries == 0 and x.upstream.retry_connect:
+            x.tries = 1
+            self.engine.slot.counters[C_RETRIES] += 1
+            upstream = self.engine.obtain(x, True)
+        if upstream is None:
+            x.side = SIDE_UPSTREAM
+            x.refuse(503, b"upstream-unreachable", b"no endpoint of the upstream accepts connections; the request was not sent")
+            x.reply_headers = b"retry-after: 1\r\n"
+            return self.reply()
+        upstream.x = x
+        x.upstream_connection = upstream
+        upstream.endpoint.active += 1
+        upstream.upstream.active += 1
+        if upstream.state == U_CONNECTING:
+            self.arm(T_CONNECT, x.upstream.connect_us)
+            return 0
+        upstream.state = U_HEAD
+        return upstream.send_request()
+
+    cdef void drop_upstream(self):
+        """Cuts the upstream connection of this exchange: it is not reusable."""
+        cdef UpstreamConnection upstream
+        if self.x is not None and self.x.upstream_connection is not None:
+            upstream = <UpstreamConnection>self.x.upstream_connection
+            upstream.detach()
+            upstream.close()
+
+    # -- the end ------------------------------------------------------------------------------------------------------
+
+    cdef int answered(self) except -1:
+        """The whole answer was handed to the socket or to `out`."""
+        cdef Exchange x = self.x
+        cdef uint32_t consumed = x.body_at
+        cdef bint whole = x.body.done
+        self.closing = not (x.keep_alive and whole)
+        self.finish_exchange()
+        if not whole:
+            consumed = self.inb.end - self.inb.start        # nothing behind an unread body is a request
+        if consumed:
+            buffer_consume(&self.inb, consumed)
+        return self.settle()
+
+    cdef int settle(self) except -1:
+        """After an answer: send what waits, then close, or turn to the next request."""
+        if self.out.end > self.out.start:
+            self.state = D_FLUSH
+            self.arm(T_WRITE, self.listener.write_us)
+            return 0
+        if self.closing or (self.engine.draining and self.inb.end == self.inb.start):
+            return self.leave()
+        self.state = D_IDLE
+        if self.inb.end == self.inb.start:
+            buffer_release(&self.inb)
+        self.arm(T_KEEPALIVE, self.listener.keepalive_us)
+        return 0
+
+    cdef int leave(self) except -1:
+        """Closes so that the answer arrives: end our side, then wait a little for the client's end (RFC 9112 9.6)."""
+        buffer_release(&self.inb)
+        self.state = D_LINGER
+        self.lingered = 0
+        cw_shutdown(self.fd, SHUT_WR)
+        self.arm(T_LINGER, LINGER_US)
+        return 0
+
+    cdef int linger(self) except -1:
+        cdef ssize_t n
+        while True:
+            n = cw_recv(self.fd, self.engine.scratch, SCRATCH)
+            if n == -EAGAIN:
+                return 0
+            if n <= 0:
+                break
+            self.lingered += <uint32_t>n
+            if self.lingered > LINGER_BYTES:
+                break
+        self.close()
+        return 0
+
+    cdef int gone(self) except -1:
+        """The client's connection is broken."""
+        if self.x is not None and self.state == D_ACTIVE:
+            self.engine.slot.counters[C_CLIENT_ABORTS] += 1
+            if self.x.side == SIDE_NONE:
+                self.x.side = SIDE_DOWNSTREAM
+            return self.abort(False)
+        self.close()
+        return 0
+
+    cdef int abort(self, bint reset) except -1:
+        """Ends the exchange without a (complete) answer. With `reset` the client sees a reset, never a clean end."""
+        cdef Exchange x = self.x
+        if x is not None:
+            self.drop_upstream()
+            if x.status == 0:
+                x.status = 499                      # nginx's code for a client that left; only seen in records
+            if x.route is not None or x.started:
+                self.finish_exchange()
+        if reset and self.fd >= 0:
+            cw_reset_on_close(self.fd)
+        self.close()
+        return 0
+
+    cdef void finish_exchange(self):
+        """Records the exchange and gives it back."""
+        cdef Exchange x = self.x
+        cdef int64_t total = cw_monotonic_us() - x.started
+        cdef uint32_t metric
+        self.x = None
+        try:
+            if x.task is not None:
+                task, x.task = x.task, None
+                task.cancel()
+            metric = x.snapshot.unrouted if x.route is None else x.route.metric
+            self.engine.slot.observe(metric, x.head.method, x.status, total, x.upstream_us, x.body.bytes, x.answer.bytes)
+            if x.route is not None:
+                for step in x.route.audits:
+                    (<Step>step).record(x, total)
+                for step in x.route.end_hooks:
+                    (<Step>step).record(x, total)
+        except BaseException as error:
+            self.engine.log.error("recording an exchange failed", exc_info=error)
+        self.engine.give_exchange(x)
+
+    cdef void close(self):
+        cdef Exchange x
+        if self.fd < 0:
+            return
+        if self.x is not None:                      # before its head was complete, or an internal error
+            self.drop_upstream()
+            x, self.x = self.x, None
+            if x.task is not None:
+                task, x.task = x.task, None
+                task.cancel()
+            self.engine.give_exchange(x)
+        self.state = D_CLOSED
+        self.engine.connections -= 1
+        self.engine.slot.counters[C_CONNECTIONS_CLOSED] += 1
+        Connection.close(self)
+
+    def describe(self) -> dict:
+        """The open exchange in words for the log: never its body, never its tokens."""
+        cdef Exchange x = self.x
+        return {
+            "request_id": x.request_id[:36].decode("ascii") if x.started else None,
+            "route": x.route.name if x.route is not None else None,
+            "method": x.head.base[x.head.method_at:x.head.method_at + x.head.method_len].decode("ascii") if x.started else None,
+            "client": self.text[:self.text_len].decode("ascii"),
+            "sent": bool(x.sent),
+        }

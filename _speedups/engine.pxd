@@ -1,0 +1,209 @@
+"""The engine: one epoll descriptor per worker, its connections, and their deadlines.
+
+Strategy: uvloop watches the epoll descriptor and calls poll(), which handles what is ready in bounded batches. Sockets are
+edge-triggered and registered once; each connection remembers whether it may be readable or writable. The table `by_fd` owns
+the connections; an event carries (descriptor, generation), so that an event of a closed connection finds nothing.
+"""
+
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from gateway._speedups.buffers cimport Buffer
+from gateway._speedups.exchange cimport Exchange, ListenerEntry, Snapshot
+from gateway._speedups.headers cimport Head
+from gateway._speedups.histogram cimport WorkerSlot
+from gateway._speedups.pool cimport Endpoint, Upstream
+from gateway._speedups.sockets cimport sockaddr_storage
+from gateway._speedups.token_bucket cimport BucketTable
+
+# What a connection's deadline is for.
+cdef enum:
+    T_NONE = 0
+    T_KEEPALIVE         # downstream idle between requests
+    T_HEAD              # request head incomplete
+    T_BODY              # no byte of the request body
+    T_WRITE             # the client does not read
+    T_CONNECT           # upstream connect
+    T_UP_HEAD           # upstream answer's head
+    T_UP_IDLE           # no byte of the upstream's answer
+    T_TOTAL
+    T_LINGER            # waiting for the client to close
+    T_POOL              # upstream idle in its pool
+
+cdef enum:
+    TICK_US = 100000    # resolution of deadlines
+    WHEEL = 1024        # slots: 102 s a turn; later deadlines take more turns
+
+# Downstream states.
+cdef enum:
+    D_IDLE = 0          # between requests, no byte of the next one
+    D_HEAD              # some of a head
+    D_ACTIVE            # an exchange is on its way
+    D_FLUSH             # the answer is complete but not all sent
+    D_LINGER            # answered and shut down for writing; the rest is read and dropped
+    D_CLOSED
+
+# Upstream connection states.
+cdef enum:
+    U_CONNECTING = 0
+    U_HEAD              # request (being) sent, no answer head
+    U_BODY
+    U_IDLE
+    U_CLOSED
+
+cdef class Connection:
+    cdef Engine engine
+    cdef int fd                     # -1 when closed
+    cdef uint32_t generation
+    cdef uint8_t state
+    cdef bint readable, writable    # may be; cleared when the kernel says EAGAIN
+    cdef bint ended                 # the other side sent its end: reads go on until recv() says so too
+    cdef bint queued                # in Engine.again
+    cdef Buffer inb                 # received, not consumed
+    cdef Buffer out                 # to be sent; empty most of the time
+    # Deadline: linked into Engine.wheel by raw pointers. Safe because close() unlinks, and `by_fd` owns the connection until then.
+    cdef void* timer_next
+    cdef void* timer_prev
+    cdef int64_t timer_tick         # slot it is linked in; 0: not linked
+    cdef int64_t deadline           # monotonic us
+    cdef uint8_t why                # T_*
+    cdef int on_events(self, uint32_t events) except -1
+    cdef int on_timeout(self) except -1
+    cdef void close(self)
+    cdef void close_now(self)       # the same, whatever is under way
+    # 0, or -errno when the connection is broken. What the kernel does not take at once is kept in `out`.
+    cdef int put(self, const char* data, uint32_t n) noexcept
+    cdef int put_chunk(self, const char* data, uint32_t n) noexcept
+    cdef int flush(self) noexcept
+
+cdef class Downstream(Connection):
+    cdef str listener_name
+    cdef ListenerEntry listener
+    cdef Exchange x                 # from the first byte of a request until its answer was handed over
+    cdef int version                # of the snapshot that `listener` belongs to
+    cdef int requests
+    cdef bint closing               # close after what is in `out`
+    cdef bint proxied               # a PROXY header is still due
+    cdef bint peer_trusted
+    cdef int blanks                 # empty lines before the request line
+    cdef uint32_t lingered
+    cdef unsigned char address[16]
+    cdef char text[48]
+    cdef int text_len
+
+    cdef int flushed(self) except -1
+    cdef int exchange_timeout(self, uint8_t why) except -1
+    cdef int parse_head(self) except -1
+    cdef void begin_unparsed(self)
+    cdef int take_proxy_header(self) except -1
+    cdef int route(self) except -1
+    cdef bint preflight(self, const char* host, uint32_t n) except -1
+    cdef int forwarded_client(self) except -1
+    cdef bint body_at_hand(self) noexcept
+    cdef int keep_behind(self, const char* data, uint32_t n) except -1
+    cdef int cut(self, int status, bytes slug, bytes detail) except -1
+    cdef int truncated(self) except -1
+    cdef int attach(self, bint fresh) except -1
+    cdef int leave(self) except -1
+    cdef int linger(self) except -1
+    cdef int gone(self) except -1
+    cdef int advance(self) except -1
+    cdef int read_head(self) except -1
+    cdef int begin(self, int length) except -1
+    cdef int identify(self) except -1
+    cdef int run_steps(self) except -1
+    cdef int collect(self) except -1
+    cdef int pump_request(self) except -1
+    cdef int take_payload(self, char* data, uint32_t n, uint32_t* used) except -1
+    cdef int forward(self) except -1
+    cdef int reply(self) except -1
+    cdef int refuse(self, int status, bytes slug, bytes detail) except -1
+    cdef int parse_failed(self, int error) except -1
+    cdef int answered(self) except -1
+    cdef int settle(self) except -1
+    cdef int abort(self, bint reset) except -1
+    cdef void drop_upstream(self)
+    cdef void finish_exchange(self)
+    cdef void arm(self, uint8_t why, int64_t us) noexcept
+
+cdef class UpstreamConnection(Connection):
+    cdef Endpoint endpoint
+    cdef Upstream upstream
+    cdef Exchange x                 # None while idle
+    cdef int64_t born               # monotonic us
+    cdef int64_t idle_since
+    cdef bint reused                # carried an exchange before this one
+    cdef bint keep                  # the answer's head allows another exchange
+    cdef bint broken                # writing failed; an answer may still be there to read
+    cdef bint pending               # bytes behind an informational answer are not parsed yet
+    cdef bint terminated            # the last chunk went out with the head
+    cdef int head_length            # of the answer, still in `inb`
+    cdef bint held                  # a response hook has the answer
+
+    cdef void leave_pool(self)
+    cdef void detach(self)
+    cdef int connected(self) except -1
+    cdef int connect_failed(self, int status, bytes slug, bytes detail) except -1
+    cdef int append_body(self, int n) except -1
+    cdef int retry(self) except -1
+    cdef int send_answer(self, Head* head) except -1
+    cdef int64_t decode_behind(self, char* out, int* n) except -2
+    cdef int hold(self, Head* head) except -1
+    cdef int send_request(self) except -1
+    cdef int pump_answer(self) except -1
+    cdef int read_answer_head(self) except -1
+    cdef int take_head(self, int length) except -1
+    cdef int start_answer(self, Head* head) except -1
+    cdef int take_answer(self, char* data, uint32_t n) except -1
+    cdef int end_of_answer(self) except -1
+    cdef int lost(self, int error) except -1
+    cdef int answer_hooked(self, int verdict) except -1
+    cdef void release(self)
+    cdef int fail(self, int status, bytes slug, bytes detail) except -1
+
+cdef class ListenSocket(Connection):
+    cdef readonly str name
+    cdef bint paused
+    cdef void pause(self)
+
+cdef class Engine:
+    cdef readonly int worker
+    cdef WorkerSlot slot
+    cdef BucketTable buckets
+    cdef object loop
+    cdef int epoll
+    cdef Snapshot snapshot
+    cdef list by_fd
+    cdef list again                 # connections with more to do than their share of one batch
+    cdef list parked                # exchanges that wait for Python
+    cdef list spare                 # free exchanges
+    cdef dict listening             # name -> ListenSocket
+    cdef uint32_t generations
+    cdef int64_t now                # monotonic us, once a batch
+    cdef int64_t ticked             # last tick handled
+    cdef void* wheel[1024]          # Connection*, borrowed
+    cdef object tick_handle
+    cdef bint draining
+    cdef bint polling
+    cdef public int connections     # downstream
+    cdef public int exchanges
+    cdef char* scratch              # SCRATCH bytes: body pieces
+    cdef char* composed             # COMPOSED bytes: heads, with the body behind them when it fits
+    cdef Head* answer_head          # the answer being parsed; valid during one event only
+    cdef object log
+
+    cdef int register(self, Connection connection, int fd, uint32_t events) except -1
+    cdef void unregister(self, Connection connection)
+    cdef void set_timer(self, Connection connection, uint8_t why, int64_t at) noexcept
+    cdef void unlink_timer(self, Connection connection) noexcept
+    cdef Exchange take_exchange(self)
+    cdef void give_exchange(self, Exchange x)
+    cdef void dispatch(self, uint64_t data, uint32_t events)
+    cdef void expire(self)
+    cdef void run_again(self)
+    cdef void run_parked(self)
+    cdef int resume(self, Exchange x, object result, object error) except -1
+    cdef void report(self, Connection connection, object error)
+    cdef int connections_max(self, str name)
+    cdef void accepted(self, str name, int fd, sockaddr_storage* address)
+    cdef void link_timer(self, Connection connection, int64_t tick) noexcept
+    cdef UpstreamConnection obtain(self, Exchange x, bint fresh)
+    cdef UpstreamConnection connect(self, Exchange x, Endpoint endpoint)

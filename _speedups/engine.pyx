@@ -1,0 +1,670 @@
+"""The engine; see engine.pxd for its parts and engine's life of a request in docs/life-of-a-request.md.
+
+Strategy: this file holds the event loop's half: registration, deadlines, batches, the slow lane, pools. The two sides of an
+exchange are in downstream.pxi and upstream.pxi, included below, because the three call each other without a detour.
+Python is called from here: per parked request, and once per connection for the object itself.
+
+Safety: raw pointers are used for three things. `scratch` and `composed` are allocated once and live as long as the engine; no
+function keeps a pointer into them beyond its own event. Timer links are covered in engine.pxd. Pointers into a connection's
+buffer are taken anew after anything that may move it (buffer_reserve).
+"""
+
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.list cimport PyList_GET_SIZE
+from cpython.ref cimport PyObject
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memchr, memcmp, memcpy, memmove, memset
+from gateway._speedups.buffers cimport *
+from gateway._speedups.compose cimport *
+from gateway._speedups.exchange cimport *
+from gateway._speedups.headers cimport *
+from gateway._speedups.histogram cimport *
+from gateway._speedups.http1 cimport *
+from gateway._speedups.pool cimport Endpoint, Upstream
+from gateway._speedups.proxy_protocol cimport parse_proxy_header
+from gateway._speedups.sockets cimport *
+from gateway._speedups.token_bucket cimport BucketTable
+from gateway._speedups.wire cimport cw_put_hex
+
+import logging
+
+from gateway._speedups.compose import seed_random
+
+cdef enum:
+    SCRATCH = 131072            # one recv() of a body; a bulk transfer makes few system calls, one copy of it per worker
+    COMPOSED = 262144           # a head of 64 KiB and a piece of body behind it
+    HEAD_ROOM = 131072          # what a head may take of it
+    EVENTS = 128                # per epoll_wait
+    BATCHES = 8                 # per poll()
+    BUDGET_US = 2000            # per poll(): coroutines wait no longer than this for their turn
+    PIECES = 16                 # body pieces a connection moves before it queues up again
+    ACCEPTS = 64                # per event of a listening socket
+    SPARE_EXCHANGES = 256
+    HEAD_MAX = 65536            # of an upstream's answer
+    INFORMATIONAL_MAX = 8
+    LINGER_US = 2000000
+    LINGER_BYTES = 1048576
+    STALL_US = 2000000          # the worker slept (SIGSTOP, a blocking hook): look at the sockets before the deadlines
+
+cdef Limits ANSWER_LIMITS
+ANSWER_LIMITS.head = HEAD_MAX
+ANSWER_LIMITS.target = 0
+ANSWER_LIMITS.fields = MAX_FIELDS
+
+cdef enum:
+    WATCH = 0x2000 | 0x1 | 0x4 | <int>0x80000000        # EPOLLRDHUP | EPOLLIN | EPOLLOUT | EPOLLET
+
+
+cdef class Connection:
+    """A socket that the engine watches."""
+
+    def __cinit__(self):
+        self.fd = -1
+        memset(&self.inb, 0, sizeof(Buffer))
+        memset(&self.out, 0, sizeof(Buffer))
+        self.timer_next = NULL
+        self.timer_prev = NULL
+
+    def __dealloc__(self):
+        buffer_release(&self.inb)
+        buffer_release(&self.out)
+        if self.fd >= 0:
+            cw_close(self.fd)
+
+    cdef int on_events(self, uint32_t events) except -1:
+        return 0
+
+    cdef int on_timeout(self) except -1:
+        self.close()
+        return 0
+
+    cdef void close(self):
+        if self.fd < 0:
+            return
+        self.engine.unlink_timer(self)
+        self.engine.unregister(self)
+        cw_close(self.fd)
+        self.fd = -1
+        buffer_release(&self.inb)
+        buffer_release(&self.out)
+
+    cdef void close_now(self):
+        self.close()
+
+    cdef int put(self, const char* data, uint32_t n) noexcept:
+        cdef ssize_t sent = 0
+        if n == 0:
+            return 0
+        if self.out.end == self.out.start:
+            sent = cw_send(self.fd, data, n)
+            if sent == n:
+                return 0
+            if sent < 0:
+                if sent != -EAGAIN:
+                    return <int>sent
+                sent = 0
+            self.writable = False
+        return -ENOMEM if buffer_append(&self.out, data + sent, n - <uint32_t>sent) < 0 else 0
+
+    cdef int put_chunk(self, const char* data, uint32_t n) noexcept:
+        """One chunk: size line, data, CRLF; three pieces in one call when nothing waits already."""
+        cdef char size[24]
+        cdef iovec pieces[3]
+        cdef uint32_t head
+        cdef ssize_t sent = 0
+        cdef int i
+        if n == 0:
+            return 0
+        head = <uint32_t>cw_put_hex(size, n)
+        size[head] = 13
+        size[head + 1] = 10
+        head += 2
+        if self.out.end == self.out.start:
+            pieces[0].iov_base = size
+            pieces[0].iov_len = head
+            pieces[1].iov_base = <void*>data
+            pieces[1].iov_len = n
+            pieces[2].iov_base = <void*>b"\r\n"
+            pieces[2].iov_len = 2
+            sent = cw_sendv(self.fd, pieces, 3)
+            if sent == head + n + 2:
+                return 0
+            if sent < 0:
+                if sent != -EAGAIN:
+                    return <int>sent
+                sent = 0
+            self.writable = False
+        if buffer_reserve(&self.out, head + n + 2) < 0:
+            return -ENOMEM
+        keep_tail(&self.out, size, head, &sent)
+        keep_tail(&self.out, data, n, &sent)
+        keep_tail(&self.out, b"\r\n", 2, &sent)
+        return 0
+
+    cdef int flush(self) noexcept:
+        """Sends what waits. 1 when nothing waits any more, 0 when the kernel takes no more now, or -errno."""
+        cdef ssize_t sent
+        while self.out.end > self.out.start:
+            sent = cw_send(self.fd, self.out.base + self.out.start, self.out.end - self.out.start)
+            if sent == -EAGAIN:
+                self.writable = False
+                return 0
+            if sent < 0:
+                return <int>sent
+            buffer_consume(&self.out, <uint32_t>sent)
+        buffer_release(&self.out)
+        return 1
+
+
+cdef void keep_tail(Buffer* out, const char* data, uint32_t n, ssize_t* sent) noexcept:
+    """Appends data[*sent:n) to a buffer with room for it, and takes n off *sent."""
+    if sent[0] >= n:
+        sent[0] -= n
+        return
+    memcpy(out.base + out.end, data + sent[0], n - sent[0])
+    out.end += n - <uint32_t>sent[0]
+    sent[0] = 0
+
+
+include "downstream.pxi"
+include "upstream.pxi"
+
+
+cdef class ListenSocket(Connection):
+    """A listening socket, level-triggered so that what one batch leaves is reported again."""
+
+    cdef int on_events(self, uint32_t events) except -1:
+        cdef int i, fd
+        cdef sockaddr_storage address
+        cdef socklen_t length
+        for i in range(ACCEPTS):
+            if self.fd < 0:
+                return 0
+            length = sizeof(address)
+            fd = accept4(self.fd, <sockaddr*>&address, &length, SOCK_NONBLOCK | SOCK_CLOEXEC)
+            if fd < 0:
+                if errno in (EMFILE, ENFILE, ENOBUFS, ENOMEM):
+                    self.pause()
+                if errno in (ECONNABORTED, EINTR):
+                    continue
+                return 0
+            self.engine.accepted(self.name, fd, &address)
+            if self.engine.connections >= self.engine.connections_max(self.name):
+                self.pause()
+                return 0
+        return 0
+
+    cdef int on_timeout(self) except -1:
+        """After a pause: what waits in the backlog is taken now, unless there is still no room."""
+        if self.fd >= 0 and self.paused:
+            if self.engine.connections >= self.engine.connections_max(self.name):
+                self.engine.set_timer(self, T_LINGER, self.engine.now + TICK_US)
+                return 0
+            self.paused = False
+            cw_rewatch(self.engine.epoll, self.fd, EPOLLIN, (<uint64_t>self.generation << 32) | <uint32_t>self.fd)
+        return 0
+
+    cdef void pause(self):
+        """Out of descriptors, memory or places: leave new connections in the kernel's backlog for a tick, without spinning."""
+        self.paused = True
+        self.engine.slot.counters[C_ACCEPT_PAUSED] += 1
+        cw_rewatch(self.engine.epoll, self.fd, 0, (<uint64_t>self.generation << 32) | <uint32_t>self.fd)
+        self.engine.set_timer(self, T_LINGER, self.engine.now + TICK_US)
+
+
+cdef class Engine:
+    """One worker's data plane. All methods are called in the worker's only thread, on its loop."""
+
+    def __cinit__(self):
+        self.epoll = -1
+        self.scratch = <char*>malloc(SCRATCH)
+        self.composed = <char*>malloc(COMPOSED)
+        self.answer_head = <Head*>malloc(sizeof(Head))
+        memset(self.wheel, 0, sizeof(self.wheel))
+        if self.scratch == NULL or self.composed == NULL or self.answer_head == NULL:
+            raise MemoryError
+
+    def __init__(self, int worker, WorkerSlot slot not None, BucketTable buckets not None):
+        self.worker = worker
+        self.slot = slot
+        self.buckets = buckets
+        self.by_fd = []
+        self.again = []
+        self.parked = []
+        self.spare = []
+        self.listening = {}
+        self.log = logging.getLogger("crossway.engine")
+        self.epoll = epoll_create1(EPOLL_CLOEXEC)
+        if self.epoll < 0:
+            raise OSError(errno, "epoll_create1")
+        self.now = cw_monotonic_us()
+        self.ticked = self.now // TICK_US
+
+    def __dealloc__(self):
+        free(self.scratch)
+        free(self.composed)
+        free(self.answer_head)
+        if self.epoll >= 0:
+            cw_close(self.epoll)
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    def start(self, loop) -> None:
+        """Let `loop` drive this engine from now on."""
+        seed_random()
+        self.loop = loop
+        loop.add_reader(self.epoll, self.poll)
+        self.tick_handle = loop.call_later(TICK_US / 1e6, self.tick)
+
+    def apply(self, Snapshot snapshot not None) -> None:
+        """Swap to `snapshot`: exchanges under way finish on theirs. Pools of endpoints that stay are kept."""
+        cdef Snapshot old = self.snapshot
+        cdef Endpoint endpoint
+        self.snapshot = snapshot
+        if old is not None:
+            for endpoint in snapshot.adopt(old):
+                idle, endpoint.idle = endpoint.idle, []
+                for connection in idle:
+                    (<Connection>connection).close()
+        self.slot.gauges[G_CONFIG_VERSION] = snapshot.version
+
+    def listen(self, str name not None, int fd) -> None:
+        """Accept on the listening socket `fd` for the listener `name`; the engine works on a duplicate of its own."""
+        cdef ListenSocket listening = ListenSocket.__new__(ListenSocket)
+        import os
+        listening.engine = self
+        listening.name = name
+        listening.fd = -1
+        self.register(listening, os.dup(fd), EPOLLIN)
+        self.listening.setdefault(name, []).append(listening)
+
+    def unlisten(self, str name not None) -> None:
+        for listening in self.listening.pop(name, ()):
+            (<ListenSocket>listening).close()
+
+    def drain(self) -> None:
+        """Stop accepting, close idle client connections, and let the others end with their present exchange."""
+        self.draining = True
+        for name in list(self.listening):
+            self.unlisten(name)
+        for connection in list(self.by_fd):
+            if isinstance(connection, Downstream) and (<Downstream>connection).state == D_IDLE:
+                (<Downstream>connection).advance()      # a request that is in the socket already is served
+                if (<Downstream>connection).state == D_IDLE:
+                    (<Downstream>connection).close()
+
+    def active(self) -> int:
+        """Client connections that still have something to finish."""
+        return self.connections
+
+    def unfinished(self) -> list:
+        """What would be cut now: one dict per open exchange."""
+        found = []
+        for connection in self.by_fd:
+            if isinstance(connection, Downstream) and (<Downstream>connection).x is not None:
+                found.append((<Downstream>connection).describe())
+        return found
+
+    def reopen(self) -> None:
+        """Open the audit files anew (after log rotation)."""
+        if self.snapshot is not None:
+            for journal in self.snapshot.journals:
+                journal.reopen()
+
+    def close(self) -> None:
+        """Close every connection at once and stop watching."""
+        if self.tick_handle is not None:
+            self.tick_handle.cancel()
+        if self.loop is not None:
+            self.loop.remove_reader(self.epoll)
+        for connection in list(self.by_fd):
+            if connection is not None:
+                (<Connection>connection).close_now()
+
+    def live(self) -> dict:
+        """Counts of what is held now; all but `exchanges_spare` are zero once no client is connected and pools are empty."""
+        return {
+            "connections": self.connections,
+            "exchanges": self.exchanges,
+            "exchange_objects": exchanges_live() - PyList_GET_SIZE(self.spare),
+            "buffers": blocks_live(),
+            "parked": PyList_GET_SIZE(self.parked),
+            "descriptors": sum(1 for connection in self.by_fd if connection is not None),
+        }
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    def poll(self) -> None:
+        """Handle what is ready, in batches, for at most about BUDGET_US."""
+        cdef epoll_event events[EVENTS]
+        cdef int batch, n, i
+        cdef int64_t began = cw_monotonic_us()
+        if self.polling:
+            return
+        self.polling = True
+        self.now = began
+        try:
+            for batch in range(BATCHES):
+                n = epoll_wait(self.epoll, events, EVENTS, 0)
+                for i in range(n):
+                    self.dispatch(events[i].cw_data, events[i].events)
+                self.slot.counters[C_LOOP_EVENTS] += max(n, 0)
+                if self.again:
+                    self.run_again()
+                if self.parked:
+                    self.run_parked()
+                if n <= 0 and not self.again and not self.parked:
+                    break
+                self.now = cw_monotonic_us()
+                if self.now - began > BUDGET_US:
+                    break
+            self.slot.counters[C_LOOP_POLLS] += 1
+            if (self.again or self.parked) and self.loop is not None:
+                self.loop.call_soon(self.poll)
+        finally:
+            self.polling = False
+
+    def tick(self) -> None:
+        """Every 100 ms: deadlines and gauges."""
+        cdef int64_t now = cw_monotonic_us()
+        self.tick_handle = self.loop.call_later(TICK_US / 1e6, self.tick)
+        if now - self.ticked * TICK_US > STALL_US:
+            self.poll()                 # bytes that arrived while the process slept come before its deadlines
+        self.now = cw_monotonic_us()
+        self.expire()
+        self.slot.gauges[G_CONNECTIONS] = self.connections
+        self.slot.gauges[G_EXCHANGES] = self.exchanges
+
+    cdef void dispatch(self, uint64_t data, uint32_t events):
+        cdef uint32_t fd = <uint32_t>(data & 0xffffffff)
+        cdef Connection connection
+        if fd >= <uint32_t>PyList_GET_SIZE(self.by_fd):
+            return
+        found = self.by_fd[fd]
+        if found is None:
+            return
+        connection = <Connection>found
+        if connection.generation != <uint32_t>(data >> 32):
+            return
+        try:
+            connection.on_events(events)
+        except BaseException as error:
+            self.report(connection, error)
+
+    cdef void run_again(self):
+        cdef Connection connection
+        queue, self.again = self.again, []
+        for connection in queue:
+            connection.queued = False
+            if connection.fd >= 0:
+                try:
+                    connection.on_events(0)
+                except BaseException as error:
+                    self.report(connection, error)
+
+    cdef void report(self, Connection connection, object error):
+        """An error of ours while handling a connection costs that connection, never the worker."""
+        self.log.error("internal error on a connection", exc_info=error)
+        connection.close_now()
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            self.loop.call_soon(raise_it, error)
+
+    # -- registration -------------------------------------------------------------------------------------------------
+
+    cdef int register(self, Connection connection, int fd, uint32_t events) except -1:
+        cdef int error
+        self.generations += 1
+        connection.fd = fd
+        connection.generation = self.generations
+        while PyList_GET_SIZE(self.by_fd) <= fd:
+            self.by_fd.append(None)
+        self.by_fd[fd] = connection
+        error = cw_watch(self.epoll, fd, events, (<uint64_t>connection.generation << 32) | <uint32_t>fd)
+        if error:
+            self.by_fd[fd] = None
+            cw_close(fd)
+            connection.fd = -1
+            raise OSError(-error, "epoll_ctl")
+        return 0
+
+    cdef void unregister(self, Connection connection):
+        if self.by_fd[connection.fd] is connection:
+            self.by_fd[connection.fd] = None
+
+    cdef int connections_max(self, str name):
+        cdef ListenerEntry listener = self.snapshot.listeners.get(name)
+        return 0 if listener is None else listener.connections_max
+
+    cdef void accepted(self, str name, int fd, sockaddr_storage* address):
+        cdef Downstream connection
+        cdef uint16_t port = 0
+        cdef ListenerEntry listener = self.snapshot.listeners.get(name) if self.snapshot is not None else None
+        if listener is None:
+            cw_close(fd)
+            return
+        connection = Downstream.__new__(Downstream)
+        connection.engine = self
+        connection.listener = listener
+        connection.listener_name = name
+        connection.version = self.snapshot.version
+        connection.proxied = listener.proxy_protocol != 0
+        connection.text_len = cw_address_text(address, connection.text, sizeof(connection.text), &port)
+        cw_address_bytes(address, connection.address)
+        connection.peer_trusted = address.ss_family == AF_UNIX or listener.trusted.contains(connection.address)
+        connection.state = D_IDLE
+        connection.writable = True
+        cw_nodelay(fd)
+        try:
+            self.register(connection, fd, WATCH)
+        except OSError as error:
+            self.log.error("cannot watch a connection", exc_info=error)
+            return
+        self.connections += 1
+        self.slot.counters[C_CONNECTIONS_ACCEPTED] += 1
+        self.set_timer(connection, T_KEEPALIVE, self.now + listener.head_us)
+
+    # -- deadlines ----------------------------------------------------------------------------------------------------
+
+    cdef void set_timer(self, Connection connection, uint8_t why, int64_t at) noexcept:
+        """Sets the connection's one deadline. A later one costs a store: its slot notices when it is reached."""
+        cdef int64_t tick = at // TICK_US + 1
+        connection.why = why
+        connection.deadline = at
+        if connection.timer_tick == 0 or tick < connection.timer_tick:
+            self.unlink_timer(connection)
+            self.link_timer(connection, tick if tick > self.ticked else self.ticked + 1)
+
+    cdef void link_timer(self, Connection connection, int64_t tick) noexcept:
+        cdef int slot = <int>(tick % WHEEL)
+        connection.timer_tick = tick
+        connection.timer_prev = NULL
+        connection.timer_next = self.wheel[slot]
+        if self.wheel[slot] != NULL:
+            (<Connection>self.wheel[slot]).timer_prev = <void*>connection
+        self.wheel[slot] = <void*>connection
+
+    cdef void unlink_timer(self, Connection connection) noexcept:
+        if connection.timer_tick == 0:
+            return
+        if connection.timer_prev != NULL:
+            (<Connection>connection.timer_prev).timer_next = connection.timer_next
+        else:
+            self.wheel[connection.timer_tick % WHEEL] = connection.timer_next
+        if connection.timer_next != NULL:
+            (<Connection>connection.timer_next).timer_prev = connection.timer_prev
+        connection.timer_next = connection.timer_prev = NULL
+        connection.timer_tick = 0
+
+    cdef void expire(self):
+        cdef int64_t current = self.now // TICK_US
+        cdef int64_t tick = self.ticked + 1
+        cdef void* at
+        cdef Connection connection
+        due = []
+        if current - tick >= WHEEL:
+            tick = current - WHEEL + 1          # one turn meets every slot
+        while tick <= current:
+            at = self.wheel[tick % WHEEL]
+            while at != NULL:
+                connection = <Connection>at
+                at = connection.timer_next
+                if connection.timer_tick <= current:
+                    due.append(connection)
+            tick += 1
+        self.ticked = current
+        for connection in due:
+            self.unlink_timer(connection)
+            if connection.fd < 0 or connection.why == T_NONE:
+                continue
+            if connection.deadline > self.now:
+                self.set_timer(connection, connection.why, connection.deadline)
+                continue
+            try:
+                connection.on_timeout()
+            except BaseException as error:
+                self.report(connection, error)
+
+    # -- exchanges ----------------------------------------------------------------------------------------------------
+
+    cdef Exchange take_exchange(self):
+        cdef Exchange x
+        if PyList_GET_SIZE(self.spare):
+            x = <Exchange>self.spare.pop()
+        else:
+            x = Exchange.__new__(Exchange)
+            x.slot = self.slot
+            x.buckets = self.buckets
+            x.reset()
+        self.exchanges += 1
+        return x
+
+    cdef void give_exchange(self, Exchange x):
+        self.exchanges -= 1
+        x.reset()
+        if PyList_GET_SIZE(self.spare) < SPARE_EXCHANGES:
+            self.spare.append(x)
+
+    cdef void run_parked(self):
+        """The slow lane: each waiting exchange's Python is called once; what suspends goes on as a task."""
+        cdef Exchange x
+        queue, self.parked = self.parked, []
+        for x, generation in queue:
+            if x.generation != generation or x.parked is None:
+                continue
+            try:
+                result = x.parked.park_answer(x) if x.answer_fields is not None else x.parked.park(x)
+            except BaseException as error:
+                self.resume(x, None, error)
+                continue
+            if hasattr(result, "__await__"):
+                self.spawn(x, result)
+            else:
+                self.resume(x, result, None)
+
+    def spawn(self, Exchange x, awaitable) -> None:
+        """Let an awaitable of a parked exchange run as a task; on_task() takes the exchange up again."""
+        generation = x.generation
+        x.task = task = start_task(self.loop, awaitable)
+        if task.done():
+            self.on_task(x, generation, task)
+        else:
+            task.add_done_callback(lambda done: self.on_task(x, generation, done))
+
+    def on_task(self, Exchange x, generation, task) -> None:
+        error = None if task.cancelled() else task.exception()
+        if x.generation != generation or x.task is not task:
+            return                              # the exchange ended meanwhile
+        x.task = None
+        self.now = cw_monotonic_us()
+        if task.cancelled():
+            import asyncio
+            error = asyncio.CancelledError()
+        self.resume(x, task.result() if error is None else None, error)
+
+    cdef int resume(self, Exchange x, object result, object error) except -1:
+        cdef Downstream connection = x.connection
+        cdef Step step = x.parked
+        cdef int verdict
+        x.parked = None
+        try:
+            verdict = step.resumed(x, result) if error is None else step.failed(x, error)
+            if x.upstream_connection is not None and x.answer_fields is not None:
+                (<UpstreamConnection>x.upstream_connection).answer_hooked(verdict)
+            elif verdict == STEP_ANSWERED:
+                connection.reply()
+                connection.advance()
+            else:
+                x.step += 1
+                connection.run_steps()
+                connection.advance()
+        except BaseException as failure:
+            self.report(connection, failure)
+        return 0
+
+    # -- pools --------------------------------------------------------------------------------------------------------
+
+    cdef UpstreamConnection obtain(self, Exchange x, bint fresh):
+        """A connection for the exchange: a proven idle one, or a new one on its way. None after refusing."""
+        cdef Endpoint endpoint = x.upstream.pick(self.now, x.endpoint if x.tries else None)
+        cdef UpstreamConnection connection
+        cdef bint safe = x.head.method == M_GET or x.head.method == M_HEAD or x.head.method == M_OPTIONS
+        if endpoint is None:
+            return None
+        x.endpoint = endpoint
+        while not fresh and endpoint.idle:
+            connection = <UpstreamConnection>endpoint.idle.pop()
+            # What must not be sent twice travels only on a connection that is alive right now, if it is the first of its
+            # client (nobody behind it could repeat it safely) or has been idle for a while.
+            if self.now - connection.born > x.upstream.keep_age_us or \
+                    (not safe and (x.first or self.now - connection.idle_since > 1000000) and not cw_silent(connection.fd)):
+                self.slot.counters[C_UPSTREAM_DISCARDED] += 1
+                connection.close()
+                continue
+            connection.reused = True
+            self.slot.counters[C_UPSTREAM_REUSED] += 1
+            return connection
+        return self.connect(x, endpoint)
+
+    cdef UpstreamConnection connect(self, Exchange x, Endpoint endpoint):
+        cdef UpstreamConnection connection
+        cdef int fd, result
+        cdef int turn = endpoint.turn
+        endpoint.turn = (turn + 1) % endpoint.count
+        fd = cw_socket(endpoint.addresses[turn].ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
+        if fd < 0:
+            return None
+        cw_nodelay(fd)
+        result = cw_connect(fd, <sockaddr*>&endpoint.addresses[turn], endpoint.lengths[turn])
+        if result < 0 and errno != EINPROGRESS:
+            cw_close(fd)
+            endpoint.down_until = self.now + 1000000
+            self.slot.counters[C_UPSTREAM_CONNECT_FAILURES] += 1
+            return None
+        connection = UpstreamConnection.__new__(UpstreamConnection)
+        connection.engine = self
+        connection.endpoint = endpoint
+        connection.upstream = x.upstream
+        connection.born = self.now
+        connection.state = U_CONNECTING if result < 0 else U_HEAD
+        self.register(connection, fd, WATCH)
+        self.slot.counters[C_UPSTREAM_CONNECTS] += 1
+        return connection
+
+
+def raise_it(error):
+    raise error
+
+
+def start_task(loop, awaitable):
+    """A task for the awaitable, run at once up to its first suspension where Python offers that (3.12 and newer)."""
+    import asyncio
+    import sys
+
+    async def wait():
+        return await awaitable
+
+    coroutine = awaitable if asyncio.iscoroutine(awaitable) else wait()
+    if sys.version_info >= (3, 12):
+        return asyncio.Task(coroutine, loop=loop, eager_start=True)
+    return loop.create_task(coroutine)

@@ -1,0 +1,520 @@
+# The upstream's side of the engine (included by engine.pyx).
+#
+# Strategy: a connection serves one exchange, then waits in its endpoint's pool until the next. It is pooled only when the
+# request was sent completely, the answer ended where its framing says, and nothing came behind it (the money rules in
+# docs/architecture.md). An answer's head is parsed into Engine.answer_head and written on in the same event.
+
+
+cdef class UpstreamConnection(Connection):
+    """A connection to an endpoint."""
+
+    cdef int on_events(self, uint32_t events) except -1:
+        cdef int result
+        cdef Downstream downstream
+        if self.state == U_IDLE:
+            # Closed by the other side, or bytes that nobody asked for: either way it carries no further exchange.
+            self.engine.slot.counters[C_UPSTREAM_DISCARDED] += 1
+            self.leave_pool()
+            return 0
+        if self.state == U_CONNECTING:
+            if events & (EPOLLOUT | EPOLLERR | EPOLLHUP):
+                return self.connected()
+            return 0
+        downstream = <Downstream>self.x.connection
+        if events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR):
+            self.ended = True
+        if events & EPOLLOUT:
+            self.writable = True
+            if self.out.end > self.out.start and not self.broken:
+                result = self.flush()
+                if result < 0:
+                    self.broken = True
+                    self.ended = True
+                elif result == 1 and not self.x.body.done:
+                    downstream.advance()
+                elif result == 1 and not self.x.answer_started:
+                    downstream.arm(T_UP_HEAD, self.x.route.head_us)
+        if events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR):
+            self.readable = True
+        if self.fd >= 0 and self.x is not None:
+            self.pump_answer()
+        return 0
+
+    cdef int on_timeout(self) except -1:
+        if self.state == U_IDLE:
+            self.leave_pool()
+        return 0
+
+    def moved(self, Endpoint endpoint, Upstream upstream) -> None:
+        """The pool of this idle connection belongs to a new snapshot's endpoint now."""
+        self.endpoint = endpoint
+        self.upstream = upstream
+
+    cdef void leave_pool(self):
+        if self in self.endpoint.idle:
+            self.endpoint.idle.remove(self)
+        self.close()
+
+    cdef void detach(self):
+        """Parts connection and exchange."""
+        if self.x is not None:
+            self.x.upstream_connection = None
+            self.x = None
+            self.endpoint.active -= 1
+            self.upstream.active -= 1
+
+    cdef void close_now(self):
+        """Whatever is under way on it: the client gets an answer or a reset."""
+        cdef Downstream downstream
+        if self.x is not None:
+            downstream = <Downstream>self.x.connection
+            self.detach()
+            self.close()
+            downstream.abort(True)
+        elif self.state == U_IDLE:
+            self.leave_pool()
+        else:
+            self.close()
+
+    cdef void close(self):
+        self.state = U_CLOSED
+        Connection.close(self)
+
+    # -- connecting and sending ---------------------------------------------------------------------------------------
+
+    cdef int connected(self) except -1:
+        if cw_socket_error(self.fd):
+            self.engine.slot.counters[C_UPSTREAM_CONNECT_FAILURES] += 1
+            return self.connect_failed(503, b"upstream-unreachable",
+                                       b"no endpoint of the upstream accepts connections; the request was not sent")
+        self.state = U_HEAD
+        self.writable = True
+        self.endpoint.down_until = 0
+        return self.send_request()
+
+    cdef int connect_failed(self, int status, bytes slug, bytes detail) except -1:
+        """Nothing was sent: another endpoint may have it, once."""
+        cdef Exchange x = self.x
+        cdef Downstream downstream = <Downstream>x.connection
+        self.endpoint.down_until = self.engine.now + 1000000
+        self.detach()
+        self.close()
+        if x.tries == 0 and x.upstream.retry_connect:
+            x.tries = 1
+            self.engine.slot.counters[C_RETRIES] += 1
+            downstream.attach(True)
+        else:
+            x.side = SIDE_UPSTREAM
+            x.refuse(status, slug, detail)
+            x.reply_headers = b"retry-after: 1\r\n"
+            downstream.reply()
+        return downstream.advance()
+
+    cdef int send_request(self) except -1:
+        """Head and what is there of the body, in one piece."""
+        cdef Exchange x = self.x
+        cdef Downstream downstream = <Downstream>x.connection
+        cdef char* out = self.engine.composed
+        cdef int n = compose_request(x, out, HEAD_ROOM)
+        cdef uint32_t body_at = x.body_at
+        cdef int64_t remaining = x.body.remaining
+        cdef int result
+        if n < 0:
+            return self.fail(500, b"head-too-large", b"the request head is too large after the policies' changes")
+        if x.collected is not None:
+            result = self.put(out, n)
+            if result == 0:
+                result = self.put(x.collected, len(x.collected))
+        else:
+            n = self.append_body(n)
+            result = self.put(out, n)
+        x.upstream_from = cw_monotonic_us()
+        self.engine.slot.counters[C_UPSTREAM_BYTES_OUT] += n
+        if result < 0:
+            if x.replayable and self.reused and x.tries == 0 and not x.sent:
+                # The kernel took no byte: the request provably never left. Once more, on a new connection.
+                x.body_at = body_at
+                x.body.remaining = remaining
+                if x.body.mode == BODY_LENGTH:
+                    x.body.done = remaining == 0 or x.collected is not None
+                return self.retry()
+            self.broken = True
+            self.readable = True
+        x.sent = True
+        if x.body.done:
+            downstream.arm(T_UP_HEAD, x.route.head_us)
+        else:
+            downstream.arm(T_BODY, downstream.listener.body_us)
+            if not self.broken:
+                downstream.pump_request()
+                return 0
+        if self.broken:
+            return self.pump_answer()
+        return 0
+
+    cdef int append_body(self, int n) except -1:
+        """Puts body bytes that came with the head behind composed[0:n), as far as they fit. Returns the new length."""
+        cdef Exchange x = self.x
+        cdef Downstream downstream = <Downstream>x.connection
+        cdef uint32_t there = downstream.inb.end - downstream.inb.start - x.body_at
+        cdef char* out = self.engine.composed
+        cdef int64_t take
+        if x.body.done or there == 0 or x.body.mode != BODY_LENGTH or there > COMPOSED - HEAD_ROOM:
+            return n
+        take = there if there < x.body.remaining else x.body.remaining
+        memcpy(out + n, downstream.inb.base + downstream.inb.start + x.body_at, take)
+        x.body_at += <uint32_t>take
+        x.body.remaining -= take
+        x.body.bytes += take
+        x.body.done = x.body.remaining == 0
+        return n + <int>take
+
+    cdef int retry(self) except -1:
+        cdef Downstream downstream = <Downstream>self.x.connection
+        self.x.tries = 1
+        self.engine.slot.counters[C_RETRIES] += 1
+        self.detach()
+        self.close()
+        return downstream.attach(True)
+
+    # -- the answer ---------------------------------------------------------------------------------------------------
+
+    cdef int pump_answer(self) except -1:
+        """Reads the answer and hands it on until it ends, the client is slower, or nothing is there."""
+        cdef Downstream downstream
+        cdef uint32_t want, there
+        cdef ssize_t n
+        cdef int piece
+        for piece in range(PIECES):
+            if self.fd < 0 or self.x is None or self.held:
+                return 0
+            if self.state == U_HEAD:
+                if self.read_answer_head() == 0:
+                    return 0
+                continue
+            downstream = <Downstream>self.x.connection
+            if downstream.out.end > downstream.out.start:
+                downstream.arm(T_WRITE, downstream.listener.write_us)
+                return 0
+            there = self.inb.end - self.inb.start
+            if there:
+                if self.take_answer(self.inb.base + self.inb.start, there):
+                    return 0
+                buffer_release(&self.inb)
+                continue
+            if not self.readable:
+                return 0
+            want = SCRATCH
+            if self.x.answer.mode == BODY_LENGTH and self.x.answer.remaining < SCRATCH:
+                want = <uint32_t>self.x.answer.remaining
+            n = cw_recv(self.fd, self.engine.scratch, want)
+            if n == -EAGAIN:
+                self.readable = False
+                return 0
+            if n <= 0:
+                return self.lost(<int>-n)
+            if n < want and not self.ended:
+                self.readable = False
+            downstream.arm(T_UP_IDLE, self.x.route.idle_us)
+            if self.take_answer(self.engine.scratch, <uint32_t>n):
+                return 0
+        if not self.queued:
+            self.queued = True
+            self.engine.again.append(self)
+        return 0
+
+    cdef int read_answer_head(self) except -1:
+        """1 when something was done, 0 when bytes are missing or the exchange is over."""
+        cdef int result
+        cdef uint32_t room
+        cdef ssize_t n
+        cdef Head* head = self.engine.answer_head
+        if not self.readable and not (self.pending and self.inb.end > self.inb.start):
+            return 0
+        if self.readable:
+            if buffer_reserve(&self.inb, 4096) < 0:
+                return self.fail(502, b"upstream-bad-answer", b"out of memory")
+            room = self.inb.cap - self.inb.end
+            n = cw_recv(self.fd, self.inb.base + self.inb.end, room)
+            if n == -EAGAIN:
+                self.readable = False
+                if not self.pending:
+                    return 0
+            elif n <= 0:
+                return self.lost(<int>-n)
+            else:
+                self.inb.end += <uint32_t>n
+                if n < room and not self.ended:
+                    self.readable = False
+        self.pending = False
+        head_reset(head)
+        result = parse_response(self.inb.base + self.inb.start, self.inb.end - self.inb.start, head, &ANSWER_LIMITS)
+        if result == 0:
+            return 1
+        if result < 0:
+            self.engine.slot.counters[C_UPSTREAM_BAD] += 1
+            return self.fail(502, b"upstream-bad-answer", b"the upstream's answer is malformed; the request may have been executed")
+        return self.take_head(result)
+
+    cdef int take_head(self, int length) except -1:
+        cdef Exchange x = self.x
+        cdef Downstream downstream = <Downstream>x.connection
+        cdef Head* head = self.engine.answer_head
+        cdef int n
+        if head.status >= 200:
+            self.head_length = length
+            self.start_answer(head)
+            return 1
+        x.informational += 1
+        if head.status == 101 or x.informational > INFORMATIONAL_MAX:
+            self.engine.slot.counters[C_UPSTREAM_BAD] += 1
+            return self.fail(502, b"upstream-bad-answer", b"the upstream switched protocols unasked, or sent too many 1xx answers")
+        # A 100 that we gave ourselves, or that an old client cannot understand, ends here (RFC 9110 15.2).
+        if x.head.minor == 1 and not (head.status == 100 and not (x.head.expect and x.collected is None)):
+            n = compose_informational(head, self.engine.composed, HEAD_ROOM)
+            if n > 0 and downstream.put(self.engine.composed, n) < 0:
+                downstream.gone()
+                return 0
+        buffer_consume(&self.inb, length)
+        self.pending = self.inb.end > self.inb.start
+        return 1
+
+    cdef int start_answer(self, Head* head) except -1:
+        """The final answer's head: framing on both sides, hooks, then head and first bytes of the body in one piece."""
+        cdef Exchange x = self.x
+        cdef Downstream downstream = <Downstream>x.connection
+        x.status = head.status
+        memset(&x.answer, 0, sizeof(Body))
+        if x.head.method == M_HEAD or head.status == 204 or head.status == 304:
+            x.answer.done = True
+        elif head.chunked:
+            x.answer.mode = BODY_CHUNKED
+            x.answer.out = BODY_CHUNKED
+        elif head.content_length >= 0:
+            x.answer.mode = x.answer.out = BODY_LENGTH
+            x.answer.remaining = head.content_length
+            x.answer.done = head.content_length == 0
+        else:
+            x.answer.mode = BODY_CLOSE
+            x.answer.out = BODY_CHUNKED
+        if x.answer.out == BODY_CHUNKED and x.head.minor == 0:
+            x.answer.out = BODY_CLOSE
+            x.keep_alive = False
+        self.keep = (not head.close if head.minor else head.keep_alive and not head.close) and x.answer.mode != BODY_CLOSE
+        if not x.body.done or self.engine.draining:
+            x.keep_alive = False
+        if x.answer_hook < len(x.route.response_hooks):
+            return self.hold(head)
+        return self.send_answer(head)
+
+    cdef int send_answer(self, Head* head) except -1:
+        cdef Exchange x = self.x
+        cdef Downstream downstream = <Downstream>x.connection
+        cdef char* out = self.engine.composed
+        cdef int n = compose_answer(x, head, out, HEAD_ROOM)
+        cdef int64_t take = 0
+        if n < 0:
+            return self.fail(502, b"upstream-bad-answer", b"the upstream's answer head is too large")
+        buffer_consume(&self.inb, self.head_length)
+        x.answer_started = True
+        self.state = U_BODY
+        if x.answer.mode == BODY_LENGTH and self.inb.end > self.inb.start:
+            take = self.inb.end - self.inb.start
+            if take > x.answer.remaining:
+                take = x.answer.remaining
+            memcpy(out + n, self.inb.base + self.inb.start, take)
+            n += <int>take
+            x.answer.remaining -= take
+            x.answer.bytes += take
+            x.answer.done = x.answer.remaining == 0
+            buffer_consume(&self.inb, <uint32_t>take)
+        elif x.answer.mode == BODY_CHUNKED and self.inb.end > self.inb.start:
+            take = self.decode_behind(out, &n)
+            if take < 0:
+                return 0
+        if downstream.put(out, n) < 0:
+            downstream.gone()
+            return 0
+        self.engine.slot.counters[C_BYTES_OUT] += n
+        if x.answer.done:
+            return self.end_of_answer()
+        if self.inb.end == self.inb.start:
+            buffer_release(&self.inb)
+        downstream.arm(T_UP_IDLE, x.route.idle_us)
+        return 1
+
+    cdef int64_t decode_behind(self, char* out, int* n) except -2:
+        """Appends the chunked body bytes that came with the head to out[0:*n), framed for the client. -1 when it failed."""
+        cdef Exchange x = self.x
+        cdef char* data = self.inb.base + self.inb.start
+        cdef uint32_t there = self.inb.end - self.inb.start
+        cdef uint32_t used = 0
+        cdef int64_t payload
+        if there > COMPOSED - HEAD_ROOM - 64:
+            return 0
+        payload = chunked_decode(&x.answer.chunked, data, there, &used)
+        if payload < 0:
+            self.engine.slot.counters[C_UPSTREAM_BAD] += 1
+            x.answer_started = False                # the head is not sent yet: a clear 502 instead of a cut answer
+            self.fail(502, b"upstream-bad-answer", b"the upstream's answer is malformed; the request may have been executed")
+            return -1
+        x.answer.bytes += payload
+        x.answer.done = x.answer.chunked.state == CHUNK_DONE
+        if x.answer.out == BODY_CHUNKED:
+            if payload:
+                n[0] += <int>cw_put_hex(out + n[0], payload)
+                memcpy(out + n[0], b"\r\n", 2)
+                memcpy(out + n[0] + 2, data, payload)
+                memcpy(out + n[0] + 2 + payload, b"\r\n", 2)
+                n[0] += <int>payload + 4
+            if x.answer.done:
+                memcpy(out + n[0], b"0\r\n\r\n", 5)
+                n[0] += 5
+                self.terminated = True
+        else:
+            memcpy(out + n[0], data, payload)
+            n[0] += <int>payload
+        buffer_consume(&self.inb, used)
+        return payload
+
+    cdef int take_answer(self, char* data, uint32_t n) except -1:
+        """Unframes answer bytes and hands the payload to the client. 1 when the exchange is over."""
+        cdef Exchange x = self.x
+        cdef Downstream downstream = <Downstream>x.connection
+        cdef uint32_t used = n
+        cdef int64_t payload = n
+        cdef int result
+        self.engine.slot.counters[C_UPSTREAM_BYTES_IN] += n
+        if x.answer.mode == BODY_LENGTH:
+            if payload > x.answer.remaining:
+                payload = x.answer.remaining
+            x.answer.remaining -= payload
+            used = <uint32_t>payload
+            x.answer.done = x.answer.remaining == 0
+        elif x.answer.mode == BODY_CHUNKED:
+            payload = chunked_decode(&x.answer.chunked, data, n, &used)
+            if payload < 0:
+                self.engine.slot.counters[C_UPSTREAM_BAD] += 1
+                self.fail(502, b"upstream-bad-answer", b"the upstream's answer is malformed")
+                return 1
+            x.answer.done = x.answer.chunked.state == CHUNK_DONE
+        if used < n:
+            self.keep = False                       # bytes behind the answer: nobody asked for them
+        x.answer.bytes += payload
+        self.engine.slot.counters[C_BYTES_OUT] += payload
+        result = downstream.put_chunk(data, <uint32_t>payload) if x.answer.out == BODY_CHUNKED else \
+            downstream.put(data, <uint32_t>payload)
+        if result < 0:
+            downstream.gone()
+            return 1
+        if x.answer.done:
+            self.end_of_answer()
+            return 1
+        return 0
+
+    cdef int end_of_answer(self) except -1:
+        """The answer is complete: finish it towards the client, keep or close the connection, go on with the client."""
+        cdef Exchange x = self.x
+        cdef Downstream downstream = <Downstream>x.connection
+        if x.answer.out == BODY_CHUNKED and not self.terminated and downstream.put(b"0\r\n\r\n", 5) < 0:
+            downstream.gone()
+            return 0
+        self.terminated = False
+        x.upstream_us = cw_monotonic_us() - x.upstream_from
+        self.release()
+        downstream.answered()
+        downstream.advance()
+        return 0
+
+    cdef void release(self):
+        """To the pool, if nothing is owed in either direction, else to its end."""
+        cdef Exchange x = self.x
+        cdef bint keep = self.keep and x.body.done and not self.broken and not self.ended and \
+            self.out.end == self.out.start and self.inb.end == self.inb.start
+        cdef UpstreamConnection oldest
+        self.detach()
+        # After a short read nothing more is there; after a full one, look.
+        if keep and self.readable and not cw_silent(self.fd):
+            keep = False
+        if not keep:
+            self.close()
+            return
+        buffer_release(&self.inb)
+        self.readable = False
+        self.state = U_IDLE
+        self.idle_since = self.engine.now
+        self.endpoint.idle.append(self)
+        self.engine.set_timer(self, T_POOL, self.engine.now + self.upstream.keep_idle_us)
+        if PyList_GET_SIZE(self.endpoint.idle) > self.upstream.keep_max:
+            oldest = <UpstreamConnection>self.endpoint.idle[0]
+            oldest.leave_pool()
+
+    # -- hooks on the answer ------------------------------------------------------------------------------------------
+
+    cdef int hold(self, Head* head) except -1:
+        """Response hooks want to see it: its fields become Python objects, reading stops, the slow lane goes on."""
+        cdef Exchange x = self.x
+        cdef int i
+        if x.answer_fields is None:
+            x.answer_fields = [(head.base[head.fields[i].name:head.fields[i].name + head.fields[i].name_len],
+                                head.base[head.fields[i].value:head.fields[i].value + head.fields[i].value_len])
+                               for i in range(head.count)]
+        self.held = True
+        x.parked = <Step>x.route.response_hooks[x.answer_hook]
+        self.engine.parked.append((x, x.generation))
+        return 1
+
+    cdef int answer_hooked(self, int verdict) except -1:
+        """A response hook said its word."""
+        cdef Exchange x = self.x
+        cdef Downstream downstream = <Downstream>x.connection
+        cdef Head* head = self.engine.answer_head
+        self.held = False
+        x.answer_hook += 1
+        if verdict == STEP_ANSWERED:
+            x.answer_fields = None
+            downstream.drop_upstream()
+            downstream.reply()
+            return downstream.advance()
+        head_reset(head)
+        if parse_response(self.inb.base + self.inb.start, self.inb.end - self.inb.start, head, &ANSWER_LIMITS) <= 0:
+            return self.fail(502, b"upstream-bad-answer", b"the upstream's answer is malformed")
+        if x.answer_hook < len(x.route.response_hooks):
+            return self.hold(head)
+        if self.send_answer(head) == 1:
+            self.pump_answer()
+        return 0
+
+    # -- failures -----------------------------------------------------------------------------------------------------
+
+    cdef int lost(self, int error) except -1:
+        """The connection ended (error 0) or broke before the answer was complete. Returns 0: the exchange is over here."""
+        cdef Exchange x = self.x
+        self.ended = True
+        if self.state == U_BODY:
+            if x.answer.mode == BODY_CLOSE and error == 0:
+                x.answer.done = True
+                return self.end_of_answer()
+            self.engine.slot.counters[C_UPSTREAM_RESETS] += 1
+            return self.fail(502, b"upstream-closed", b"the upstream closed the connection in the middle of its answer")
+        self.engine.slot.counters[C_UPSTREAM_RESETS] += 1
+        if self.reused and x.replayable and x.tries == 0 and x.informational == 0 and self.inb.end == self.inb.start and \
+                x.body.mode == BODY_NONE and x.head.method in (M_GET, M_HEAD, M_OPTIONS):
+            # The keep-alive race: safe methods without a body may be sent again (RFC 9110 9.2.2), once.
+            return self.retry()
+        return self.fail(502, b"upstream-closed",
+                         b"the upstream closed the connection before it answered; the request may have been executed")
+
+    cdef int fail(self, int status, bytes slug, bytes detail) except -1:
+        """The upstream's failure: an answer that says so, or a cut one when its head is out already. Always 0."""
+        cdef Exchange x = self.x
+        cdef Downstream downstream = <Downstream>x.connection
+        x.side = SIDE_UPSTREAM
+        self.detach()
+        self.close()
+        if x.answer_started:
+            downstream.abort(True)
+        else:
+            downstream.refuse(status, slug, detail)
+            downstream.advance()
+        return 0
