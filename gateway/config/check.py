@@ -1,0 +1,294 @@
+"""What is legal for the schema but cannot be meant, or cannot work on this machine.
+
+Strategy: small checks over the loaded model, each with its own place in the file; errors refuse the configuration
+(`load` runs these too), warnings are for a person. Nothing is bound, connected to or fetched.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from gateway.config.cpus import available_cpus
+from gateway.config.hooks import check_hook
+from gateway.config.keyfile import MAX_JWKS, check_jwks, read_file
+from gateway.config.names import check_names
+from gateway.config.overlaps import check_overlaps
+from gateway.config.policies import Jwt, Policy, Python
+from gateway.config.schema import Config, Route
+from gateway.config.source import Document, Key
+from gateway.config.web import Bind, parameters
+from gateway.errors import Problem
+
+Place = tuple[Key, ...]
+
+# A second one of these in the same route would contradict the first or do nothing.
+_SINGLE = ("jwt", "api_key", "rewrite", "cors", "limits")
+
+
+def findings(config: Config) -> list[Problem]:
+    """Return what is wrong or doubtful in a loaded configuration, in file order. Binds and fetches nothing."""
+    document = config.document
+    document.problems = []
+    check_names(document)
+    _binds(config, document)
+    _admin(config, document)
+    _machine(config, document)
+    for place, policy in _all_policies(config):
+        _files(policy, place, document)
+    for number, route in enumerate(config.routes):
+        _route(config, number, route, document)
+    check_overlaps(config)
+    _unused(config, document)
+    found, document.problems = document.problems, []
+    return sorted(found, key=lambda problem: (problem.line, problem.column))
+
+
+def _all_policies(config: Config) -> list[tuple[Place, Policy]]:
+    """Return every policy that the file writes out, with its place."""
+    places: list[tuple[Place, Policy]] = [(("policies", name), policy) for name, policy in config.policies.items()]
+    for number, route in enumerate(config.routes):
+        for index, use in enumerate(route.policies):
+            if use.inline is not None:
+                places.append((("routes", number, "policies", index), use.inline))
+    return places
+
+
+def route_policies(config: Config, number: int) -> list[tuple[Place, Policy]]:
+    """Return a route's policies with the places where the route names them; unknown names are left out."""
+    found: list[tuple[Place, Policy]] = []
+    for index, use in enumerate(config.routes[number].policies):
+        policy = use.inline if use.inline is not None else config.policies.get(use.use or "")
+        if policy is not None:
+            found.append((("routes", number, "policies", index), policy))
+    return found
+
+
+# -- listeners, admin, machine
+
+
+def _binds(config: Config, document: Document) -> None:
+    binds: list[tuple[Place, Bind]] = (
+        [(("admin", "bind"), config.admin.bind)] if document.has(("admin",)) else [(("admin",), config.admin.bind)]
+    )
+    binds += [(("listeners", name, "bind"), listener.bind) for name, listener in config.listeners.items()]
+    for index, (place, bind) in enumerate(binds):
+        for other_place, other in binds[:index]:
+            if _conflict(bind, other):
+                owner = ".".join(map(str, other_place[:-1] if other_place[-1] == "bind" else other_place))
+                line = document.spot(other_place).line
+                where = f" (line {line})" if document.has(other_place) else " (its default)"
+                document.report(
+                    place, f"{document.show(place, bind)} is taken by {owner}{where}", "give each its own port"
+                )
+                break
+        if bind.unix and not Path(bind.path).parent.is_dir():
+            document.report(
+                place, "the folder of the Unix socket does not exist", f"create it: mkdir -p {Path(bind.path).parent}"
+            )
+
+
+def _conflict(one: Bind, other: Bind) -> bool:
+    if one.unix or other.unix:
+        return one.unix and other.unix and one.path == other.path
+    if one.port == 0 or one.port != other.port:
+        return False
+    same_family = (":" in one.host) == (":" in other.host)
+    return one.host == other.host or ((one.wildcard or other.wildcard) and same_family)
+
+
+def _admin(config: Config, document: Document) -> None:
+    admin = config.admin
+    if admin.token is None and not admin.bind.loopback:
+        document.report(
+            ("admin", "bind"),
+            "the admin endpoint is open to the network without a token",
+            "add `token: ${env:NAME}` under admin, or bind it to 127.0.0.1 or unix:/path",
+        )
+    for name, listener in config.listeners.items():
+        at = ("listeners", name, "trusted_proxies")
+        for index, network in enumerate(listener.trusted_proxies):
+            if network.prefixlen == 0:
+                document.warn(
+                    (*at, index),
+                    "every client is trusted to say who it is",
+                    "list the proxies in front of this gateway",
+                )
+        if listener.proxy_protocol == "optional":
+            document.warn(
+                ("listeners", name, "proxy_protocol"),
+                "any client can claim any address with an optional PROXY header",
+                "use `required` behind a balancer that sends it, else `off`",
+            )
+
+
+def _machine(config: Config, document: Document) -> None:
+    cpus = available_cpus()
+    if isinstance(config.workers, int) and config.workers > cpus:
+        document.warn(
+            ("workers",),
+            f"{config.workers} workers on {cpus} available CPU{'s' if cpus > 1 else ''}",
+            "use `auto`, which follows affinity and the cgroup's quota",
+        )
+    if config.log.file is not None:
+        _folder(config.log.file, ("log", "file"), document)
+
+
+def _folder(path: Path, place: Place, document: Document) -> None:
+    if path.is_dir():
+        document.report(place, "this is a folder, not a file", "name a file in it")
+    elif not path.parent.is_dir():
+        document.report(place, "the folder of this file does not exist", f"create it: mkdir -p {path.parent}")
+    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+        document.report(
+            place, "this file cannot be written by this user", "change its owner or mode, or choose another place"
+        )
+
+
+# -- what policies refer to
+
+
+def _files(policy: Policy, place: Place, document: Document) -> None:
+    settings = policy.settings
+    if policy.audit is not None:
+        _folder(policy.audit.file, (*place, "audit", "file"), document)
+    elif isinstance(settings, Jwt):
+        _keys(settings, (*place, "jwt"), document)
+    elif isinstance(settings, Python):
+        check_hook(settings, (*place, "python"), document)
+
+
+def _keys(jwt: Jwt, place: Place, document: Document) -> None:
+    path = jwt.keys_file
+    at = (*place, "keys")
+    if jwt.leeway == 0:
+        document.warn(
+            (*place, "leeway"),
+            "no leeway: a token of an issuer whose clock is ahead by a moment is refused",
+            "30s is usual",
+        )
+    if path is None:
+        return
+    try:
+        content = read_file(path, MAX_JWKS)
+    except OSError as error:
+        document.report(at, f"cannot read the keys: {error.strerror}", f"put the issuer's JWKS there: {path}")
+        return
+    document.files[f"file:{path}"] = content
+    errors, warnings = check_jwks(content, jwt.algorithms)
+    for message in errors:
+        document.report(at, f"the key file {message}", "fetch the issuer's JWKS again")
+    for message in warnings:
+        document.warn(at, f"the key file's {message}", "")
+
+
+# -- routes and their policies
+
+
+def _route(config: Config, number: int, route: Route, document: Document) -> None:
+    place: Place = ("routes", number)
+    used = route_policies(config, number)
+    first: dict[str, Place] = {}
+    for at, policy in used:
+        if policy.kind in _SINGLE and policy.kind in first:
+            document.report(
+                at,
+                f"a second {policy.kind} policy in this route",
+                f"the first is at line {document.spot(first[policy.kind]).line}; keep one",
+            )
+        first.setdefault(policy.kind, at)
+    hooked = "python" in first  # a hook may be what identifies the caller
+    identified = "jwt" in first or "api_key" in first or hooked
+    for at, policy in used:
+        if policy.kind == "scopes" and not identified:
+            document.report(
+                at, "scopes without a policy that says who calls", "add a jwt or api_key policy to this route"
+            )
+        if policy.kind == "claims" and not ("jwt" in first or hooked):
+            document.report(at, "claims without a token to carry them", "add a jwt policy to this route")
+        if policy.rate_limit is not None and policy.rate_limit.key == "client" and not identified:
+            document.report(
+                at,
+                "a limit by client without a policy that says who calls",
+                "add a jwt or api_key policy to this route, or use `key: ip`",
+            )
+        if policy.rewrite is not None:
+            _rewrite(route, policy, at, document)
+        if policy.cors is not None and route.match.methods is not None and "OPTIONS" not in route.match.methods:
+            document.warn(
+                (*place, "match", "methods"),
+                "a cors policy, but this route does not take the preflight's OPTIONS",
+                "add OPTIONS to `methods`",
+            )
+    upstream = config.upstreams.get(route.upstream)
+    total = route.timeouts.total or (upstream.timeouts.total if upstream else None)
+    for phase in ("head", "idle"):
+        limit = getattr(route.timeouts, phase)
+        if limit is not None and total is not None and limit > total:
+            document.warn(
+                (*place, "timeouts", phase),
+                f"longer than the total of {total:g}s, which ends the exchange first",
+                "raise `total`, or lower this",
+            )
+    _reachable(config, route, place, document)
+
+
+def _rewrite(route: Route, policy: Policy, at: Place, document: Document) -> None:
+    rewrite = policy.rewrite
+    assert rewrite is not None
+    if rewrite.prefix is not None and route.match.prefix is None:
+        document.report(
+            at,
+            "a rewrite of the prefix, but this route matches by `path`",
+            "use `rewrite: {path: ...}`, or match by `prefix`",
+        )
+    missing = [name for name in parameters(rewrite.path or "") if name not in route.match.parameters]
+    if missing:
+        has = ", ".join(route.match.parameters) or "none"
+        shown = "" if document.spot((*at, "rewrite", "path")).resolved else f" {{{missing[0]}}}"
+        document.report(
+            at, f"the rewritten path uses a parameter{shown} that the route's match does not have", f"it has: {has}"
+        )
+
+
+def _reachable(config: Config, route: Route, place: Place, document: Document) -> None:
+    names = route.listeners or tuple(config.listeners)
+    targets = [config.listeners[name].limits.target for name in names if name in config.listeners]
+    key = "path" if route.match.path is not None else "prefix"
+    if targets and len(route.match.path or route.match.prefix or "") > max(targets):
+        document.warn(
+            (*place, "match", key),
+            "unreachable: the path is longer than the listener's limit of the target",
+            "raise `limits: {target: ...}`",
+        )
+
+
+def _unused(config: Config, document: Document) -> None:
+    policies = {use.use for route in config.routes for use in route.policies if use.use is not None}
+    for name, policy in config.policies.items():
+        if name not in policies:
+            document.warn(
+                ("policies", name),
+                f"policy '{name}' is used by no route",
+                f"use it, or remove it (a {policy.kind} policy)",
+                key=True,
+            )
+    upstreams = {route.upstream for route in config.routes}
+    for name in config.upstreams:
+        if name not in upstreams:
+            document.warn(
+                ("upstreams", name),
+                f"upstream '{name}' is used by no route",
+                "use it, or remove it",
+                key=True,
+            )
+    if not any(route.listeners is None for route in config.routes):
+        offered = {name for route in config.routes for name in route.listeners or ()}
+        for name in config.listeners:
+            if name not in offered:
+                document.warn(
+                    ("listeners", name),
+                    f"listener '{name}' offers no route: it answers 404 to everything",
+                    "name it in a route's `listeners`, or remove it",
+                    key=True,
+                )

@@ -1,0 +1,198 @@
+"""Read a configuration file and return it, or every problem that it has.
+
+Strategy: parse with places, validate with pydantic, translate each of its errors into a sentence about this file (its
+own texts speak of Python), check names on the raw data even when the schema failed, and what remains semantic on the
+model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from gateway.config.base import Model, _key
+from gateway.config.check import findings
+from gateway.config.names import check_names
+from gateway.config.schema import Config
+from gateway.config.source import Document, Resolved
+from gateway.errors import ConfigError, Problem
+
+Loc = tuple[str | int, ...]
+
+_SHAPES = {
+    "dict_type": ("a mapping", "write `key: value` lines below it, or {key: value}"),
+    "model_type": ("a mapping", "write `key: value` lines below it, or {key: value}"),
+    "model_attributes_type": ("a mapping", "write `key: value` lines below it, or {key: value}"),
+    "tuple_type": ("a list", "write [item, item], or a line `- item` for each"),
+    "list_type": ("a list", "write [item, item], or a line `- item` for each"),
+    "string_type": ("text", 'quote it if it looks like a number: "5"'),
+}
+
+
+def load(path: str | Path) -> Config:
+    """Return the configuration in the file at `path`.
+
+    Raises ConfigError with every problem, sorted by place, when there is an error among them. Reads the files that the
+    configuration names (secrets, key files) and imports its Python policies; binds and fetches nothing.
+    """
+    document = Document(path)
+    document.read()
+    if document.data is None:
+        raise ConfigError(document.problems or [Problem(document.name, 1, 1, "empty: there is no configuration in it")])
+    context: dict[str, Any] = {"base": document.base, "models": {}, "documents": []}
+    config: Config | None = None
+    try:
+        config = Config.model_validate(document.data, context=context)
+    except ValidationError as error:
+        for details in error.errors(include_url=False):
+            _translate(document, details, context["models"])
+    others: list[Document] = context["documents"]
+    problems = [*document.problems, *(problem for other in others for problem in other.problems)]
+    for other in others:
+        document.files |= {f"file:{other.path}": other._content, **other.files}
+    if config is None:
+        document.problems.clear()
+        check_names(document)
+        raise ConfigError(_sorted([*problems, *document.problems]))
+    document.problems.clear()
+    config._document = document
+    problems += findings(config)
+    if any(problem.severity == "error" for problem in problems):
+        raise ConfigError(_sorted(problems))
+    config._digest = document.digest()
+    return config
+
+
+def _sorted(problems: Sequence[Problem]) -> list[Problem]:
+    unique = dict.fromkeys(problems)
+    return sorted(unique, key=lambda problem: (problem.file, problem.line, problem.column))
+
+
+def _raw(document: Document, path: Loc) -> tuple[Any, Loc]:
+    """Return the value in the file along `path`, skipping names that shorthands made, and the path without them."""
+    value: Any = document.data
+    real: list[str | int] = []
+    for key in path:
+        if isinstance(value, dict) and isinstance(key, str) and key in value:  # noqa: SIM114 - mypy needs both
+            value = value[key]
+        elif isinstance(value, list) and isinstance(key, int) and key < len(value):
+            value = value[key]
+        else:
+            continue
+        real.append(key)
+    return value, tuple(real)
+
+
+def _spell(path: Loc) -> str:
+    """Return a path as a person writes it: routes[0].match."""
+    text = ""
+    for key in path:
+        text += f"[{key}]" if isinstance(key, int) else f".{key}" if text else str(key)
+    return text
+
+
+def _translate(document: Document, error: ErrorDetails, models: dict[int, type[Model]]) -> None:
+    """Turn one pydantic error into a problem of the document."""
+    kind, loc, context = error["type"], tuple(error["loc"]), error.get("ctx", {})
+    if kind == "extra_forbidden":
+        _unknown(document, loc, models)
+        return
+    if kind == "missing":
+        _missing(document, loc, models)
+        return
+    loc += tuple(context.get("at", ()))
+    at_key = bool(loc) and loc[-1] == "[key]"
+    value, path = _raw(document, loc[:-1] if at_key else loc)
+    if at_key:
+        value = path[-1] if path else ""
+    if document.spot(path).broken or (kind == "too_short" and value):
+        return  # an undefined reference, or a list of which pydantic counts the good items only
+    message, hint = _sentence(kind, error["msg"], context, value)
+    shown = path if path else ("the file",)
+    got = f", got {_short(value)}" if kind == "crossway" or kind in _SHAPES or kind == "literal_error" else ""
+    if isinstance(value, (dict, list)) and kind == "crossway":
+        got = ""
+    if _is_secret(path, models, document):
+        got = "" if isinstance(value, str) else got
+    detail = str(context.get("detail", ""))
+    if detail and not document.spot(path).resolved:
+        got = f"{got} ({detail})"
+    document.report(path, f"{_spell(shown)}: {message}{got}", hint, key=at_key)
+
+
+def _sentence(kind: str, text: str, context: dict[str, Any], value: Any) -> tuple[str, str]:
+    """Return (message, hint) for an error that is neither an unknown nor a missing key."""
+    if kind == "crossway":
+        return str(context["message"]), str(context["hint"])
+    if kind in _SHAPES:
+        return f"expected {_SHAPES[kind][0]}", _SHAPES[kind][1]
+    if kind == "literal_error":
+        choices = [choice.strip("'") for choice in str(context["expected"]).replace(" or ", ", ").split(", ")]
+        near = _near(value, choices)
+        listed = choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}"
+        return f"expected {listed}", near or f"write {listed}"
+    if kind in ("too_short", "string_too_short"):
+        return "must not be empty", "list at least one"
+    if kind in ("greater_than_equal", "less_than_equal"):
+        bound = context.get("ge", context.get("le"))
+        word = "least" if kind == "greater_than_equal" else "most"
+        return f"must be at {word} {bound}", f"write a number that is at {word} {bound}"
+    return text[:1].lower() + text[1:], "docs/configuration.md describes what may stand here"
+
+
+def _near(name: Any, choices: Sequence[str]) -> str:
+    if isinstance(name, Resolved) or not isinstance(name, str):
+        return ""
+    close = get_close_matches(name.lower(), [choice.lower() for choice in choices], 1, 0.6)
+    return next((f"did you mean '{choice}'?" for choice in choices if close and choice.lower() == close[0]), "")
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    if isinstance(value, (dict, list)):
+        return "a mapping" if isinstance(value, dict) else "a list"
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}...'"
+
+
+def _class_at(document: Document, path: Loc, models: dict[int, type[Model]]) -> type[Model] | None:
+    value, _ = _raw(document, path)
+    return models.get(id(value)) if isinstance(value, dict) else None
+
+
+def _is_secret(path: Loc, models: dict[int, type[Model]], document: Document) -> bool:
+    """Tell whether the schema calls the value at `path` a secret."""
+    model = _class_at(document, path[:-1], models) if path else None
+    field = model.model_fields.get(str(path[-1])) if model is not None else None
+    return field is not None and "SecretStr" in str(field.annotation)
+
+
+def _unknown(document: Document, loc: Loc, models: dict[int, type[Model]]) -> None:
+    model = _class_at(document, loc[:-1], models)
+    known = [_key(model, name) for name in model.model_fields] if model is not None else []
+    _, parent = _raw(document, loc[:-1])
+    where = _spell(parent) or "the top level"
+    name = str(loc[-1])
+    hint = _near(name, known) or f"known here: {', '.join(known)}"
+    document.report((*parent, name), f"unknown key {name!r} in {where}", hint, key=True)
+
+
+def _missing(document: Document, loc: Loc, models: dict[int, type[Model]]) -> None:
+    model = _class_at(document, loc[:-1], models)
+    name = str(loc[-1])
+    _, parent = _raw(document, loc[:-1])
+    about = ""
+    if model is not None:
+        about = next(
+            (field.description or "" for key, field in model.model_fields.items() if _key(model, key) == name), ""
+        )
+    where = _spell(parent) or "the file"
+    document.report(parent, f"missing key {name!r} in {where}", f"add `{name}:` {about}".rstrip())

@@ -1,0 +1,321 @@
+"""The schema of the configuration file, from its top level down to a route.
+
+Strategy: one frozen model per mapping, defaults written as the file would write them; cross-field rules that need
+nothing but the mapping itself live here, everything that looks further is in `check`. Names are a contract: extended,
+never renamed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import ConfigDict, Field, PrivateAttr, model_validator
+from pydantic.functional_validators import BeforeValidator
+from pydantic.json_schema import WithJsonSchema
+
+from gateway.config.base import Model, Shorthand, listed, needed, part, setting
+from gateway.config.policies import Policy, PolicyRef
+from gateway.config.source import Document, Path_
+from gateway.config.values import Deadline, Duration, FilePath, Flag, Int, Name, Secret, Size, Text, Workers, fault
+from gateway.config.web import (
+    Address,
+    AddressText,
+    BindText,
+    FieldName,
+    HostPattern,
+    MatchValue,
+    Method,
+    Network,
+    Prefix,
+    Template,
+    parameters,
+    parse_address,
+    parse_host_pattern,
+)
+
+MAX_FIELDS = 256  # the engine's header table has this many rows
+
+
+class Drain(Model):
+    """How a worker stops: readiness off, wait, stop accepting, finish what is in flight."""
+
+    delay: Duration = setting("0s", "time between readiness going off and the end of accepting; 5s in Kubernetes")
+    deadline: Deadline = setting("30s", "longest time for what is in flight")
+
+
+class Log(Model):
+    """Where the gateway's own log goes."""
+
+    level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe level that is written")
+    file: FilePath | None = setting(None, "file of the log, reopened on SIGUSR1; default: standard error")
+
+
+class Admin(Model):
+    """The admin endpoint: health, metrics, status, reload."""
+
+    bind: BindText = setting(
+        "127.0.0.1:9900", "where it listens; anything but loopback or a Unix socket demands a token"
+    )
+    token: Secret | None = setting(None, "bearer token that callers must present")
+
+
+class ListenerTimeouts(Model):
+    """How long a listener waits for its client."""
+
+    head: Deadline = setting("10s", "for a complete request head; 408 after it")
+    body: Deadline = setting("30s", "without a byte of the body; 408 after it")
+    keepalive: Deadline = setting("75s", "for the next request on an idle connection")
+    write: Deadline = setting("30s", "without the client taking a byte of the response")
+
+
+class ListenerLimits(Model):
+    """How much a client may send."""
+
+    head: Size = setting("32KiB", "whole request head; 431 above it")
+    fields: Int = Field(default=100, ge=1, le=MAX_FIELDS, description="header fields in a request; 431 above it")
+    target: Size = setting("8KiB", "request target; 414 above it")
+    body: Size = setting("1MiB", "request body unless the route says otherwise; 413 above it")
+    requests: Int = Field(default=10_000, ge=1, description="requests on one connection before it is closed")
+    connections: Int = Field(default=10_000, ge=1, description="open client connections in each worker")
+
+    @model_validator(mode="after")
+    def _bounds(self) -> Self:
+        if not 1024 <= self.head <= 1 << 20:
+            raise fault("a head is between 1KiB and 1MiB", at=("head",))
+        if not 64 <= self.target <= self.head:
+            raise fault(
+                "a target is between 64 bytes and the limit of the head", "raise `head` as well", at=("target",)
+            )
+        return self
+
+
+class Listener(Model):
+    """A place where clients connect."""
+
+    bind: BindText = needed("address:port to listen on (port 0: any free one), or unix:/path")
+    timeouts: ListenerTimeouts = part(ListenerTimeouts, "deadlines towards the client")
+    limits: ListenerLimits = part(ListenerLimits, "bounds of what a client may send")
+    trusted_proxies: Annotated[tuple[Network, ...], listed("network")] = setting(
+        [], "whose X-Forwarded-*, Forwarded and traceparent are believed"
+    )
+    proxy_protocol: Literal["off", "optional", "required"] = setting(
+        "off", "PROXY protocol v1 or v2 before the first request"
+    )
+    backlog: Int = Field(default=1024, ge=1, le=65535, description="connections that the kernel queues")
+
+
+def _widen_endpoint(raw: Any) -> Any:
+    return {"address": raw} if isinstance(raw, str) else raw
+
+
+class Endpoint(Model):
+    """One server of an upstream."""
+
+    address: AddressText = needed("host:port")
+    weight: Int = Field(default=1, ge=1, le=256, description="share of the requests, relative to the others")
+
+
+class UpstreamTimeouts(Model):
+    """How long an exchange waits for its upstream; 504 names the phase."""
+
+    connect: Deadline = setting("2s", "for the connection")
+    head: Deadline = setting("15s", "for the head of the response, once the request is sent")
+    idle: Deadline = setting("30s", "without a byte of the response")
+    total: Deadline = setting("60s", "for the whole exchange, retry included")
+
+
+class Keepalive(Model):
+    """Idle connections kept for the next request."""
+
+    connections: Int = Field(default=64, ge=0, le=65535, description="per endpoint and worker")
+    idle: Deadline = setting("55s", "after which one is closed; shorter than the server's own")
+    age: Deadline = setting("1h", "after which one is not used again")
+
+
+class UpstreamLimits(Model):
+    """How much an upstream is given at once."""
+
+    requests: Int = Field(
+        default=1024, ge=1, le=1_000_000, description="requests in flight in each worker; 503 above it"
+    )
+
+
+def _upstream_host(raw: Any) -> str:
+    hint = "preserve (the client's), target (the endpoint's own) or a host name"
+    if raw in ("preserve", "target"):
+        return str(raw)
+    if not isinstance(raw, str) or "*" in raw:
+        raise fault("expected the Host to send", hint)
+    return str(parse_address(raw)) if ":" in raw.strip("[]") and "]" != raw[-1] else parse_host_pattern(raw)
+
+
+class Upstream(Model):
+    """A service behind the gateway: its endpoints and how they are called."""
+
+    targets: Annotated[
+        tuple[Annotated[Endpoint, Shorthand(_widen_endpoint, {"type": "string", "x-is": "host:port"})], ...],
+        Field(min_length=1),
+    ] = needed("the endpoints: host:port, or {address, weight}")
+    timeouts: UpstreamTimeouts = part(UpstreamTimeouts, "deadlines towards the upstream")
+    keepalive: Keepalive = part(Keepalive, "idle connections")
+    limits: UpstreamLimits = part(UpstreamLimits, "bounds of the load")
+    host: Annotated[
+        str,
+        BeforeValidator(_upstream_host),
+        WithJsonSchema({"type": "string", "x-is": "`preserve`, `target` or a host"}),
+    ] = setting("preserve", "the Host that is sent: the client's, the endpoint's own, or this one")
+    resolve: Deadline = setting("30s", "how often host names are resolved again")
+    retries: Int = Field(
+        default=1, ge=0, le=1, description="attempts after a failed connect; nothing that was sent is sent again"
+    )
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        seen: set[Address] = set()
+        for number, endpoint in enumerate(self.targets):
+            if endpoint.address in seen:
+                raise fault("the same endpoint twice", "give it a `weight` instead", at=("targets", number))
+            seen.add(endpoint.address)
+        return self
+
+
+def _widen_value(raw: Any) -> Any:
+    return raw if isinstance(raw, dict) else {"value": raw}
+
+
+class ValueMatch(Model):
+    """What a header or query parameter must be: exactly one of the three."""
+
+    value: MatchValue | None = setting(None, "equal to this")
+    present: Flag | None = setting(None, "there (true) or absent (false)")
+    prefix: MatchValue | None = setting(None, "beginning with this")
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if sum(each is not None for each in (self.value, self.present, self.prefix)) != 1:
+            raise fault("expected a value, {present: true} or {prefix: text}", "write exactly one of them")
+        return self
+
+
+Condition = Annotated[ValueMatch, Shorthand(_widen_value, {"type": ["string", "number"], "x-is": "text"})]
+
+
+class Match(Model):
+    """Which requests a route takes. Order in the file does not matter: the most specific route wins."""
+
+    host: Annotated[tuple[HostPattern, ...], listed("host"), Field(min_length=1)] = setting(
+        ["*"], "hosts: a name, *.suffix, or * for any"
+    )
+    path: Template | None = setting(None, "a path template: /v1/payments/{id}")
+    prefix: Prefix | None = setting(None, "a path and everything below it, on segment boundaries")
+    methods: Annotated[tuple[Method, ...], listed("method"), Field(min_length=1)] | None = setting(
+        None, "methods; default: any"
+    )
+    headers: dict[FieldName, Condition] = setting(
+        {}, "headers that must match: a value, {present: true} or {prefix: text}"
+    )
+    query: dict[Text, Condition] = setting({}, "query parameters that must match, likewise")
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if self.path is not None and self.prefix is not None:
+            raise fault("both `path` and `prefix`", "keep one of them", at=("prefix",))
+        if self.path is None and self.prefix is None:
+            raise fault(
+                "neither `path` nor `prefix`",
+                "add `path: /v1/payments/{id}` or `prefix: /v1`; `prefix: /` matches everything",
+            )
+        for name in ("host", "methods"):
+            values: tuple[str, ...] = getattr(self, name) or ()
+            if len(set(values)) < len(values):
+                raise fault(f"the same value twice in `{name}`", "remove one of them", at=(name,))
+        if "host" in self.headers:
+            raise fault("the header host is matched by `host`", "write `host: api.bank.test`", at=("headers", "host"))
+        return self
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Return the names of the template's parameters, in order."""
+        return parameters(self.path or "")
+
+
+class RouteTimeouts(Model):
+    """Deadlines of one route; what is absent is the upstream's."""
+
+    total: Deadline | None = setting(None, "for the whole exchange")
+    head: Deadline | None = setting(None, "for the head of the response")
+    idle: Deadline | None = setting(None, "without a byte of the response")
+
+
+class RouteLimits(Model):
+    """Bounds of one route; what is absent is the listener's."""
+
+    body: Size | None = setting(None, "longest request body")
+
+
+class Route(Model):
+    """Requests of one kind, the policies they meet, and where they go."""
+
+    name: Name = needed("unique name, used in metrics, logs and `crossway explain`")
+    match: Match = needed("which requests it takes")
+    policies: tuple[PolicyRef, ...] = setting(
+        [], "policies by name or written in place; they run in the order of their phases"
+    )
+    upstream: Name = needed("name of the upstream")
+    listeners: Annotated[tuple[Name, ...], listed("listener name"), Field(min_length=1)] | None = setting(
+        None, "listeners that offer it; default: all"
+    )
+    timeouts: RouteTimeouts = part(RouteTimeouts, "deadlines that differ from the upstream's")
+    limits: RouteLimits = part(RouteLimits, "bounds that differ from the listener's")
+
+
+def _nothing_is_empty(raw: Any) -> Any:
+    return {} if raw is None else raw
+
+
+class Config(Model):
+    """A whole configuration. Made by `gateway.config.load`."""
+
+    model_config = ConfigDict(title="Crossway configuration")
+
+    version: Annotated[Literal[1], Field(description="version of this format")]
+    workers: Workers = setting("auto", "worker processes; `auto` follows CPU affinity and the cgroup's quota")
+    drain: Drain = part(Drain, "graceful stop")
+    log: Log = part(Log, "the gateway's own log")
+    admin: Admin = part(Admin, "the admin endpoint")
+    listeners: Annotated[dict[Name, Listener], Field(min_length=1)] = needed("where clients connect, by name")
+    upstreams: Annotated[dict[Name, Upstream], Field(min_length=1)] = needed("services behind the gateway, by name")
+    policies: Annotated[dict[Name, Policy], BeforeValidator(_nothing_is_empty)] = setting(
+        {}, "policies that routes use, by name"
+    )
+    routes: Annotated[tuple[Route, ...], Field(min_length=1)] = needed("what goes where")
+
+    _document: Document | None = PrivateAttr(default=None)
+    _digest: str = PrivateAttr(default="")
+
+    @property
+    def document(self) -> Document:
+        """Return the file that this was loaded from, with the places of its values."""
+        if self._document is None:
+            raise RuntimeError("this configuration was not loaded from a file")
+        return self._document
+
+    @property
+    def path(self) -> Path:
+        """Return the path of the file, as it was given."""
+        return self.document.path
+
+    @property
+    def base(self) -> Path:
+        """Return the folder of the file, absolute: what relative paths and Python policies are looked up in."""
+        return self.document.base
+
+    @property
+    def digest(self) -> str:
+        """Return the sha256, in hex, over the file and everything that was read because of it."""
+        return self._digest
+
+    def where(self, path: Path_) -> tuple[int, int]:
+        """Return (line, column), from 1, of the value at a path such as ("routes", 0, "match")."""
+        return self.document.spot(path).mark[:2]
