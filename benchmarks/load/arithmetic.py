@@ -1,0 +1,234 @@
+"""What the figures of a load benchmark mean: runs, medians, ratios and verdicts.
+
+Strategy: pure functions over plain data, so that the numbers the README quotes come from code with unit tests. A ratio is
+taken inside a round, where both programs met the same machine, and the median is taken over the rounds' ratios.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+
+RESULT_PREFIX = "result "
+# A share of a core used by strangers. On the proxy's core they spoil its caches; on the load's core they starve wrk and the
+# origin, so that the proxy finds fewer events in a batch and pays more for each.
+FOREIGN_LIMIT = 0.03
+# The kernel counts a process's time in ticks too; more than this between the two clocks means that one of them is wrong.
+CLOCK_TOLERANCE = 0.05
+QUOTABLE_ROUNDS = 5
+IDLE_WORKER_BYTES = 40 * 2**20
+CONNECTION_BYTES = 8 * 2**10
+
+
+class InvalidRun(Exception):
+    """A run that must not be counted; the message says what went wrong and what the programs printed."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What wrk counted in one run: requests answered, seconds, errors by kind, latency in microseconds."""
+
+    requests: int
+    seconds: float
+    errors: Mapping[str, int]
+    p50_us: int
+    p99_us: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """One measured interval of one program. Times are seconds; `cpu` is that of its whole process tree.
+
+    `load_cpu` is that of wrk and the origin together; the `busy` fields are what the kernel counted on the two cores.
+    """
+
+    round: int
+    requests: int
+    seconds: float
+    cpu: float
+    core_busy: float
+    load_cpu: float
+    load_busy: float
+    steal: float
+    processes: int
+    p50_us: int
+    p99_us: int
+
+    @property
+    def us_per_request(self) -> float:
+        """CPU time of the process tree for one request, in microseconds."""
+        return self.cpu / self.requests * 1e6
+
+    @property
+    def rps(self) -> float:
+        """Answers each second of wall-clock time."""
+        return self.requests / self.seconds
+
+    @property
+    def foreign(self) -> float:
+        """The larger share, of the two cores, of the interval that went to programs outside the benchmark (0 to 1)."""
+        return max(0.0, self.core_busy - self.cpu, self.load_busy - self.load_cpu) / self.seconds
+
+    @property
+    def utilisation(self) -> float:
+        """The share of one core that the program used; near 1 means that the proxy was the bottleneck."""
+        return self.cpu / self.seconds
+
+    def as_json(self) -> dict[str, float]:
+        """The run as it stands in a result file."""
+        derived = {"us_per_request": self.us_per_request, "rps": self.rps, "foreign": self.foreign}
+        return {key: round(value, 6) for key, value in {**asdict(self), **derived}.items()}
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """A ratio of CPU time per request between two scenarios; without `required` it is reported and judged by nobody."""
+
+    scenario: str
+    against: str
+    required: float | None = None
+    aim: float | None = None
+    note: str = ""
+
+
+REQUIREMENTS = (
+    Requirement("crossway-bare", "haproxy", required=1.0, aim=0.85),
+    Requirement("crossway-edge", "crossway-bare", required=1.2),
+    Requirement("crossway-edge", "haproxy-jwt", required=0.35),
+    Requirement("crossway-edge", "crossway-bare-post", note="the same POST with the same token on both sides"),
+)
+
+
+def read_wrk(output: str) -> Load:
+    """Return what load.lua printed at the end of wrk's output.
+
+    Raises InvalidRun when the line is missing, when any request failed or was answered with 400 or more, or when nothing
+    was answered.
+    """
+    lines = [line for line in output.splitlines() if line.startswith(RESULT_PREFIX)]
+    if len(lines) != 1:
+        raise InvalidRun(f"wrk printed no result line; it said:\n{output}")
+    counts: dict[str, int] = json.loads(lines[0].removeprefix(RESULT_PREFIX))
+    errors = {kind: counts[kind] for kind in ("connect", "read", "write", "timeout", "status") if counts[kind]}
+    if errors:
+        told = ", ".join(f"{count} x {kind}" for kind, count in errors.items())
+        raise InvalidRun(f"wrk counted errors ({told}) among {counts['requests']} answers")
+    if not counts["requests"]:
+        raise InvalidRun("wrk got no answer at all")
+    return Load(counts["requests"], counts["microseconds"] / 1e6, errors, counts["p50_us"], counts["p99_us"])
+
+
+def spent(before: Mapping[int, float], after: Mapping[int, float]) -> float:
+    """Return the CPU seconds that a process tree used between two readings, by process id.
+
+    A process that started meanwhile counts from zero. Raises InvalidRun when one of the tree is gone: its time is lost.
+    """
+    gone = before.keys() - after.keys()
+    if gone:
+        raise InvalidRun(f"process {', '.join(map(str, sorted(gone)))} of the proxy ended during the run")
+    return sum(seconds - before.get(pid, 0.0) for pid, seconds in after.items())
+
+
+def require_agreement(cpu: float, ticks: float, processes: int) -> None:
+    """Raise InvalidRun when the nanosecond clock and the tick counters of a tree disagree beyond their resolution."""
+    if abs(cpu - ticks) > max(CLOCK_TOLERANCE * cpu, 0.03 * processes):
+        raise InvalidRun(f"two clocks disagree: {cpu:.3f} s by the CPU clock, {ticks:.3f} s by utime+stime")
+
+
+def ratios(over: Iterable[Run], under: Iterable[Run]) -> list[float]:
+    """Return CPU per request of `over` divided by that of `under`, one for each round that both have."""
+    base = {run.round: run.us_per_request for run in under}
+    return [run.us_per_request / base[run.round] for run in over if run.round in base]
+
+
+def verdict(value: float, required: float | None, aim: float | None) -> str:
+    """Return 'aim met', 'met', 'missed', or '-' where nothing is required. A value equal to the bound meets it."""
+    if required is None:
+        return "-"
+    if aim is not None and value <= aim:
+        return "aim met"
+    return "met" if value <= required else "missed"
+
+
+def summarise(runs: Sequence[Run]) -> dict[str, object]:
+    """Return the medians and the spread of one scenario, with its runs, as they stand in a result file."""
+    costs = [run.us_per_request for run in runs]
+    return {
+        "median_us": round(median(costs), 3),
+        "min_us": round(min(costs), 3),
+        "max_us": round(max(costs), 3),
+        "median_rps": round(median(run.rps for run in runs), 1),
+        "median_utilisation": round(median(run.utilisation for run in runs), 3),
+        "median_p50_us": round(median(run.p50_us for run in runs)),
+        "median_p99_us": round(median(run.p99_us for run in runs)),
+        "processes": max(run.processes for run in runs),
+        "runs": [run.as_json() for run in runs],
+    }
+
+
+def judge(runs: Mapping[str, Sequence[Run]]) -> list[dict[str, object]]:
+    """Return one row for each requirement whose two scenarios were both measured."""
+    rows: list[dict[str, object]] = []
+    for requirement in REQUIREMENTS:
+        if requirement.scenario not in runs or requirement.against not in runs:
+            continue
+        per_round = ratios(runs[requirement.scenario], runs[requirement.against])
+        if not per_round:
+            continue
+        value = median(per_round)
+        rows.append(
+            asdict(requirement)
+            | {
+                "ratio": round(value, 4),
+                "per_round": [round(ratio, 4) for ratio in per_round],
+                "verdict": verdict(value, requirement.required, requirement.aim),
+            }
+        )
+    return rows
+
+
+def caveats(runs: Mapping[str, Sequence[Run]], clean_tree: bool) -> list[str]:
+    """Return why these figures must not be quoted, one sentence each; an empty list means that they may."""
+    found: list[str] = []
+    fewest = min((len(of_one) for of_one in runs.values()), default=0)
+    if fewest < QUOTABLE_ROUNDS:
+        found.append(f"only {fewest} rounds; {QUOTABLE_ROUNDS} are needed")
+    every = [run for of_one in runs.values() for run in of_one]
+    noisy = sum(run.foreign > FOREIGN_LIMIT for run in every)
+    if noisy:
+        found.append(f"in {noisy} of {len(every)} runs other programs used more than {FOREIGN_LIMIT:.0%} of a core")
+    stolen = max((run.steal / run.seconds for run in every), default=0.0)
+    if stolen > FOREIGN_LIMIT:
+        found.append(f"the hypervisor took up to {stolen:.0%} of the proxy's core")
+    if not clean_tree:
+        found.append("the working tree had changes that are not in the commit")
+    return found
+
+
+def memory_row(
+    count: int,
+    idle: Mapping[str, int],
+    base: Mapping[str, int],
+    silent: Mapping[str, int],
+    served: Mapping[str, int],
+    after: Mapping[str, int],
+) -> dict[str, object]:
+    """Return the memory figures of one program from five readings of its worker, in bytes, and judge them.
+
+    `idle` is before any request, `base` after a warm-up, `silent` with `count` connections that said nothing, `served` with
+    the same connections after one request each, `after` when they are closed.
+    """
+    per_silent = (silent["pss"] - base["pss"]) / count
+    per_served = (served["pss"] - base["pss"]) / count
+    return {
+        "idle_pss_mib": round(idle["pss"] / 2**20, 2),
+        "idle_rss_mib": round(idle["rss"] / 2**20, 2),
+        "idle_uss_mib": round(idle["uss"] / 2**20, 2),
+        "warm_pss_mib": round(base["pss"] / 2**20, 2),
+        "connections": count,
+        "silent_kib": round(per_silent / 1024, 3),
+        "served_kib": round(per_served / 1024, 3),
+        "closed_pss_mib": round(after["pss"] / 2**20, 2),
+        "idle_verdict": verdict(idle["pss"], IDLE_WORKER_BYTES, None),
+        "connection_verdict": verdict(max(per_silent, per_served), CONNECTION_BYTES, None),
+    }

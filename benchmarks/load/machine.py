@@ -1,0 +1,93 @@
+"""The machine and the versions that a figure was taken with: without them it says nothing.
+
+Strategy: read what the system tells for free; a program that cannot be asked is recorded as 'unknown', never guessed.
+"""
+
+import os
+import platform
+import re
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from benchmarks.load.processes import find_program
+from benchmarks.load.scenarios import ROOT
+
+ASKED = {
+    "haproxy": (["haproxy", "-v"], r"version (\S+)"),
+    "nginx": (["nginx", "-v"], r"nginx/(\S+)"),
+    "wrk": (["wrk", "-v"], r"wrk (?:debian/)?(\S+)"),
+    "openssl": (["openssl", "version"], r"OpenSSL (\S+)"),
+    "cc": (["cc", "--version"], r"(\d+\.\d+\.\d+)"),
+}
+PACKAGES = ("uvloop", "cython", "pyjwt", "cryptography")
+
+
+def printed(command: list[str]) -> str:
+    """Return what a program prints, on either stream; empty when it is not there."""
+    path = find_program(command[0])
+    if path is None:
+        return ""
+    done = subprocess.run([path, *command[1:]], capture_output=True, text=True, cwd=ROOT, check=False)
+    return done.stdout + done.stderr
+
+
+def versions() -> dict[str, str]:
+    """Return the version of each program and package that takes part."""
+    found = {"python": platform.python_version()}
+    for name, (command, pattern) in ASKED.items():
+        match = re.search(pattern, printed(command))
+        found[name] = match.group(1) if match else "unknown"
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+def cpu_model() -> str:
+    """Return the processor's name as the kernel spells it."""
+    match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return match.group(1) if match else platform.machine()
+
+
+def under_hypervisor() -> bool:
+    """True on a virtual machine, where microseconds are not comparable with anybody's."""
+    return re.search(r"^flags\s*:.*\bhypervisor\b", Path("/proc/cpuinfo").read_text(), re.MULTILINE) is not None
+
+
+def memory_mib() -> int:
+    """Return the machine's memory in MiB."""
+    match = re.search(r"^MemTotal:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    return int(match.group(1)) // 1024 if match else 0
+
+
+def commit() -> tuple[str, bool]:
+    """Return (the commit's short hash, whether tracked files equal it); ('unknown', False) outside a clone."""
+    name = printed(["git", "rev-parse", "--short=12", "HEAD"]).strip()
+    if not re.fullmatch(r"[0-9a-f]{12}", name):
+        return "unknown", False
+    changes = printed(["git", "status", "--porcelain", "--untracked-files=no"]).splitlines()
+    return name, not any(line[3:] for line in changes if not line[3:].startswith("benchmarks/results/"))
+
+
+def facts() -> dict[str, object]:
+    """Return everything about this machine and tree that belongs to a result."""
+    name, clean = commit()
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "commit": name,
+        "clean_tree": clean,
+        "machine": {
+            "kernel": platform.release(),
+            "architecture": platform.machine(),
+            "cpu": cpu_model(),
+            "cores": os.cpu_count(),
+            "memory_mib": memory_mib(),
+            "virtual": under_hypervisor(),
+            "load_average": round(os.getloadavg()[0], 2),
+        },
+        "versions": versions(),
+    }
