@@ -565,7 +565,11 @@ cdef class Engine:
     def spawn(self, Exchange x, awaitable) -> None:
         """Let an awaitable of a parked exchange run as a task; on_task() takes the exchange up again."""
         generation = x.generation
+        step: Step = x.parked
         x.task = task = start_task(self.loop, awaitable)
+        if (<Step>step).timeout > 0:
+            timer = self.loop.call_later((<Step>step).timeout, task.cancel)
+            task.add_done_callback(lambda done: timer.cancel())
         if task.done():
             self.on_task(x, generation, task)
         else:

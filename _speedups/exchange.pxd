@@ -61,7 +61,8 @@ cdef class Networks:
 cdef class Step:
     cdef readonly int phase
     cdef readonly str name
-    cdef public int64_t body_limit
+    cdef public int64_t body_limit      # STEP_COLLECT: bytes of the body at most
+    cdef public double timeout          # seconds that an awaitable from park() may take; 0: the exchange's total only
     cdef int run(self, Exchange x) except -1
     # In the slow lane: returns None (go on), an awaitable, or what resumed() understands.
     cdef object park(self, Exchange x)
