@@ -31,9 +31,9 @@ routes:
     upstream: origin
 ```
 
-`crossway check -c FILE` reports every mistake at once as `file:line:column` with the line, a caret and what to do, and binds
-nothing. It exits 0 when all is well, 1 with `--strict` when there are warnings, 2 when there are errors. `crossway schema`
-prints the JSON Schema for editors.
+`crossway check -c FILE` reports every mistake at once as `file:line:column` with the line, a caret and what to do,
+and binds nothing. It exits 0 when all is well, 1 with `--strict` when there are warnings, 2 when there are errors.
+`crossway schema` prints the JSON Schema for editors.
 
 ## How values are written
 
@@ -50,15 +50,17 @@ prints the JSON Schema for editors.
 
 ## Values from outside
 
-`${env:NAME}` takes an environment variable, `${env:NAME:-default}` a default when it is unset or empty, `${file:PATH}` the
-text of a file without its last newline. Inside `{ }` and `[ ]` a reference needs quotes: `{token: "${env:TOKEN}"}`. What is
-not defined is an error. A literal `${` is written `$${`. A value that came from outside appears in no message and no dump.
+`${env:NAME}` takes an environment variable, `${env:NAME:-default}` a default when it is unset or empty,
+`${file:PATH}` the text of a file without its last newline. Inside `{ }` and `[ ]` a reference needs quotes: `{token:
+"${env:TOKEN}"}`. What is not defined is an error. A literal `${` is written `$${`. A value that came from outside
+appears in no message and no dump.
 
 ## Which route wins
 
-The order of routes in the file does not matter: an exact host beats `*.suffix` beats `*`, static segments beat `{parameter}`
-beat prefixes, the longest prefix first; then a route that names its methods, then the one with more conditions. `/v1` as a
-prefix takes `/v1` and everything below it, and never `/v10`. Routes that would take the same requests are refused.
+The order of routes in the file does not matter: an exact host beats `*.suffix` beats `*`, static segments beat
+`{parameter}` beat prefixes, the longest prefix first; then a route that names its methods, then the one with more
+conditions. `/v1` as a prefix takes `/v1` and everything below it, and never `/v10`. Routes that would take the same
+requests are refused.
 """
 
 

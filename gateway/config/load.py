@@ -24,6 +24,7 @@ from gateway.errors import ConfigError, Problem
 
 Loc = tuple[str | int, ...]
 
+_ELSEWHERE = "docs/configuration.md says what may stand here"
 _SHAPES = {
     "dict_type": ("a mapping", "write `key: value` lines below it, or {key: value}"),
     "model_type": ("a mapping", "write `key: value` lines below it, or {key: value}"),
@@ -128,7 +129,7 @@ def _translate(document: Document, error: ErrorDetails, models: dict[int, type[M
 def _sentence(kind: str, text: str, context: dict[str, Any], value: Any) -> tuple[str, str]:
     """Return (message, hint) for an error that is neither an unknown nor a missing key."""
     if kind == "crossway":
-        return str(context["message"]), str(context["hint"])
+        return str(context["message"]), str(context["hint"]) or _ELSEWHERE
     if kind in _SHAPES:
         return f"expected {_SHAPES[kind][0]}", _SHAPES[kind][1]
     if kind == "literal_error":
@@ -142,7 +143,7 @@ def _sentence(kind: str, text: str, context: dict[str, Any], value: Any) -> tupl
         bound = context.get("ge", context.get("le"))
         word = "least" if kind == "greater_than_equal" else "most"
         return f"must be at {word} {bound}", f"write a number that is at {word} {bound}"
-    return text[:1].lower() + text[1:], "docs/configuration.md describes what may stand here"
+    return text[:1].lower() + text[1:], _ELSEWHERE
 
 
 def _near(name: Any, choices: Sequence[str]) -> str:

@@ -199,8 +199,8 @@ class Cors(Model):
 
 
 AUDIT_FIELDS = (
-    "time", "seq", "id", "client", "subject", "issuer", "method", "host", "path", "route", "upstream", "status", "outcome",
-    "reason", "origin", "duration", "bytes_in", "bytes_out", "trace",
+    "time", "seq", "id", "client", "subject", "issuer", "method", "host", "path", "route", "upstream", "status",
+    "outcome", "reason", "origin", "duration", "bytes_in", "bytes_out", "trace",
 )  # fmt: skip
 
 
@@ -348,7 +348,7 @@ class PolicyUse(Model):
 PolicyRef = Annotated[PolicyUse, Shorthand(_widen_use, None)]
 
 __all__ = [
-    "ALGORITHMS", "AUDIT_FIELDS", "KINDS", "ApiKey", "ApiKeyEntry", "Audit", "Cors", "HeaderEdits", "Headers", "Ip", "Jwt",
-    "LimitsPolicy", "Policy", "PolicyRef", "PolicyUse", "Python", "Rate", "RateLimit", "Rewrite", "Scalar", "Scopes",
-    "SecretStr", "Settings", "TokenCache",
+    "ALGORITHMS", "AUDIT_FIELDS", "KINDS", "ApiKey", "ApiKeyEntry", "Audit", "Cors", "HeaderEdits", "Headers",
+    "Ip", "Jwt", "LimitsPolicy", "Policy", "PolicyRef", "PolicyUse", "Python", "Rate", "RateLimit", "Rewrite",
+    "Scalar", "Scopes", "SecretStr", "Settings", "TokenCache",
 ]  # fmt: skip

@@ -25,7 +25,7 @@ from gateway.errors import Problem, Severity
 
 REDACTED = "***"
 MAX_FILE = 64 << 20  # bytes of a configuration file; ten thousand routes are about 2 MiB
-MAX_VALUES = 2_000_000  # values after aliases are expanded: a dozen nested anchors may not become 2^40 values
+MAX_REPEATED = 100_000  # values that aliases repeat: a dozen nested anchors may not become 2^40 values
 MAX_REFERENCE = 1 << 20  # bytes of a ${file:...}
 MAX_DEPTH = 64
 
@@ -36,7 +36,7 @@ _REFERENCE = re.compile(r"\$(\$\{)|\$\{([^}]*)\}")
 _ENV = re.compile(r"env:([A-Za-z_][A-Za-z0-9_]*)(?::-(.*))?", re.DOTALL)
 _SECRET_WORDS = ("token", "secret", "password", "passwd", "credential", "private_key")
 _PAIR = re.compile(
-    r"""(["']?)([A-Za-z_][\w-]*)\1(\s*:\s+)("(?:[^"\\]|\\.)*"?|'(?:[^']|'')*'?|[^\s,}\]#{\[&*!|>][^,}#]*)"""
+    r"""(["']?)([A-Za-z_][\w-]*)\1(\s*:\s+)("(?:[^"\\]|\\.)*"?|'(?:[^']|'')*'?|\$\{[^}]*\}|[^\s,}\]#{\[&*!|>][^,}#]*)"""
 )
 
 
@@ -81,7 +81,8 @@ class Document:
         self.problems: list[Problem] = []
         self.secrets: set[str] = set()
         self.files: dict[str, bytes] = {}  # what else was read, by place: part of the digest
-        self._values = 0
+        self._seen: set[int] = set()  # nodes that were walked; an alias leads to one of them again
+        self._repeated = 0
         self._content = b""
 
     # -- places and problems
@@ -193,10 +194,15 @@ class Document:
 
     def _syntax(self, error: MarkedYAMLError) -> None:
         mark = error.problem_mark or error.context_mark
+        # What is never closed is found at the end of the file, and to be repaired where it began.
+        unclosed = mark is not None and error.context_mark is not None and mark.line >= len(self.lines)
+        mark = error.context_mark if unclosed else mark
         message = " ".join(str(part) for part in (error.context, error.problem) if part)
         line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
         hint = "check the indentation and the punctuation here and in the line above"
-        if error.context_mark is not None and error.context_mark is not mark:
+        if unclosed:
+            hint = "it is never closed"
+        elif error.context_mark is not None and error.context_mark is not mark:
             hint = f"it began at line {error.context_mark.line + 1}, column {error.context_mark.column + 1}"
         line = min(line, max(1, len(self.lines)))
         source = self.lines[line - 1] if self.lines else ""
@@ -215,9 +221,10 @@ class Document:
         self, node: Node, key: tuple[int, int, int] | None, depth: int, above: frozenset[int]
     ) -> tuple[Any, Spot]:
         spot = _spot(node, key)
-        self._values += 1
-        if id(node) in above or depth > MAX_DEPTH or self._values > MAX_VALUES:
-            if self._values <= MAX_VALUES + 1:
+        self._repeated += id(node) in self._seen
+        self._seen.add(id(node))
+        if id(node) in above or depth > MAX_DEPTH or self._repeated > MAX_REPEATED:
+            if self._repeated <= MAX_REPEATED + 1:
                 what = "an anchor that contains itself" if id(node) in above else "too many nested or repeated values"
                 self.report(spot, what, "write the values out")
             return None, spot

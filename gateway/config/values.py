@@ -12,9 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, PlainValidator, SecretStr, ValidationInfo, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    PlainSerializer,
+    PlainValidator,
+    SecretStr,
+    ValidationInfo,
+    WithJsonSchema,
+)
 from pydantic_core import PydanticCustomError
 
+TEXT = PlainSerializer(str, return_type=str)  # dumped as the file writes it
+HIDDEN = PlainSerializer(lambda secret: "***", return_type=str)
 MAX_DURATION = 30 * 86400.0  # seconds; what is meant to be longer is a mistake
 
 
@@ -59,7 +69,7 @@ def parse_duration(raw: Any) -> float:
     hint = "write a number with its unit, such as 500ms, 10s, 2m, 1h or 1d"
     if isinstance(raw, (int, float)) and not isinstance(raw, bool):
         raise fault("a duration without a unit", hint)
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(us|ms|s|m|h|d)", text_of(raw, "expected a duration", hint))
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(us|ms|s|m|h|d)", text_of(raw, "expected a duration", hint))
     if not match:
         raise fault("expected a duration", hint)
     seconds = float(match[1]) * _UNITS[match[2]]
@@ -79,7 +89,7 @@ def parse_size(raw: Any) -> int:
     hint = "write bytes as 512, or with a unit: 32KiB, 1MiB, 10kB"
     if isinstance(raw, int) and not isinstance(raw, bool) and raw >= 0:
         return raw
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", text_of(raw, "expected a size", hint))
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]*)", text_of(raw, "expected a size", hint))
     if not match or match[2] not in _SIZES:
         raise fault("expected a size", hint)
     size = float(match[1]) * _SIZES[match[2]]
@@ -95,11 +105,14 @@ class Rate:
     count: int
     period: float
 
+    def __str__(self) -> str:
+        return f"{self.count}/{self.period:g}s"
+
 
 def parse_rate(raw: Any) -> Rate:
     """Return the Rate of `100/s`, `10/m`, `5/10s`."""
     hint = "write requests per time, such as 100/s, 10/m, 5/h or 1000/d"
-    match = re.fullmatch(r"(\d+) ?/ ?(\d*)(s|m|h|d)", text_of(raw, "expected a rate", hint))
+    match = re.fullmatch(r"([0-9]+) ?/ ?([0-9]*)(s|m|h|d)", text_of(raw, "expected a rate", hint))
     if not match:
         raise fault("expected a rate", hint)
     count, period = int(match[1]), float(match[2] or 1) * _UNITS[match[3]]
@@ -112,10 +125,10 @@ def parse_rate(raw: Any) -> Rate:
 
 def parse_int(raw: Any) -> int:
     """Return a whole number; a text of digits counts, because references are text."""
-    if isinstance(raw, str) and re.fullmatch(r"-?\d{1,18}", raw):
+    if isinstance(raw, str) and re.fullmatch(r"-?[0-9]{1,18}", raw):
         return int(raw)
     if isinstance(raw, bool) or not isinstance(raw, int):
-        raise fault("expected a whole number")
+        raise fault("expected a whole number", "write a number such as 10")
     return raw
 
 
@@ -133,7 +146,7 @@ def parse_workers(raw: Any) -> int | str:
     if raw == "auto":
         return "auto"
     hint = "write `auto` (CPU affinity and cgroup quota) or a number such as 2"
-    if isinstance(raw, bool) or not re.fullmatch(r"\d{1,9}", str(raw)):
+    if isinstance(raw, bool) or not re.fullmatch(r"[0-9]{1,9}", str(raw)):
         raise fault("expected a number of workers", hint)
     if not 1 <= int(raw) <= 1024:
         raise fault("workers are between 1 and 1024", hint)
@@ -188,7 +201,7 @@ def parse_path(raw: Any, info: ValidationInfo) -> Path:
 Duration = Annotated[
     float,
     PlainValidator(parse_duration),
-    described("duration", pattern=r"^\d+(\.\d+)?(us|ms|s|m|h|d)$", examples=["10s"]),
+    described("duration", pattern=r"^[0-9]+(\.[0-9]+)?(us|ms|s|m|h|d)$", examples=["10s"]),
 ]
 Deadline = Annotated[Duration, AfterValidator(_positive)]
 Size = Annotated[
@@ -197,7 +210,10 @@ Size = Annotated[
     WithJsonSchema({"type": ["string", "integer"], "x-is": "size", "examples": ["32KiB"]}),
 ]
 RateText = Annotated[
-    Rate, PlainValidator(parse_rate), described("rate", pattern=r"^\d+ ?/ ?\d*(s|m|h|d)$", examples=["100/s"])
+    Rate,
+    PlainValidator(parse_rate),
+    TEXT,
+    described("rate", pattern=r"^[0-9]+ ?/ ?[0-9]*(s|m|h|d)$", examples=["100/s"]),
 ]
 Int = Annotated[int, BeforeValidator(parse_int)]
 Flag = Annotated[bool, BeforeValidator(parse_flag)]
@@ -208,5 +224,5 @@ Workers = Annotated[
 ]
 Name = Annotated[str, PlainValidator(parse_name), described("name")]
 Text = Annotated[str, PlainValidator(parse_text), described("text")]
-Secret = Annotated[SecretStr, PlainValidator(parse_secret), described("secret", writeOnly=True)]
-FilePath = Annotated[Path, PlainValidator(parse_path), described("file")]
+Secret = Annotated[SecretStr, PlainValidator(parse_secret), HIDDEN, described("secret", writeOnly=True)]
+FilePath = Annotated[Path, PlainValidator(parse_path), TEXT, described("file")]

@@ -10,11 +10,11 @@ import ipaddress
 import re
 from dataclasses import dataclass
 from typing import Annotated, Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote_to_bytes, urlsplit
 
 from pydantic import PlainValidator, ValidationInfo
 
-from gateway.config.values import base_of, described, fault, parse_path, text_of
+from gateway.config.values import TEXT, base_of, described, fault, parse_path, text_of
 
 TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 5.6.2
 _LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
@@ -98,7 +98,7 @@ def is_ip(host: str) -> bool:
 
 
 def _split(text: str, hint: str, lowest: int) -> tuple[str, int]:
-    match = re.fullmatch(r"(\[([0-9A-Fa-f:.]+)\]|[^\[\]:]*):(\d{1,5})", text)
+    match = re.fullmatch(r"(\[([0-9A-Fa-f:.]+)\]|[^\[\]:]*):([0-9]{1,5})", text)
     if not match:
         if text.count(":") > 1 and "[" not in text:
             raise fault("an IPv6 address needs brackets before its port", "write [::1]:8080")
@@ -140,7 +140,7 @@ def parse_address(raw: Any) -> Address:
     if "://" in text:
         raise fault("an endpoint is host:port without a scheme", hint)
     host, port = _split(text, hint, 1)
-    if not is_ip(host) and (not _HOST.fullmatch(host) or len(host) > 253 or re.fullmatch(r"[\d.]+", host)):
+    if not is_ip(host) and (not _HOST.fullmatch(host) or len(host) > 253 or re.fullmatch(r"[0-9.]+", host)):
         raise fault("the host is neither an IP address nor a host name", hint)
     return Address(host, port)
 
@@ -170,10 +170,11 @@ def parse_network(raw: Any) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
 def parse_host_pattern(raw: Any) -> str:
     """Return a host to match, lower-cased: a name, `*.suffix`, an address, or `*`."""
     hint = "write api.bank.test, *.bank.test or *"
-    text = text_of(raw, "expected a host", hint).lower().removesuffix(".")
+    text = text_of(raw, "expected a host", hint).lower()
     if text == "*":
         return text
-    if re.fullmatch(r".*:\d+", text) and not is_ip(text):
+    text = text.removesuffix(".")
+    if re.fullmatch(r".*:[0-9]+", text) and not is_ip(text):
         raise fault("a host is matched without its port", hint)
     if not text.isascii():
         raise fault("a host is written in ASCII", "write the xn-- form of the name")
@@ -217,6 +218,12 @@ def normalise_segment(segment: str) -> str:
             )
         position += 1
     text = "".join(out)
+    try:
+        unquote_to_bytes(text).decode()
+    except UnicodeDecodeError:
+        raise fault("escaped bytes that are not UTF-8", "such requests are refused; escape the UTF-8 form") from None
+    if re.search(r"%25(?:00|25|2[Ee]|2[Ff]|5[Cc])", text):
+        raise fault("a path that is escaped twice", "such requests are refused; escape it once")
     if text in (".", ".."):
         raise fault("a dot segment in a path", "write the path that it leads to")
     return text
@@ -360,9 +367,11 @@ def parse_key_source(raw: Any, info: ValidationInfo) -> str:
     return text
 
 
-BindText = Annotated[Bind, PlainValidator(parse_bind), described("address:port or unix:path")]
-AddressText = Annotated[Address, PlainValidator(parse_address), described("host:port")]
-Network = Annotated[ipaddress.IPv4Network | ipaddress.IPv6Network, PlainValidator(parse_network), described("network")]
+BindText = Annotated[Bind, PlainValidator(parse_bind), TEXT, described("address:port or unix:path")]
+AddressText = Annotated[Address, PlainValidator(parse_address), TEXT, described("host:port")]
+Network = Annotated[
+    ipaddress.IPv4Network | ipaddress.IPv6Network, PlainValidator(parse_network), TEXT, described("network")
+]
 HostPattern = Annotated[str, PlainValidator(parse_host_pattern), described("host")]
 Template = Annotated[str, PlainValidator(parse_template), described("path template", pattern="^/")]
 Prefix = Annotated[str, PlainValidator(parse_prefix), described("path", pattern="^/")]
