@@ -1,0 +1,32 @@
+"""The built-in policies: from the settings of one use in one route to compiled steps.
+
+Strategy: `compile_policy` looks up the kind's function in one table. Each function adds to the RouteParts of the route that
+is being compiled; what several routes share (verifiers, caches, journals) comes from the Workshop of the snapshot.
+"""
+
+from gateway.policies.base import RouteParts, Use, Workshop
+from gateway.policies.authorise import compile_claims, compile_ip, compile_scopes
+from gateway.policies.identify import compile_api_key, compile_jwt
+from gateway.policies.limit import compile_limits, compile_rate_limit
+from gateway.policies.python import compile_python
+from gateway.policies.record import compile_audit
+from gateway.policies.transform import compile_cors, compile_headers, compile_rewrite
+
+COMPILERS = {
+    "jwt": compile_jwt,
+    "api_key": compile_api_key,
+    "ip": compile_ip,
+    "scopes": compile_scopes,
+    "claims": compile_claims,
+    "rate_limit": compile_rate_limit,
+    "limits": compile_limits,
+    "headers": compile_headers,
+    "rewrite": compile_rewrite,
+    "cors": compile_cors,
+    "audit": compile_audit,
+    "python": compile_python,
+}
+
+PHASES = ("identify", "authorise", "limit", "validate", "transform", "record")
+
+__all__ = ["COMPILERS", "PHASES", "RouteParts", "Use", "Workshop"]

@@ -1,0 +1,29 @@
+"""rate_limit and limits: how often, how large, how long.
+
+Strategy: a bucket's name is the policy's, so that routes which use one named policy count together; with `key: route` each
+route counts for itself.
+"""
+
+import math
+
+from gateway._speedups.steps import RateLimitStep
+from gateway._speedups.token_bucket import RateLimit as Bucket
+from gateway.config.policies import LimitsPolicy, RateLimit
+from gateway.policies.base import RouteParts, Use
+
+
+def compile_rate_limit(settings: RateLimit, use: Use, parts: RouteParts) -> None:
+    name = f"{use.name}@{use.route}" if settings.key == "route" else use.name
+    period_us = round(settings.rate.period * 1_000_000)
+    bucket = Bucket(name, settings.rate.count, period_us, settings.burst_size)
+    # Seconds in which an empty bucket fills: the window in which `burst` requests are what a caller may count on.
+    window = max(1, math.ceil(settings.burst_size * settings.rate.period / settings.rate.count))
+    label = settings.name or use.name
+    parts.steps.append(RateLimitStep(use.name, bucket, settings.key, window=window, label=label))
+
+
+def compile_limits(settings: LimitsPolicy, use: Use, parts: RouteParts) -> None:
+    if settings.body is not None:
+        parts.body_limit = settings.body
+    if settings.time is not None:
+        parts.total = settings.time

@@ -1,0 +1,41 @@
+"""headers, rewrite and cors: what is changed on the way.
+
+Strategy: edits become bytes when the snapshot is compiled; the composer copies them.
+"""
+
+import re
+
+from gateway._speedups.steps import CorsStep
+from gateway.config.policies import Cors, HeaderEdits, Headers, Rewrite
+from gateway.policies.base import RouteParts, Use
+
+
+def _edits(edits: HeaderEdits, remove: list[bytes], add: list[bytes]) -> None:
+    remove.extend(name.lower().encode("ascii") for name in (*edits.remove, *edits.set))
+    for name, value in (*edits.set.items(), *edits.add.items()):
+        add.append(name.lower().encode("ascii") + b": " + str(value).encode("utf-8") + b"\r\n")
+
+
+def compile_headers(settings: Headers, use: Use, parts: RouteParts) -> None:
+    _edits(settings.request, parts.request_remove, parts.request_add)
+    _edits(settings.response, parts.response_remove, parts.response_add)
+
+
+def compile_rewrite(settings: Rewrite, use: Use, parts: RouteParts) -> None:
+    if settings.prefix is not None:
+        parts.rewrite_prefix = settings.prefix.rstrip("/").encode("ascii")
+    if settings.path is not None:
+        pieces = re.split(r"\{([^{}]*)\}", settings.path)
+        parts.rewrite_path = tuple(
+            use.parameters.index(piece) if number % 2 else piece.encode("ascii") for number, piece in enumerate(pieces)
+        )
+    if settings.host is not None:
+        parts.rewrite_host = settings.host.encode("ascii")
+
+
+def compile_cors(settings: Cors, use: Use, parts: RouteParts) -> None:
+    parts.cors = CorsStep(
+        use.name, settings.origins, settings.methods, settings.headers, settings.expose, settings.credentials,
+        int(settings.max_age),
+    )
+    parts.steps.insert(0, parts.cors)           # first of its phase: refusals by the others are marked as well

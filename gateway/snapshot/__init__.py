@@ -1,0 +1,5 @@
+"""From a checked configuration to the immutable objects that the engine runs on."""
+
+from gateway.snapshot.build import build
+
+__all__ = ["build"]
