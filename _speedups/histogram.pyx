@@ -66,7 +66,7 @@ cdef extern from *:
 
 cdef enum:
     INDEX_MASK = 4095           # twice MAX_SERIES and a bit: probes stay short, and the table is never full
-    OVERFLOW_ROUTE = 0xFFFFFFFF
+    OVERFLOW_ROUTE = 0x7FFFFFFF
 
 cdef uint64_t SERIES_MARK = <uint64_t>1 << 63
 cdef uint64_t SERIES_HASH = 0x9E3779B97F4A7C15
