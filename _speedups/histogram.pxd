@@ -1,0 +1,112 @@
+"""Counters, gauges and latency histograms in a worker's slot of shared memory.
+
+Strategy: one writer per slot (its worker), so every update is a plain aligned 8-byte store: no lock, no atomic
+read-modify-write. Readers (admin, supervisor) add slots up. Histograms are arrays of counts, so a histogram's count is the
+sum of its buckets by construction.
+"""
+
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+# The order is that of the names in histogram.pyx.
+cdef enum:                      # counters; anonymous, so that a member indexes an array
+    C_CONNECTIONS_ACCEPTED = 0
+    C_CONNECTIONS_CLOSED
+    C_REQUESTS
+    C_RESPONSES_LOCAL           # answered by the gateway itself
+    C_BAD_REQUESTS
+    C_TIMEOUTS_HEAD
+    C_TIMEOUTS_BODY
+    C_TIMEOUTS_IDLE
+    C_TIMEOUTS_WRITE
+    C_CLIENT_ABORTS
+    C_UPSTREAM_CONNECTS
+    C_UPSTREAM_CONNECT_FAILURES
+    C_UPSTREAM_REUSED
+    C_UPSTREAM_DISCARDED
+    C_UPSTREAM_TIMEOUTS
+    C_UPSTREAM_BAD
+    C_UPSTREAM_RESETS
+    C_RETRIES
+    C_BYTES_IN
+    C_BYTES_OUT
+    C_UPSTREAM_BYTES_IN
+    C_UPSTREAM_BYTES_OUT
+    C_TOKEN_HITS
+    C_TOKEN_MISSES
+    C_TOKEN_REFUSED
+    C_LIMITED
+    C_LIMIT_TABLE_FULL
+    C_AUDIT_RECORDS
+    C_AUDIT_LOST
+    C_HOOKS
+    C_HOOK_ERRORS
+    C_HOOK_TIMEOUTS
+    C_ACCEPT_PAUSED
+    C_LOOP_POLLS
+    C_LOOP_EVENTS
+    C_SERIES_OVERFLOW           # observations that found no free series; written by observe() only
+    C_USED                      # how many there are
+    COUNTER_COUNT = 64          # room in the slot
+
+cdef enum:                      # gauges
+    G_CONNECTIONS = 0
+    G_EXCHANGES
+    G_UPSTREAM_ACTIVE
+    G_UPSTREAM_IDLE
+    G_PARKED
+    G_CONFIG_VERSION
+    G_READY
+    G_DRAINING
+    G_CPU_US                    # user and system time of the process
+    G_STARTED                   # seconds since 1970
+    G_PID
+    G_RSS                       # bytes
+    G_USED
+    GAUGE_COUNT = 32
+
+cdef enum:
+    ROUTE_NONE = 0              # no route matched; NameTable's first name is ""
+    MAX_ROUTES = 16384          # ids at or above it are counted in the overflow series
+    MAX_SERIES = 2000           # per slot; likewise for routes with histograms
+    CLASSIC_BUCKETS = 21
+    BINS = 193                  # log-linear: 8 per power of two, 1 us to 67 s, then one for the rest
+
+cdef struct Series:
+    uint64_t key                # SERIES_MARK | route << 24 | method << 16 | status; 0 unused
+    uint64_t buckets[CLASSIC_BUCKETS]
+    uint64_t sum_us
+    uint64_t request_bytes
+    uint64_t response_bytes
+
+cdef struct RouteSeries:
+    uint64_t route
+    uint64_t total[BINS]
+    uint64_t overhead[BINS]
+    uint64_t overhead_buckets[CLASSIC_BUCKETS]
+    uint64_t overhead_sum_us
+
+# Untouched pages of a slot stay unmapped: series and routes are handed out from the front, so a slot costs what it uses.
+cdef struct SlotLayout:
+    uint64_t counters[COUNTER_COUNT]
+    uint64_t gauges[GAUGE_COUNT]
+    uint64_t series_used        # published after the series is complete
+    uint64_t routes_used
+    uint64_t route_overflow     # 1 when the last RouteSeries is in use
+    uint64_t reserved[5]
+    uint16_t series_index[4096]     # open addressing: position in `series` plus one
+    uint16_t route_index[MAX_ROUTES]
+    Series series[MAX_SERIES + 1]   # the last one takes the overflow
+    RouteSeries routes[MAX_SERIES + 1]
+
+cdef class WorkerSlot:
+    cdef Py_buffer view         # held for the life of the object: keeps the mapping in place
+    cdef SlotLayout* slot
+    cdef uint64_t* counters
+    cdef uint64_t* gauges
+    cdef uint64_t last_key      # the series found last, of this process; 0 none
+    cdef Series* last_series
+    cdef RouteSeries* last_route
+
+    # One finished exchange. upstream_us: the part of total_us spent waiting for the upstream, 0 for a local answer.
+    cdef void observe(self, uint32_t route, uint8_t method, uint16_t status, uint64_t total_us, uint64_t upstream_us,
+                      uint64_t request_bytes, uint64_t response_bytes) noexcept nogil

@@ -1,0 +1,1 @@
+"""Metrics of all workers: shared memory, percentiles and the Prometheus collector."""

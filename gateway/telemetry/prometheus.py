@@ -1,0 +1,235 @@
+"""The Prometheus collector: one answer for all workers, read from shared memory at each scrape.
+
+Strategy: sum every slot and the retired one, then name the sums: OpenTelemetry's HTTP names in Prometheus spelling, the
+gateway's own under crossway_. Nothing is kept between scrapes, so any process that has the mapping gives the same answer,
+and a histogram's count is the sum of its buckets by construction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily
+from prometheus_client.core import SummaryMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
+
+from gateway._speedups.histogram import CLASSIC_BOUNDS_US, COUNTER_NAMES, OVERFLOW, WorkerSlot
+from gateway.telemetry.shared import SharedState
+
+# The order of headers.pxd's Method; unknown methods are "_OTHER" (OpenTelemetry, http.request.method).
+METHODS = ("_OTHER", "GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "CONNECT")
+BOUNDS = [*(floatToGoString(bound / 1e6) for bound in CLASSIC_BOUNDS_US), "+Inf"]
+SERIES_LABELS = ["http_request_method", "http_route", "http_response_status_code"]
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigState:
+    """What the metrics say about the configuration."""
+
+    version: int
+    hash: str
+    last_reload_success: bool
+    last_reload_timestamp: float        # seconds since 1970 of the last successful load
+
+
+@dataclass(frozen=True, slots=True)
+class _Total:
+    """How one slot counter is exported."""
+
+    name: str
+    help: str
+    label: tuple[str, str] | None = None
+
+
+def _grouped(name: str, help: str, label: str, **values: str) -> dict[str, _Total]:
+    return {counter: _Total(name, help, (label, value)) for counter, value in values.items()}
+
+
+COUNTERS: dict[str, _Total] = {
+    "connections_accepted": _Total("connections_accepted", "Client connections accepted."),
+    "connections_closed": _Total("connections_closed", "Client connections closed."),
+    "requests": _Total("requests", "Requests whose head was read completely."),
+    "responses_local": _Total("responses_local", "Responses made by the gateway itself."),
+    "bad_requests": _Total("bad_requests", "Requests refused because their syntax or framing is not valid."),
+    **_grouped("downstream_timeouts", "Client connections that ran into a deadline.", "phase", timeouts_head="head",
+               timeouts_body="body", timeouts_idle="idle", timeouts_write="write"),
+    "client_aborts": _Total("client_aborts", "Exchanges whose client went away before the response was sent."),
+    "upstream_connects": _Total("upstream_connects", "Connections to upstreams that were started."),
+    "upstream_connect_failures": _Total("upstream_connect_failures", "Connections to upstreams that failed."),
+    "upstream_reused": _Total("upstream_reused", "Requests sent on a kept-alive upstream connection."),
+    "upstream_discarded": _Total("upstream_discarded", "Upstream connections closed instead of kept for reuse."),
+    "upstream_timeouts": _Total("upstream_timeouts", "Exchanges whose upstream ran into a deadline."),
+    "upstream_bad": _Total("upstream_bad", "Upstream responses refused because their syntax or framing is not valid."),
+    "upstream_resets": _Total("upstream_resets", "Upstream connections lost during an exchange."),
+    "retries": _Total("retries", "Requests sent to an upstream a second time."),
+    "bytes_in": _Total("received_bytes", "Bytes received from clients."),
+    "bytes_out": _Total("sent_bytes", "Bytes sent to clients."),
+    "upstream_bytes_in": _Total("upstream_received_bytes", "Bytes received from upstreams."),
+    "upstream_bytes_out": _Total("upstream_sent_bytes", "Bytes sent to upstreams."),
+    **_grouped("tokens", "Bearer tokens seen: verified from the cache, verified anew, refused.", "result",
+               token_hits="cached", token_misses="verified", token_refused="refused"),
+    "limited": _Total("rate_limited", "Requests refused by a rate limit."),
+    "limit_table_full": _Total("rate_limit_table_full", "Rate-limit decisions without a free slot in the table."),
+    "audit_records": _Total("audit_records", "Audit records accepted for writing."),
+    "audit_lost": _Total("audit_records_lost", "Audit records lost because the buffer was full."),
+    "hooks": _Total("hooks", "Calls of Python policies."),
+    "hook_errors": _Total("hook_errors", "Calls of Python policies that raised."),
+    "hook_timeouts": _Total("hook_timeouts", "Calls of Python policies that took too long."),
+    "accept_paused": _Total("accept_paused", "Times that accepting was paused (connection limit or descriptors)."),
+    "loop_polls": _Total("loop_polls", "Times that a worker collected events."),
+    "loop_events": _Total("loop_events", "Events that workers collected."),
+    "series_overflow": _Total("metrics_overflow", "Observations counted in the overflow series."),
+}
+assert COUNTERS.keys() == set(COUNTER_NAMES)
+
+SUMMED_GAUGES = {
+    "connections": ("connections", "Open client connections."),
+    "exchanges": ("exchanges", "Requests in flight."),
+    "parked": ("exchanges_parked", "Requests that wait for Python."),
+}
+WORKER_GAUGES = {
+    "config_version": ("config_version", "The configuration that the worker runs.", 1.0),
+    "ready": ("ready", "1 while the worker takes requests.", 1.0),
+    "draining": ("draining", "1 while the worker finishes its last requests.", 1.0),
+    "cpu_us": ("cpu_seconds", "Processor time of the worker since it started.", 1e-6),
+    "started": ("start_time_seconds", "When the worker started, in seconds since 1970.", 1.0),
+    "rss": ("resident_memory_bytes", "Resident memory of the worker.", 1.0),
+}
+
+
+class SharedCollector(Collector):
+    """Metrics of all workers, for a prometheus_client registry.
+
+    config: returns what is known about the configuration, None before the first load. by_worker: one series per running
+    worker, and worker="retired" for the sum of the ended ones, instead of their sum.
+    """
+
+    def __init__(
+        self, shared: SharedState, config: Callable[[], ConfigState | None] = lambda: None, *, by_worker: bool = False
+    ) -> None:
+        self._shared = shared
+        self._config = config
+        self._by_worker = by_worker
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: registering the collector must not read the slots."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        if self._by_worker:
+            named = [(str(index), self._shared.slot(index)) for index in range(self._shared.workers)]
+            yield from self._slots([*named, ("retired", self._shared.retired)])
+        else:
+            yield from self._slots([("", self._shared.total())])
+        yield from self._gauges()
+        yield from self._config_metrics()
+
+    def _slots(self, slots: list[tuple[str, WorkerSlot]]) -> Iterator[Metric]:
+        yield from self._counters(slots)
+        yield from self._series(slots)
+        yield self._overhead(slots)
+
+    def _names(self, labels: list[str]) -> list[str]:
+        return ["worker", *labels] if self._by_worker else labels
+
+    def _values(self, worker: str, values: list[str]) -> list[str]:
+        return [worker, *values] if self._by_worker else values
+
+    def _counters(self, slots: list[tuple[str, WorkerSlot]]) -> Iterator[Metric]:
+        families: dict[str, CounterMetricFamily] = {}
+        for counter, total in COUNTERS.items():
+            if total.name not in families:
+                labels = self._names([total.label[0]] if total.label else [])
+                families[total.name] = CounterMetricFamily(f"crossway_{total.name}", total.help, labels=labels)
+            for worker, slot in slots:
+                values = self._values(worker, [total.label[1]] if total.label else [])
+                families[total.name].add_metric(values, slot.counter(counter))
+        yield from families.values()
+
+    def _route(self, route: int) -> str:
+        return "_OVERFLOW" if route == OVERFLOW else self._shared.route_name(route)
+
+    def _series(self, slots: list[tuple[str, WorkerSlot]]) -> Iterator[Metric]:
+        labels = self._names(SERIES_LABELS)
+        duration = HistogramMetricFamily(
+            "http_server_request_duration_seconds", "Time from a request's first byte to its response's last.", labels=labels
+        )
+        request = SummaryMetricFamily("http_server_request_body_size_bytes", "Request bodies received.", labels=labels)
+        response = SummaryMetricFamily("http_server_response_body_size_bytes", "Response bodies sent.", labels=labels)
+        for worker, slot in slots:
+            for route, method, status, buckets, sum_us, request_bytes, response_bytes in slot.series():
+                known = METHODS[method] if method < len(METHODS) else METHODS[0]
+                values = self._values(worker, [known, self._route(route), str(status)])
+                cumulated, count = _cumulated(buckets)
+                duration.add_metric(values, cumulated, sum_us / 1e6)
+                request.add_metric(values, count, request_bytes)
+                response.add_metric(values, count, response_bytes)
+        yield from (duration, request, response)
+
+    def _overhead(self, slots: list[tuple[str, WorkerSlot]]) -> Metric:
+        overhead = HistogramMetricFamily(
+            "crossway_gateway_overhead_seconds",
+            "Time of a request that was not spent waiting for its upstream.",
+            labels=self._names(["http_route"]),
+        )
+        for worker, slot in slots:
+            for route, _total, _bins, buckets, sum_us in slot.routes():
+                cumulated, _count = _cumulated(buckets)
+                overhead.add_metric(self._values(worker, [self._route(route)]), cumulated, sum_us / 1e6)
+        return overhead
+
+    def _gauges(self) -> Iterator[Metric]:
+        alive = [(str(index), self._shared.slot(index)) for index in self._shared.alive()]
+        yield GaugeMetricFamily("crossway_workers", "Workers that run.", value=len(alive))
+        labels = self._names([])
+        for gauge, (name, text) in SUMMED_GAUGES.items():
+            family = GaugeMetricFamily(f"crossway_{name}", text, labels=labels)
+            for values, value in self._summed(alive, gauge, []):
+                family.add_metric(values, value)
+            yield family
+        upstream = GaugeMetricFamily("crossway_upstream_connections", "Upstream connections.", labels=self._names(["state"]))
+        for gauge, state in (("upstream_active", "active"), ("upstream_idle", "idle")):
+            for values, value in self._summed(alive, gauge, [state]):
+                upstream.add_metric(values, value)
+        yield upstream
+        for gauge, (name, text, factor) in WORKER_GAUGES.items():
+            family = GaugeMetricFamily(f"crossway_worker_{name}", text, labels=["worker"])
+            for worker, slot in alive:
+                family.add_metric([worker], slot.gauge(gauge) * factor)
+            yield family
+
+    def _summed(self, alive: list[tuple[str, WorkerSlot]], gauge: str, extra: list[str]) -> Iterator[tuple[list[str], float]]:
+        if self._by_worker:
+            yield from (([worker, *extra], slot.gauge(gauge)) for worker, slot in alive)
+        else:
+            yield extra, sum(slot.gauge(gauge) for _worker, slot in alive)
+
+    def _config_metrics(self) -> Iterator[Metric]:
+        state = self._config()
+        if state is None:
+            return
+        info = {"version": str(state.version), "hash": state.hash}
+        yield InfoMetricFamily("crossway_config", "The configuration in force.", value=info)
+        yield GaugeMetricFamily(
+            "crossway_config_last_reload_success",
+            "1 if the last attempt to load a configuration succeeded.",
+            value=int(state.last_reload_success),
+        )
+        yield GaugeMetricFamily(
+            "crossway_config_last_reload_success_timestamp_seconds",
+            "When a configuration was last loaded successfully, in seconds since 1970.",
+            value=state.last_reload_timestamp,
+        )
+
+
+def _cumulated(buckets: tuple[int, ...]) -> tuple[list[tuple[str, float]], int]:
+    """Classic buckets as (le, cumulated count), and the count of all."""
+    cumulated: list[tuple[str, float]] = []
+    count = 0
+    for bound, number in zip(BOUNDS, buckets, strict=True):
+        count += number
+        cumulated.append((bound, count))
+    return cumulated, count

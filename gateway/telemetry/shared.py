@@ -1,0 +1,118 @@
+"""The shared memory of all processes: metric slots, route names and the rate-limit table.
+
+Strategy: one anonymous MAP_SHARED mapping, made by the supervisor before it forks and laid out once; every process uses the
+same object afterwards, inherited by fork. Pages are given by the kernel when they are first touched (the mapping reserves
+nothing), so a slot costs what it uses. A dead worker's slot is folded into the retired one: counters never go back.
+"""
+
+from __future__ import annotations
+
+import mmap
+import time
+from dataclasses import dataclass
+
+from gateway._speedups.histogram import NAMES_BYTES, SLOT_BYTES, FoldGuard, NameTable, WorkerSlot
+from gateway._speedups.token_bucket import BucketTable
+
+DEFAULT_BUCKET_SLOTS = 65_536       # 1 MiB; see token_bucket.pyx for sizing
+FOLD_PATIENCE = 1.0                 # seconds; a fold takes about a millisecond
+
+
+def _pages(size: int) -> int:
+    return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Offsets in the mapping, each at a page of its own so that workers share no cache line."""
+
+    workers: int
+    bucket_slots: int = DEFAULT_BUCKET_SLOTS
+
+    @property
+    def names(self) -> int:
+        return mmap.PAGESIZE
+
+    @property
+    def buckets(self) -> int:
+        return self.names + _pages(NAMES_BYTES)
+
+    def slot(self, index: int) -> int:
+        """Where worker `index`'s slot starts; index == workers is the retired one."""
+        return self.buckets + _pages(BucketTable.size_for(self.bucket_slots)) + index * _pages(SLOT_BYTES)
+
+    @property
+    def size(self) -> int:
+        return self.slot(self.workers + 1)
+
+
+class SharedState:
+    """What all processes share. Made by the supervisor before the first fork.
+
+    Raises ValueError for a bad number of workers or bucket slots, OSError when the mapping cannot be made.
+    """
+
+    def __init__(self, workers: int, bucket_slots: int = DEFAULT_BUCKET_SLOTS) -> None:
+        if not 1 <= workers <= 1024:
+            raise ValueError(f"the number of workers must be from 1 to 1024, not {workers}")
+        self.layout = Layout(workers, bucket_slots)
+        flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+        self.memory = mmap.mmap(-1, self.layout.size, flags=flags)
+        self._guard = FoldGuard(self.memory, 0)
+        self.names = NameTable(self.memory, self.layout.names)
+        self.buckets = BucketTable(self.memory, self.layout.buckets, bucket_slots)
+        self._slots = tuple(WorkerSlot(self.memory, self.layout.slot(index)) for index in range(workers + 1))
+
+    @property
+    def workers(self) -> int:
+        return self.layout.workers
+
+    def slot(self, index: int) -> WorkerSlot:
+        """Worker `index`'s slot, from 0."""
+        if not 0 <= index < self.workers:
+            raise IndexError(f"there is no worker {index}")
+        return self._slots[index]
+
+    @property
+    def retired(self) -> WorkerSlot:
+        """The sum of all workers that have ended; written by the supervisor only."""
+        return self._slots[self.workers]
+
+    def fold(self, index: int) -> None:
+        """Move a reaped worker's counts into the retired slot and clear its own; its gauges are dropped.
+
+        Only the supervisor may call it, after waitpid() has returned the worker.
+        """
+        slot = self.slot(index)
+        with self._guard:
+            self.retired.absorb(slot)
+            slot.clear()
+
+    def total(self) -> WorkerSlot:
+        """All slots and the retired one added up, in private memory that lives as long as the result.
+
+        Read again if a fold happens meanwhile, so that nothing is counted twice or missed.
+        """
+        give_up = time.monotonic() + FOLD_PATIENCE
+        while True:
+            before = self._guard.read()
+            patient = time.monotonic() < give_up
+            if before % 2 and patient:
+                time.sleep(0.0005)
+                continue
+            total = WorkerSlot(mmap.mmap(-1, SLOT_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+            for slot in self._slots:
+                total.absorb(slot)
+            if self._guard.read() == before or not patient:
+                return total
+
+    def alive(self) -> list[int]:
+        """Indexes of the slots whose worker runs (its pid gauge is set)."""
+        return [index for index in range(self.workers) if self._slots[index].gauge("pid")]
+
+    def route_name(self, number: int) -> str:
+        """A route's name for a label; an id that does not exist (overflow) is shown as such."""
+        try:
+            return self.names.name(number)
+        except IndexError:
+            return ""
