@@ -20,10 +20,13 @@ from gateway.snapshot.matching import spec_of
 from gateway.snapshot.resolve import Resolver
 
 
-class Names(Protocol):
-    """The shared table of metric names."""
+UNROUTED = 0                # metric id of the empty name: requests that reached no route
 
-    def intern(self, name: str) -> int: ...
+
+class Names(Protocol):
+    """The shared table of metric names, which the supervisor filled with the routes' names."""
+
+    def find(self, name: str) -> int | None: ...
 
 
 def build(config: Config, *, names: Names, seed: int, version: int) -> Snapshot:
@@ -34,14 +37,14 @@ def build(config: Config, *, names: Names, seed: int, version: int) -> Snapshot:
     workshop = Workshop(config.base, seed)
     upstreams = {name: _upstream(name, settings, workshop) for name, settings in config.upstreams.items()}
     routes = [
-        _route(index, route, config, upstreams[route.upstream], names.intern(route.name), workshop)
+        _route(index, route, config, upstreams[route.upstream], names.find(route.name) or UNROUTED, workshop)
         for index, route in enumerate(config.routes)
     ]
     snapshot = Snapshot(version, config.digest, _listeners(config, routes), upstreams, routes)
     snapshot.journals = list(workshop.journals.values())
     snapshot.sources = workshop.sources
     snapshot.identity_names = tuple(sorted(workshop.identity_names))
-    snapshot.unrouted = names.intern("")
+    snapshot.unrouted = UNROUTED
     return snapshot
 
 
