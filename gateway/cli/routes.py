@@ -1,0 +1,122 @@
+"""`crossway routes`: list every route with what it matches, the policies it runs and where it goes.
+
+Strategy: what is printed comes from the loaded configuration, so defaults and normalised paths are shown as the engine
+sees them; a person gets a table, a program gets JSON with the same facts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from gateway.errors import ConfigError
+
+if TYPE_CHECKING:
+    from gateway.config import Config
+    from gateway.config.schema import Route, ValueMatch
+
+OK, NOT_LOADED = 0, 2
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand."""
+    parser = subparsers.add_parser(
+        "routes",
+        help="list the routes of a configuration",
+        description=__doc__.partition("\n")[0] if __doc__ else None,
+    )
+    parser.add_argument("-c", "--config", metavar="FILE", required=True, help="the configuration file")
+    parser.add_argument(
+        "-o", "--output", choices=("text", "json"), default="text", help="how to print them (default: text)"
+    )
+    parser.add_argument("--json", dest="output", action="store_const", const="json", help="the same as -o json")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the routes; 0, or 2 when the configuration cannot be loaded."""
+    from gateway.config import load  # the schema takes a moment to import: not for `crossway --help`
+
+    try:
+        config = load(args.config)
+    except ConfigError as error:
+        print(error.render(), file=sys.stderr)
+        return NOT_LOADED
+    facts = [describe(config, route) for route in config.routes]
+    if args.output == "json":
+        print(json.dumps(facts, indent=2))
+    else:
+        _print_table(facts)
+    return OK
+
+
+def describe(config: Config, route: Route) -> dict[str, Any]:
+    """Return what there is to say about a route, for JSON."""
+    match = route.match
+    return {
+        "name": route.name,
+        "hosts": list(match.host),
+        "path": match.path,
+        "prefix": match.prefix,
+        "methods": list(match.methods or ()),
+        "headers": {name: condition_text(each) for name, each in match.headers.items()},
+        "query": {name: condition_text(each) for name, each in match.query.items()},
+        "policies": [label for label, _ in policies_of(config, route)],
+        "upstream": route.upstream,
+        "listeners": list(route.listeners or config.listeners),
+    }
+
+
+def policies_of(config: Config, route: Route) -> list[tuple[str, str]]:
+    """Return (label, kind) of each policy of a route in the order of the file; the label of an inline one is its kind."""
+    found = []
+    for each in route.policies:
+        if each.use is not None:
+            found.append((each.use, config.policies[each.use].kind))
+        elif each.inline is not None:
+            found.append((each.inline.kind, each.inline.kind))
+    return found
+
+
+def condition_text(wanted: ValueMatch) -> str:
+    """Return a condition as a person reads it behind the name of a header or query parameter."""
+    if "value" in wanted._outside or "prefix" in wanted._outside:
+        return "= (from outside the file)"
+    if wanted.value is not None:
+        return f"= {wanted.value}"
+    if wanted.prefix is not None:
+        return f"= {wanted.prefix}..."
+    return "present" if wanted.present else "absent"
+
+
+def _print_table(facts: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("ROUTE", "HOST", "PATH", "METHODS", "CONDITIONS", "POLICIES", "UPSTREAM"):
+        table.add_column(heading, overflow="fold")
+    for each in facts:
+        conditions = [f"{name} {text}" for name, text in each["headers"].items()]
+        conditions += [f"?{name} {text}" for name, text in each["query"].items()]
+        cells = (
+            each["name"],
+            "\n".join(each["hosts"]),
+            each["path"] if each["path"] is not None else below(each["prefix"]),
+            ", ".join(each["methods"]) or "any",
+            "\n".join(conditions) or "-",
+            ", ".join(each["policies"]) or "-",
+            each["upstream"],
+        )
+        # Text: what stands in a configuration is never read as markup.
+        table.add_row(*(Text(cell) for cell in cells))
+    # A pipe has no width: 80 columns would fold what a person then greps.
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def below(prefix: str) -> str:
+    """Return a prefix as a table shows it."""
+    return f"{prefix.rstrip('/')}/... (prefix)"
