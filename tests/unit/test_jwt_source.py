@@ -170,23 +170,26 @@ LIES = {
     "gzip": answer(jwks("a"), fields="Content-Encoding: gzip\r\n"),
     "not HTTP": b"SSH-2.0-OpenSSH\r\n\r\n", "nothing": b"", "cut head": b"HTTP/1.1 200 OK\r\nContent-", "cut body": answer(jwks("b"))[:-5],
     "cut chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nff\r\n{", "cut without framing": b"HTTP/1.0 200 OK\r\n\r\n" + jwks("b")[:-3],
+    "cut behind the JSON": answer(jwks("b") + b" ")[:-1],
     "two lengths": b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\n{}  ",
 }
 
 
-@pytest.mark.parametrize("lie", LIES.values(), ids=LIES.keys())
-def test_keeps_the_last_good_keys(lie: bytes) -> None:
+@pytest.mark.parametrize("name", LIES)
+def test_keeps_the_last_good_keys(name: str) -> None:
     async def test() -> None:
         async with issuer() as it:
             source = url_source(it)
             it.bytes = answer(jwks("a", "c"))
             await source.refetch()
             before = source.keys
-            it.bytes = lie
+            it.bytes = LIES[name]
             assert not await source.refetch()
             assert source.keys is before and source.failures == 1 and source.error
             assert verifier(source).verify(token("a"), NOW).subject == "alice"
             assert len(it.requests) == 2                        # no redirect was followed
+            if name.startswith("5 MB"):
+                assert source.error == "the answer has more than 1048576 bytes"     # given up, not read and refused
 
     run(test)
 
@@ -251,6 +254,7 @@ def test_an_unknown_kid_storm_costs_one_fetch_per_cooldown() -> None:
                 assert set(await asyncio.gather(*[ask(n) for n in range(200)])) == {"token-key"}
                 assert len(it.requests) == cooldown + 1         # one for all
                 await ask(0)
+                assert not await source.refetch()
                 assert len(it.requests) == cooldown + 1
             assert source.suppressed >= 600
 
@@ -454,6 +458,20 @@ def test_a_file_is_read_at_once_and_again_when_it_changes(tmp_path: Path) -> Non
         path.write_bytes(jwks("c"))
         assert await source.refetch()
         assert source.keys.knows("c") and source.error is None
+
+    run(test)
+
+
+def test_a_file_that_was_half_written_is_read_again_though_its_time_is_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "jwks.json"
+    source = FileSource(path, ALGORITHMS, cooldown=0)
+
+    async def test() -> None:
+        for content in (jwks("a")[:-1] + b" ", jwks("a")):
+            path.write_bytes(content)
+            os.utime(path, (1, 1))
+            await source.refetch()
+        assert source.keys.knows("a")
 
     run(test)
 

@@ -335,6 +335,13 @@ def test_a_key_verifies_its_own_algorithms_only(keys: Keys, kid: str, alg: str, 
     refused(verifier(keys), token({"alg": claimed, "kid": kid}, CLAIMS, keys.private[kid], alg))
 
 
+def test_a_key_itself_refuses_an_algorithm_that_is_not_its_own(keys: Keys) -> None:
+    (key,) = keys.set.candidates("rs-only", "RS256")
+    assert key.verify("RS256", b"message", sign("RS256", keys.rsa, b"message"))
+    for alg in ("RS512", "PS256"):
+        assert not key.verify(alg, b"message", sign(alg, keys.rsa, b"message"))
+
+
 def test_es256_with_the_kid_of_an_rsa_key(keys: Keys) -> None:
     refused(verifier(keys), token({"alg": "ES256", "kid": "rsa"}, CLAIMS, keys.private["p256"], "ES256"))
 
