@@ -1,0 +1,100 @@
+"""The gateway's own log: one JSON object a line on stderr or in a file, through the standard logging module.
+
+Strategy: one handler object at the root logger, opened by the supervisor and inherited by every child; O_APPEND makes
+lines of different processes not overwrite each other. Each process reopens the file for itself on SIGUSR1. `event` is a
+constant sentence, everything variable is a member of its own, so that a log can be searched without regular expressions.
+"""
+
+import logging
+import os
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+import orjson
+
+_STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
+log = logging.getLogger("crossway")
+
+
+class JsonLines(logging.Formatter):
+    """ts (UTC, microseconds), level, event, process, then the fields given as `extra`."""
+
+    process = "supervisor"
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "ts": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z"),
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+            "process": self.process,
+            "pid": record.process,
+        }
+        if record.name != log.name:
+            line["logger"] = record.name
+        for key, value in record.__dict__.items():
+            if key not in _STANDARD and key not in line:
+                line[key] = value
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return orjson.dumps(line, default=str).decode()
+
+
+class ReopenedFile(logging.StreamHandler[IO[str]]):
+    """Writes to stderr, or to a file that can be reopened after it was renamed."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        super().__init__(sys.stderr if path is None else _open(path))
+
+    def reopen(self) -> None:
+        """Open the file again by name; the old one stays in use when that fails."""
+        if self.path is not None:
+            try:
+                stream = _open(self.path)
+            except OSError as error:
+                log.error("the log file cannot be reopened", extra={"file": str(self.path), "error": str(error)})
+                return
+            old = self.setStream(stream)
+            if old is not None:
+                old.close()
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Lose the line: a full disk or a closed pipe must not stop payments, nor print a traceback for each line."""
+
+
+def _open(path: Path) -> IO[str]:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
+    return open(descriptor, "w", encoding="utf-8", buffering=1)
+
+
+_installed: ReopenedFile | None = None
+
+
+def set_up(path: Path | None = None, level: str = "info") -> None:
+    """Send every logger of this process, and of the children it forks, to `path` or stderr.
+
+    Raises OSError when the file cannot be opened.
+    """
+    global _installed
+    destination = ReopenedFile(path)
+    destination.setFormatter(JsonLines())
+    root = logging.getLogger()
+    if _installed is not None:
+        root.removeHandler(_installed)
+        if _installed.path is not None:
+            _installed.close()
+    root.addHandler(destination)
+    root.setLevel(level.upper())
+    _installed = destination
+
+
+def reopen() -> None:
+    if _installed is not None:
+        _installed.reopen()
+
+
+def name_process(name: str) -> None:
+    """Set the member `process` of every later line of this process: worker-0, admin."""
+    JsonLines.process = name

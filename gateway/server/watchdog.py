@@ -1,0 +1,62 @@
+"""Replace a worker whose loop stands still.
+
+Strategy: a worker that turns writes the time into its word of the board; one that has not for too long gets SIGABRT, which
+makes Python print where it stands, and SIGKILL a second later (a stopped process hears nothing else). Time in which the
+supervisor itself did not run is not held against the workers: the machine, or the whole process group, was stopped.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from typing import TYPE_CHECKING
+
+from gateway.server.children import Child, Condition, Role
+from gateway.server.log import log
+
+if TYPE_CHECKING:
+    from gateway.server.supervisor import Supervisor
+
+SILENCE = 10.0  # seconds without a heartbeat
+START_LIMIT = 60.0  # seconds a worker may take to build its snapshot before its first heartbeat
+OVERSLEPT = 3.0  # seconds between two looks after which nobody is blamed
+LAST_WORDS = 1.0  # seconds between SIGABRT and SIGKILL
+
+
+class Watchdog:
+    """Looks at every worker about once a second, for as long as the supervisor turns."""
+
+    def __init__(self, supervisor: Supervisor, silence: float) -> None:
+        self.supervisor = supervisor
+        self.silence = silence
+        self._looked = self._trusted_since = time.monotonic()
+
+    def look(self) -> None:
+        now = time.monotonic()
+        if now - self._looked > OVERSLEPT:
+            self._trusted_since = now
+        self._looked = now
+        for child in list(self.supervisor.children.values()):
+            if child.role is Role.WORKER and child.condition is not Condition.HUNG and self._owns_slot(child):
+                limit = START_LIMIT if child.condition is Condition.STARTING else self.silence
+                silent = min(self.supervisor.board.silence(child.slot), now - self._trusted_since, child.age)
+                if silent > limit:
+                    self._replace(child, silent)
+        self.supervisor.wait.after(min(1.0, self.silence / 4), self.look)
+
+    def _owns_slot(self, child: Child) -> bool:
+        slots = self.supervisor.slots
+        return child.slot < len(slots) and slots[child.slot].child is child
+
+    def _replace(self, child: Child, silent: float) -> None:
+        log.error(
+            "worker hangs and is replaced",
+            extra={"slot": child.slot, "child": child.pid, "silent": round(silent, 3)},
+        )
+        child.condition = Condition.HUNG
+        self.supervisor.signal_child(child, signal.SIGABRT)
+        if child.kill is not None:
+            child.kill.cancel()
+            child.kill = None
+        self.supervisor.kill_after(child, LAST_WORDS)
+        self.supervisor.publish()
