@@ -176,6 +176,9 @@ def compare(message: Message, block: tuple[BlockLine, ...], *, response: bool, p
             places.append(message.fields.index(found))
     own = OWN_RESPONSE_FIELDS if response else OWN_REQUEST_FIELDS
     extra = [line for lower, value, line in left if lower not in own and (lower, value) != (b"content-length", b"0")]
+    names = [lower for lower, _, _ in message.fields if lower in own and lower != b"via"]
+    if len(names) != len(set(names)):
+        return f"a field that the gateway asserts is there twice: {[line for _, _, line in message.fields]}"
     if extra:
         return f"fields that the transcript does not list: {extra}"
     listed = [place for place in places if message.fields[place][0] not in own]

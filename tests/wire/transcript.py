@@ -19,7 +19,7 @@ REPEAT = re.compile(r'<repeat (\d+) "((?:[^"\\]|\\.)*)">')
 SIMPLE = {"r": b"\r", "n": b"\n", "t": b"\t", "s": b" ", "e": b"\x1b", "0": b"\x00", "\\": b"\\"}
 VERBS = re.compile(
     r"sends|expects|expects without body|expects partial|expects bytes|expects truncated|expects close|expects nothing"
-    r"|expects nothing complete|expects (?:status|problem|refusal) (?:\d{3}|<[A-Z]+>)|half-closes|closes|resets"
+    r"|expects nothing complete|expects (?:status|problem|refusal) (?:\d{3}|<[A-Z]+>)|half-closes|closes|resets|<[A-Z]+>"
 )
 WITH_BLOCK = {"sends", "expects", "expects without body", "expects partial", "expects bytes"}
 
@@ -73,10 +73,14 @@ class Transcript:
                 text = text.replace(f"<{name}>", value)
             return text
 
-        return [
+        steps = [
             Step(step.line, step.end, step.number, put(step.verb), tuple(BlockLine(b.kind, put(b.text)) for b in step.block))
             for step in self.steps
         ]
+        for step in steps:
+            if step.end != "wait" and ("<" in step.verb or not VERBS.fullmatch(step.verb)):
+                raise TranscriptError(f"{self.path}:{step.line}: unknown step {step.verb!r} in row {row}")
+        return steps
 
 
 def to_bytes(text: str) -> bytes:
