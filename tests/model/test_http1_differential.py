@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from gateway._speedups import testing
 from tests.model import http1_inputs as inputs
 
-COMMON = settings(max_examples=400, deadline=None)
+COMMON = settings(max_examples=3 * settings().max_examples)
 LLHTTP_METHODS = {*inputs.METHODS}
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from gateway._speedups import testing
 from tests.model import http1_inputs as inputs
 
-COMMON = settings(max_examples=300, deadline=None)
+COMMON = settings(max_examples=3 * settings().max_examples)
 
 
 def outcome(parse, *arguments, **limits) -> object:
@@ -106,7 +106,7 @@ PATH_PIECES = [
 BAD_PATH_PIECES = [b"%2f", b"%5c", b"\\", b"%00", b"%", b"%zz", b"%u0041", b"%c0%af", b"%ff", b"%252e", b"//", b"%0a"]
 
 
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=8 * settings().max_examples)
 @given(st.lists(inputs.mostly(PATH_PIECES, BAD_PATH_PIECES), max_size=12).map(lambda pieces: b"/" + b"".join(pieces)))
 @example(b"/a/./../b")
 @example(b"/%2e%2e/a")
