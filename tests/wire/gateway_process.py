@@ -14,14 +14,16 @@ import subprocess
 import sys
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 from tests.wire.runner import FAILURE_AFTER, World, listen
 
-ROOT = Path(__file__).resolve().parents[2]
+# Where this interpreter finds the gateway: the source tree, or a sanitizer build beside it.
+ROOT = Path(next(iter(find_spec("gateway").submodule_search_locations or []))).parent  # type: ignore[union-attr]
 CONFIGS = Path(__file__).parent / "configs"
 START_AFTER = 15.0  # seconds; a sanitizer build starts slowly
-ADDRESS = re.compile(r"listener[ =]+\"?(?P<name>[\w-]+)\"?.*?(?P<host>127\.0\.0\.1):(?P<port>\d+)")
+ADDRESS = re.compile(r"(?P<name>[\w-]+) +http://(?P<host>127\.0\.0\.1):(?P<port>\d+)")
 
 
 class GatewayProcess:
@@ -41,8 +43,8 @@ class GatewayProcess:
         self._ready = threading.Condition()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "gateway", "run", "-c", str(self.path)],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "PYTHONUNBUFFERED": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -58,7 +60,7 @@ class GatewayProcess:
         for line in self.process.stdout:
             with self._ready:
                 self.output.append(line)
-                if match := ADDRESS.search(line):
+                if match := ADDRESS.match(line):
                     self.world.listeners[match["name"]] = (match["host"], int(match["port"]))
                 self._ready.notify_all()
         with self._ready:
