@@ -1,0 +1,180 @@
+"""The parser, the path normaliser and the chunked decoder as Python functions, for tests and fuzzing only.
+
+Strategy: every input is copied into a malloc block of exactly its size before it is parsed, so that a sanitizer build
+reports a read of one byte too many; nothing of the gateway imports this module.
+Python is called from here: per call, never from a request.
+
+Safety: `Copy` owns the block for as long as a pointer into it is used; slices are taken from the original bytes object
+with the parser's offsets, so a wrong offset shows as a wrong value, not as a wild read.
+"""
+
+from libc.stdint cimport int64_t, uint32_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy
+from gateway._speedups.headers cimport FIELD_DROP, FIELD_IDENTITY, Field, Head, head_mark_hop_by_hop, head_reset
+from gateway._speedups.http1 cimport (
+    CHUNK_DONE, Chunked, Limits, chunked_decode, chunked_reset, error_detail, error_slug, error_status, normalise_path as normalise,
+    parse_request as parse_request_head, parse_response as parse_response_head,
+)
+
+
+class ParseError(ValueError):
+    """What the parser refuses: `status` is the answer's, `slug` names the rule."""
+
+    def __init__(self, status: int, slug: str, detail: str) -> None:
+        super().__init__(f"{status} {slug}: {detail}")
+        self.status = status
+        self.slug = slug
+        self.detail = detail
+
+
+cdef object refused(int error):
+    return ParseError(error_status(error), (<bytes>error_slug(error)).decode(), (<bytes>error_detail(error)).decode())
+
+
+cdef class Copy:
+    """A malloc block with exactly the bytes that were given; never empty, so that it has an address."""
+
+    cdef char* data
+    cdef uint32_t length
+
+    def __cinit__(self, const unsigned char[:] source not None):
+        self.length = <uint32_t>source.shape[0]
+        self.data = <char*>malloc(self.length if self.length else 1)
+        if self.data == NULL:
+            raise MemoryError
+        if self.length:
+            memcpy(self.data, &source[0], self.length)
+
+    def __dealloc__(self):
+        free(self.data)
+
+
+cdef dict described(bytes data, Head* head, bint request):
+    """The head as Python values; offsets are applied to `data`, which holds the same bytes."""
+    cdef list fields = []
+    cdef int i
+    cdef Field* field
+    for i in range(head.count):
+        field = &head.fields[i]
+        fields.append((data[field.name:field.name + field.name_len], data[field.value:field.value + field.value_len]))
+    found = {
+        "fields": fields,
+        "dropped": [bool(head.fields[i].flags & FIELD_DROP) for i in range(head.count)],
+        "identity": [bool(head.fields[i].flags & FIELD_IDENTITY) for i in range(head.count)],
+        "lines": [data[head.fields[i].name:head.fields[i].name + head.fields[i].line_len] for i in range(head.count)],
+        "length": head.length,
+        "minor": head.minor,
+        "chunked": bool(head.chunked),
+        "content_length": None if head.content_length < 0 else head.content_length,
+        "close": bool(head.close),
+        "keep_alive": bool(head.keep_alive),
+    }
+    if request:
+        found["method"] = data[head.method_at:head.method_at + head.method_len]
+        found["path"] = data[head.path_at:head.path_at + head.path_len]
+        found["query"] = data[head.query_at:head.query_at + head.query_len] if head.has_query else None
+        found["host"] = data[head.host_at:head.host_at + head.host_len]
+        found["path_plain"] = bool(head.path_plain)
+        found["expect"] = bool(head.expect)
+    else:
+        found["status"] = head.status
+        found["reason"] = data[head.reason_at:head.reason_at + head.reason_len]
+    return found
+
+
+cdef object parse(bytes data, object chunks, Limits limits, bint request):
+    """Parse data[:n] for each n of `chunks` in turn, as a connection does while bytes arrive."""
+    cdef Head* head = <Head*>malloc(sizeof(Head))
+    cdef Copy copy
+    cdef int result = 0
+    if head == NULL:
+        raise MemoryError
+    try:
+        head_reset(head)
+        for n in (*(chunks or ()), len(data)):
+            copy = Copy(data[:n])
+            if request:
+                result = parse_request_head(copy.data, copy.length, head, &limits)
+            else:
+                result = parse_response_head(copy.data, copy.length, head, &limits)
+            if result < 0:
+                raise refused(-result)
+            if result > 0:
+                head.base = copy.data
+                head_mark_hop_by_hop(head)
+                return described(data, head, request)
+        return None
+    finally:
+        free(head)
+
+
+def parse_request(data: bytes, chunks=None, *, head: int = 32768, target: int = 8192, fields: int = 100):
+    """Return the request head at the front of `data` as a dict, None while it is incomplete; raises ParseError.
+
+    `chunks` are lengths, ascending: the parser is called with each prefix in turn and keeps its state.
+    """
+    return parse(data, chunks, Limits(head, target, fields), True)
+
+
+def parse_response(data: bytes, chunks=None, *, head: int = 32768, target: int = 8192, fields: int = 100):
+    """The same for the head of a response."""
+    return parse(data, chunks, Limits(head, target, fields), False)
+
+
+def scanned_bytes(data: bytes, chunks) -> int:
+    """Return how many bytes the parser looks at for a line's end when the prefixes data[:n] arrive one after the other."""
+    cdef Head* head = <Head*>malloc(sizeof(Head))
+    cdef Limits limits = Limits(1 << 20, 1 << 20, 256)
+    cdef Copy copy
+    steps = 0
+    if head == NULL:
+        raise MemoryError
+    try:
+        head_reset(head)
+        for n in chunks:
+            copy = Copy(data[:n])
+            steps += copy.length - (head.scanned if head.scanned > head.line else head.line)
+            if parse_request_head(copy.data, copy.length, head, &limits) != 0:
+                break
+        return steps
+    finally:
+        free(head)
+
+
+def decode_chunked(pieces):
+    """Decode the pieces one after the other; returns (payload, bytes consumed, done) or raises ParseError."""
+    cdef Chunked state
+    cdef uint32_t used = 0
+    cdef int64_t kept
+    cdef Copy copy
+    consumed = 0
+    payload = []
+    chunked_reset(&state)
+    for piece in pieces:
+        copy = Copy(piece)
+        kept = chunked_decode(&state, copy.data, copy.length, &used)
+        if kept < 0:
+            raise refused(<int>-kept)
+        payload.append(copy.data[:kept])
+        consumed += used
+        if state.state == CHUNK_DONE:
+            break
+    return b"".join(payload), consumed, state.state == CHUNK_DONE
+
+
+def normalise_path(path: bytes) -> bytes:
+    """Return the path as it is matched and forwarded; raises ParseError."""
+    cdef Copy source = Copy(path)
+    cdef Copy out = Copy(path)
+    cdef int n = normalise(source.data, source.length, out.data)
+    if n < 0:
+        raise refused(-n)
+    return out.data[:n]
+
+
+def read_past_the_end() -> int:
+    """Read one byte behind a block, so that a sanitizer build can prove that it would notice."""
+    cdef Copy copy = Copy(b"x" * 24)
+    cdef volatile char* at = copy.data
+    return at[24]

@@ -1,0 +1,13 @@
+"""What every test shares: hypothesis profiles, chosen by HYPOTHESIS_PROFILE (default, sanitized, thorough)."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("default", deadline=None)
+# A sanitized interpreter is several times slower, and looks for memory errors, not for logic.
+settings.register_profile("sanitized", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("thorough", deadline=None, max_examples=20_000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))

@@ -1,0 +1,103 @@
+"""One real gateway process for a session of transcripts.
+
+Strategy: the scripted upstream's ports are bound before the configuration is written, so nothing in it is guessed; the
+gateway binds port 0 and prints where it listens.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+from tests.wire.runner import FAILURE_AFTER, World, listen
+
+# Where this interpreter finds the gateway: the source tree, or a sanitizer build beside it.
+ROOT = Path(next(iter(find_spec("gateway").submodule_search_locations or []))).parent  # type: ignore[union-attr]
+CONFIGS = Path(__file__).parent / "configs"
+START_AFTER = 15.0  # seconds; a sanitizer build starts slowly
+ADDRESS = re.compile(r"(?P<name>[\w-]+) +http://(?P<host>127\.0\.0\.1):(?P<port>\d+)")
+
+
+class GatewayProcess:
+    """A running gateway with the world of sockets around it."""
+
+    def __init__(self, config: str, folder: Path) -> None:
+        self.world = World(listen(), listen())
+        text = (CONFIGS / f"{config}.yaml").read_text("utf-8")
+        # A port that answers every connect with RST: bound, never listening.
+        self._refusing = socket.socket()
+        self._refusing.bind(("127.0.0.1", 0))
+        for name, sock in (("UPSTREAM", self.world.upstream), ("BARRIER", self.world.barrier_socket), ("REFUSING", self._refusing)):
+            text = text.replace(f"{name}_PORT", str(sock.getsockname()[1]))
+        self.path = folder / f"{config}.yaml"
+        self.path.write_text(text, "utf-8")
+        self.output: list[str] = []
+        self._ready = threading.Condition()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "gateway", "run", "-c", str(self.path)],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self.world.alive = self.check_alive
+        self._await_listeners(re.findall(r"^  (\w+): *\{bind:|^  (\w+):\n    bind:", text.split("upstreams:")[0], re.MULTILINE))
+
+    def _read(self) -> None:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            with self._ready:
+                self.output.append(line)
+                if match := ADDRESS.match(line):
+                    self.world.listeners[match["name"]] = (match["host"], int(match["port"]))
+                self._ready.notify_all()
+        with self._ready:
+            self.output.append("(end of output)\n")
+            self._ready.notify_all()
+
+    def _await_listeners(self, found: list[tuple[str, str]]) -> None:
+        wanted = {first or second for first, second in found}
+        deadline = time.monotonic() + START_AFTER
+        with self._ready:
+            while not wanted <= set(self.world.listeners):
+                left = deadline - time.monotonic()
+                if left <= 0 or self.output[-1:] == ["(end of output)\n"]:
+                    self.process.kill()
+                    raise RuntimeError(f"the gateway did not start; wanted listeners {wanted}:\n{self.tail()}")
+                self._ready.wait(left)
+
+    def tail(self) -> str:
+        """The last lines that the gateway printed."""
+        return "".join(self.output[-60:])
+
+    def check_alive(self) -> None:
+        """Raise when the process that was started has ended."""
+        if self.process.poll() is not None:
+            raise RuntimeError(f"the gateway died with {self.process.returncode}:\n{self.tail()}")
+
+    def stop(self) -> int:
+        """Drain by SIGTERM and return the exit code."""
+        self.world.reset()
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            code = self.process.wait(FAILURE_AFTER + START_AFTER)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise RuntimeError(f"the gateway does not end after SIGTERM:\n{self.tail()}") from None
+        self._reader.join(FAILURE_AFTER)
+        for sock in (self.world.upstream, self.world.barrier_socket, self._refusing):
+            sock.close()
+        return code
