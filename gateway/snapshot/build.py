@@ -24,9 +24,9 @@ UNROUTED = 0                # metric id of the empty name: requests that reached
 
 
 class Names(Protocol):
-    """The shared table of metric names, which the supervisor filled with the routes' names."""
+    """The shared table of metric names. add() gives a known name its number without writing."""
 
-    def find(self, name: str) -> int | None: ...
+    def add(self, name: str) -> int: ...
 
 
 def build(config: Config, *, names: Names, seed: int, version: int) -> Snapshot:
@@ -37,7 +37,7 @@ def build(config: Config, *, names: Names, seed: int, version: int) -> Snapshot:
     workshop = Workshop(config.base, seed)
     upstreams = {name: _upstream(name, settings, workshop) for name, settings in config.upstreams.items()}
     routes = [
-        _route(index, route, config, upstreams[route.upstream], names.find(route.name) or UNROUTED, workshop)
+        _route(index, route, config, upstreams[route.upstream], names.add(route.name), workshop)
         for index, route in enumerate(config.routes)
     ]
     snapshot = Snapshot(version, config.digest, _listeners(config, routes), upstreams, routes)
