@@ -6,6 +6,7 @@ body, which no per-read timeout of a blocking client does. Whatever goes wrong i
 """
 
 import asyncio
+import ipaddress
 import re
 import ssl
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from urllib.parse import urlsplit
 from httptools import HttpParserError, HttpResponseParser
 
 HEAD_ALLOWANCE = 64 << 10       # bytes of head and chunk framing on top of the document
-_LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 _VISIBLE = re.compile(r"[\x21-\x7e]{1,2048}")
 
 
@@ -40,7 +40,7 @@ class Origin:
         host, port = parts.hostname, parts.port
         if parts.scheme not in ("https", "http") or not host:
             raise ValueError("the URL must be https://host/path")
-        if parts.scheme == "http" and host not in _LOOPBACK:
+        if parts.scheme == "http" and not _is_loopback(host):
             raise ValueError("keys over plain http could be replaced on their way: use https")
         if parts.username is not None or parts.password is not None or "#" in url:
             raise ValueError("the URL must not hold a user, a password or a fragment")
@@ -51,6 +51,13 @@ class Origin:
             "Accept-Encoding: identity\r\nUser-Agent: crossway\r\nConnection: close\r\n\r\n"
         )
         return cls(secure, host, port or (443 if secure else 80), request.encode("ascii"))
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 class _Answer:

@@ -424,7 +424,7 @@ def test_urls_that_keys_must_not_come_from(url: str) -> None:
         open_source(url, ALGORITHMS)
 
 
-@pytest.mark.parametrize("url", ["https://auth.bank.test/jwks.json", "https://[2001:db8::1]:8443", "http://localhost:1/x", "http://[::1]:1/x"])
+@pytest.mark.parametrize("url", ["https://auth.bank.test/jwks.json", "https://[2001:db8::1]:8443", "http://localhost:1/x", "http://[::1]:1/x", "http://127.0.0.2/x"])
 def test_urls_that_keys_may_come_from(url: str) -> None:
     assert isinstance(open_source(url, ALGORITHMS), UrlSource)
     assert Origin.parse(url).request.startswith(b"GET /")
