@@ -282,7 +282,7 @@ cdef void put_identity(cw_out* o, Exchange x):
     """Who sent it, how, to which host: RFC 7239 and its X- forerunners, then the ids."""
     cdef const char* host = x.head.base + x.head.host_at
     put_received(o, x, F_X_FORWARDED_FOR, b"x-forwarded-for: ")
-    cw_put(o, x.client_text, x.client_len)
+    cw_put(o, x.peer_text, x.peer_len)
     cw_lit(o, b"\r\n")
     if x.secure:
         put_single(o, x, F_X_FORWARDED_PROTO, b"x-forwarded-proto: ", b"https", 5)
@@ -291,13 +291,13 @@ cdef void put_identity(cw_out* o, Exchange x):
     if x.head.host_len:
         put_single(o, x, F_X_FORWARDED_HOST, b"x-forwarded-host: ", host, x.head.host_len)
     put_received(o, x, F_FORWARDED, b"forwarded: ")
-    if x.client_len and is_v6(x):
+    if is_v6(x):
         cw_lit(o, b"for=\"[")
-        cw_put(o, x.client_text, x.client_len)
+        cw_put(o, x.peer_text, x.peer_len)
         cw_lit(o, b"]\"")
     else:
         cw_lit(o, b"for=")
-        cw_put(o, x.client_text, x.client_len)
+        cw_put(o, x.peer_text, x.peer_len)
     if x.head.host_len:
         cw_lit(o, b";host=\"")
         cw_put(o, host, x.head.host_len)
@@ -314,8 +314,8 @@ cdef void put_identity(cw_out* o, Exchange x):
 
 cdef inline bint is_v6(Exchange x) noexcept:
     cdef int i
-    for i in range(x.client_len):
-        if x.client_text[i] == 58:
+    for i in range(x.peer_len):
+        if x.peer_text[i] == 58:
             return True
     return False
 

@@ -280,7 +280,7 @@ cdef class Downstream(Connection):
             x.refuse(405, b"method-not-allowed", b"the resource does not offer this method")
             x.reply_headers = b"allow: " + self.listener.trie.allow(&x.match) + b"\r\n"
             return self.reply()
-        if x.body.mode == BODY_LENGTH and x.body.remaining > x.route.body_limit:
+        if x.body.mode == BODY_LENGTH and x.body.remaining > x.body_limit():
             return self.refuse(413, b"body-too-large", b"the request body is larger than the limit")
         if x.route.total_us:
             x.total_at = self.engine.now + x.route.total_us
@@ -314,6 +314,8 @@ cdef class Downstream(Connection):
         memcpy(x.client, self.address, 16)
         memcpy(x.client_text, self.text, 48)
         x.client_len = self.text_len
+        x.peer_text = self.text
+        x.peer_len = self.text_len
         if x.trusted and head.first[F_X_FORWARDED_FOR] >= 0:
             self.forwarded_client()
         i = head.first[F_X_REQUEST_ID]
@@ -411,7 +413,7 @@ cdef class Downstream(Connection):
         x.parked = None
         x.collecting = False
         x.refuse(status, slug, detail)
-        if status == 408 or status == 431 or status == 414:
+        if status == 408 or status == 413 or status == 414 or status == 431:
             x.keep_alive = False
         return self.reply()
 
@@ -540,7 +542,7 @@ cdef class Downstream(Connection):
                 return self.cut(400, <bytes>error_slug(<int>-payload), <bytes>error_detail(<int>-payload))
             x.body.done = x.body.chunked.state == CHUNK_DONE
         x.body.bytes += payload
-        if x.body.bytes > <uint64_t>x.route.body_limit or \
+        if x.body.bytes > <uint64_t>x.body_limit() or \
                 (x.collecting and x.body.bytes > <uint64_t>x.parked.body_limit):
             x.body.done = False
             x.body.mode = BODY_NONE

@@ -110,6 +110,7 @@ cdef class Connection:
     cdef int put_chunk(self, const char* data, uint32_t n) noexcept:
         """One chunk: size line, data, CRLF; three pieces in one call when nothing waits already."""
         cdef char size[24]
+        cdef const char* ending = b"\r\n"
         cdef iovec pieces[3]
         cdef uint32_t head
         cdef ssize_t sent = 0
@@ -125,7 +126,7 @@ cdef class Connection:
             pieces[0].iov_len = head
             pieces[1].iov_base = <void*>data
             pieces[1].iov_len = n
-            pieces[2].iov_base = <void*>b"\r\n"
+            pieces[2].iov_base = <void*>ending
             pieces[2].iov_len = 2
             sent = cw_sendv(self.fd, pieces, 3)
             if sent == head + n + 2:
@@ -139,7 +140,7 @@ cdef class Connection:
             return -ENOMEM
         keep_tail(&self.out, size, head, &sent)
         keep_tail(&self.out, data, n, &sent)
-        keep_tail(&self.out, b"\r\n", 2, &sent)
+        keep_tail(&self.out, ending, 2, &sent)
         return 0
 
     cdef int flush(self) noexcept:

@@ -86,7 +86,7 @@ cdef class RouteEntry(Route):
     cdef tuple steps                    # owns what `step` points to
     cdef void** step                    # Step*, borrowed from `steps`
     cdef int step_count
-    cdef int64_t body_limit
+    cdef int64_t body_limit             # -1: the listener's
     cdef int64_t head_us, idle_us, total_us
     cdef Edits request_edits, response_edits
     cdef bytes rewrite_prefix           # replaces the matched prefix
@@ -146,6 +146,8 @@ cdef class Exchange:
     cdef unsigned char client[16]       # effective client address
     cdef char client_text[48]
     cdef int client_len
+    cdef const char* peer_text          # the connection's own address; points into the downstream connection
+    cdef int peer_len
     cdef bint trusted                   # the connection comes from a trusted proxy
     cdef bint secure                    # the client's side of the edge spoke TLS
     cdef char request_id[36]
@@ -186,6 +188,7 @@ cdef class Exchange:
     cdef int respond(self, int status, bytes headers, bytes body, bytes content_type)
     cdef void add_answer_header(self, bytes line)
     cdef const char* path(self) noexcept
+    cdef int64_t body_limit(self) noexcept
     cdef bytes field(self, int known)           # value of a known request field, None when absent
     cdef bytes named(self, bytes lower)         # value of any request field by lower-case name
 

@@ -100,7 +100,7 @@ cdef class RouteEntry(Route):
     def __cinit__(self):
         self.step = NULL
 
-    def __init__(self, str name, int index, *, Upstream upstream, uint32_t metric, tuple steps=(), int64_t body_limit=1048576,
+    def __init__(self, str name, int index, *, Upstream upstream, uint32_t metric, tuple steps=(), int64_t body_limit=-1,
                  double head=0, double idle=0, double total=0, Edits request_edits=None, Edits response_edits=None,
                  bytes rewrite_prefix=None, tuple rewrite_path=None, bytes rewrite_host=None, tuple audits=(),
                  tuple response_hooks=(), tuple end_hooks=(), bint strip_authorization=False, cors=None):
@@ -305,6 +305,9 @@ cdef class Exchange:
         if self.head.path_len == 0:
             return b"/"
         return self.head.base + self.head.path_at
+
+    cdef int64_t body_limit(self) noexcept:
+        return self.route.body_limit if self.route.body_limit >= 0 else self.listener.body_limit
 
     cdef bytes field(self, int known):
         cdef int i = self.head.first[known]

@@ -556,6 +556,11 @@ cdef int unescape(const char* path, uint32_t length, char* out) noexcept nogil:
     return n
 
 
+cdef inline bint semicolon(const char* p, int n) noexcept nogil:
+    """Whether p[0:n) begins with ';' or its escape (upper case after unescape())."""
+    return n > 0 and (p[0] == 59 or (n > 2 and p[0] == 37 and p[1] == 51 and p[2] == 66))
+
+
 cdef int normalise_path(const char* path, uint32_t length, char* out) noexcept nogil:
     cdef int n = unescape(path, length, out)
     cdef int i = 1
@@ -568,8 +573,9 @@ cdef int normalise_path(const char* path, uint32_t length, char* out) noexcept n
         while i < n and out[i] != 47:
             i += 1
         size = i - start
-        if size >= 2 and out[start] == 46 and (out[start + 1] == 59 or (size >= 3 and out[start + 1] == 46 and out[start + 2] == 59)):
-            return -E_PATH                          # `.;x` and `..;x`: a dot segment to some, a name to others
+        if size >= 2 and out[start] == 46 and (semicolon(out + start + 1, size - 1) or
+                                               (out[start + 1] == 46 and semicolon(out + start + 2, size - 2))):
+            return -E_PATH                          # `.;x` and `..%3Bx`: a dot segment to some, a name to others
         if size == 2 and out[start] == 46 and out[start + 1] == 46:
             if kept == 1:
                 return -E_PATH                      # above the root

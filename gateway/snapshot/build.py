@@ -96,7 +96,7 @@ def _route(index: int, route: schema.Route, config: Config, upstream: Upstream, 
     times = route.timeouts
     return RouteEntry(
         route.name, index, upstream=upstream, metric=metric, steps=tuple(parts.steps),
-        body_limit=_body_limit(route, config, parts), head=times.head or 0, idle=times.idle or 0,
+        body_limit=_body_limit(route, parts), head=times.head or 0, idle=times.idle or 0,
         total=times.total or parts.total or 0,
         request_edits=_edits(parts.request_remove, parts.request_add),
         response_edits=_edits(parts.response_remove, parts.response_add),
@@ -110,14 +110,11 @@ def _phase(step: Step) -> int:
     return step.phase
 
 
-def _body_limit(route: schema.Route, config: Config, parts: RouteParts) -> int:
-    """Return the route's own limit, else its policy's, else the widest of the listeners that offer it."""
+def _body_limit(route: schema.Route, parts: RouteParts) -> int:
+    """Return the route's own limit, else its policy's, else -1: that of the listener it came by."""
     if route.limits.body is not None:
         return route.limits.body
-    if parts.body_limit is not None:
-        return parts.body_limit
-    offering = route.listeners or tuple(config.listeners)
-    return max(config.listeners[name].limits.body for name in offering)
+    return -1 if parts.body_limit is None else parts.body_limit
 
 
 def _edits(remove: list[bytes], add: list[bytes]) -> Edits | None:
