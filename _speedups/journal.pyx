@@ -436,7 +436,7 @@ cdef class Journal:
                 self.nap(RESTS_BATCHING, BATCH_MS)
             failed = self.step()
             if failed:
-                self.failures += 1
+                self.failures = self.failures + 1     # the checked build refuses += here
                 if self.closing:
                     break               # what could not be written within close()'s patience stays unwritten
                 self.nap(RESTS_AFTER_FAILURE, RETRY_MS)
@@ -475,7 +475,7 @@ cdef class Journal:
         if reopen and open_error:
             self.reopening = True
         if self.out_at >= self.out_len:
-            self.written += self.out_records
+            self.written = self.written + self.out_records     # the checked build refuses += here
             self.out_len = self.out_at = 0
             self.out_records = 0
         self.last_errno = write_error or open_error
@@ -536,7 +536,7 @@ cdef class Journal:
         while self.out_at < self.out_len:
             n = c_write(self.fd, self.out + self.out_at, <size_t>(self.out_len - self.out_at))
             if n > 0:
-                self.out_at += n
+                self.out_at = self.out_at + n     # the checked build refuses += here
             elif n < 0 and errno != EINTR:
                 error = errno
                 break
@@ -562,7 +562,7 @@ cdef class Journal:
                 end = <const char*>memchr(self.out + self.out_at, c'\n', <size_t>(self.out_len - self.out_at)) - self.out + 1
             n = c_write(self.fd, self.out + self.out_at, <size_t>(end - self.out_at))
             if n > 0:
-                self.out_at += n
+                self.out_at = self.out_at + n     # the checked build refuses += here
             elif n < 0 and errno == EAGAIN:
                 wanted.fd, wanted.events, wanted.revents = self.fd, POLLOUT, 0
                 if poll(&wanted, 1, PIPE_WAIT_MS) == 0:
