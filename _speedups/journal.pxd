@@ -19,6 +19,7 @@ cdef enum:
     ESCAPE_FACTOR = 6               # json_escape() writes at most this many bytes per byte
 
 cdef class Journal:
+    cdef object __weakref__
     # Shared with the flusher thread, under `lock`:
     cdef pthread_mutex_t lock
     cdef pthread_cond_t wake        # the flusher waits for work
@@ -31,7 +32,7 @@ cdef class Journal:
     cdef bint hurry                 # somebody waits in flush()
     cdef bint reopening
     cdef bint closing
-    cdef bint ended
+    cdef bint ended                 # no flusher runs
     cdef uint64_t written           # records handed to the kernel
     cdef uint64_t failures          # failed attempts to open or write
     cdef int last_errno
@@ -44,6 +45,7 @@ cdef class Journal:
     cdef int tail_fd                # for reading the file's last byte; -1: not a regular file of ours
     cdef bint regular
     # Constant:
+    cdef char* memory               # both buffers
     cdef Py_ssize_t half            # bytes of one buffer
     cdef bytes path_bytes           # empty: a descriptor was given
     cdef const char* path           # into path_bytes
@@ -54,12 +56,13 @@ cdef class Journal:
     cdef uint64_t lost              # since the last record about losses
     cdef uint64_t lost_total
     cdef uint64_t accepted
-    cdef object thread
+    cdef object thread              # None until the first record: a process that only forks has no thread
 
     # One record without a line end: 1 when it is in the buffer, 0 when it is lost (and counted). Never blocks.
     cdef int append(self, const char* line, Py_ssize_t length) noexcept
     cdef int put(self, const char* line, Py_ssize_t length) noexcept
     cdef void put_lost(self) noexcept
+    cdef int start(self) except -1
     cdef bint note_lost(self) noexcept
     cdef bint drain(self, const timespec* until) noexcept
     # The number of the next record, from 1. Draw it for every record, lost ones included: a gap is a loss.

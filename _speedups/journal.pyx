@@ -12,7 +12,10 @@ the middle of that leaves a line without an end: whoever writes next sees the mi
 line stays alone. Pipes: a write() up to PIPE_BUF bytes is one piece, so whole lines are grouped up to that; a longer line
 may be mixed when several workers share one pipe. An inherited descriptor (standard output) is written the same way as a pipe.
 
-Python is called from here: never (append), at construction and at the end (everything else).
+A journal may be made before a fork. The flusher starts with the first record; a child forgets what its parent had not
+written yet (the parent writes it) and opens the path by itself, because a lock belongs to the open file that a fork shares.
+
+Python is called from here: never (append, but for the very first one), at construction and at the end (everything else).
 """
 
 cimport cython
@@ -28,6 +31,7 @@ from posix.unistd cimport close as c_close, ftruncate, getpid, write as c_write
 
 import os
 import threading
+import weakref
 
 cdef extern from "fcntl.h" nogil:
     int O_NOFOLLOW
@@ -57,14 +61,12 @@ cdef extern from "pthread.h" nogil:
     ctypedef struct pthread_condattr_t:
         pass
     int pthread_mutex_init(pthread_mutex_t* mutex, void* attributes)
-    int pthread_mutex_destroy(pthread_mutex_t* mutex)
     int pthread_mutex_lock(pthread_mutex_t* mutex)
     int pthread_mutex_unlock(pthread_mutex_t* mutex)
     int pthread_condattr_init(pthread_condattr_t* attributes)
     int pthread_condattr_setclock(pthread_condattr_t* attributes, int clock)
     int pthread_condattr_destroy(pthread_condattr_t* attributes)
     int pthread_cond_init(pthread_cond_t* condition, pthread_condattr_t* attributes)
-    int pthread_cond_destroy(pthread_cond_t* condition)
     int pthread_cond_wait(pthread_cond_t* condition, pthread_mutex_t* mutex)
     int pthread_cond_timedwait(pthread_cond_t* condition, pthread_mutex_t* mutex, const timespec* until)
     int pthread_cond_signal(pthread_cond_t* condition)
@@ -214,7 +216,7 @@ cdef inline Py_ssize_t line_start(const char* text, Py_ssize_t at) noexcept nogi
 
 @cython.final
 cdef class Journal:
-    """A file (path) or an inherited descriptor (int) that records are appended to; made in the process that appends.
+    """A file (path) or an inherited descriptor (int) that records are appended to.
 
     capacity: bytes of memory, both halves; a record longer than a half is lost. worker: shown in records about losses.
     A file is created with mode 0640, never through a symbolic link, and opened again by reopen().
@@ -222,24 +224,16 @@ cdef class Journal:
     """
 
     def __cinit__(self, target, *, Py_ssize_t capacity=4 << 20, long worker=-1):
-        cdef pthread_condattr_t attributes
         self.fd = self.tail_fd = -1
-        self.fill = self.out = NULL
-        self.ended = True
+        self.memory = NULL
         if capacity < 4096:
             raise ValueError("a journal needs a capacity of at least 4096 bytes")
         self.half = capacity // 2
         self.worker = worker
-        self.pid = getpid()
-        pthread_mutex_init(&self.lock, NULL)
-        pthread_condattr_init(&attributes)
-        pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC)
-        pthread_cond_init(&self.wake, &attributes)
-        pthread_cond_init(&self.done, &attributes)
-        pthread_condattr_destroy(&attributes)
-        self.fill, self.out = <char*>malloc(<size_t>self.half), <char*>malloc(<size_t>self.half)
-        if self.fill == NULL or self.out == NULL:
+        self.memory = <char*>malloc(<size_t>self.half * 2)      # pages are given when they are first written
+        if self.memory == NULL:
             raise MemoryError
+        self._reset()
 
     def __init__(self, target, *, capacity=4 << 20, worker=-1):
         cdef int error
@@ -254,9 +248,44 @@ cdef class Journal:
             error = self.open_path()
             if error and error != ENXIO:
                 raise OSError(error, os.strerror(error), os.fsdecode(target))
+        _journals.add(self)
+
+    def _reset(self) -> None:
+        """The state of a journal that nothing was appended to, without a flusher."""
+        cdef pthread_condattr_t attributes
+        pthread_mutex_init(&self.lock, NULL)
+        pthread_condattr_init(&attributes)
+        pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC)
+        pthread_cond_init(&self.wake, &attributes)
+        pthread_cond_init(&self.done, &attributes)
+        pthread_condattr_destroy(&attributes)
+        self.pid = getpid()
+        self.thread = None
+        self.ended = True
+        self.fill, self.out = self.memory, self.memory + self.half
+        self.fill_len = self.out_len = self.out_at = 0
+        self.fill_records = self.out_records = 0
+        self.busy = self.hurry = self.reopening = False
+        self.rest = self.last_errno = 0
+        self.sequence = self.lost = self.lost_total = self.accepted = self.written = self.failures = 0
+
+    def _forked(self) -> None:
+        """In a child: the parent's thread, its lock and its records are the parent's."""
+        self._reset()
+        if self.path != NULL and not self.closing:
+            self.abandon()
+            self.open_path()            # a failure is tried again with the first record
+
+    cdef int start(self) except -1:
+        thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self.ended = False
-        self.thread = threading.Thread(target=self._run, name="journal", daemon=True)
-        self.thread.start()
+        try:
+            thread.start()
+        except BaseException:
+            self.ended = True
+            raise
+        self.thread = thread
+        return 0
 
     def __dealloc__(self):
         # The running thread holds a reference, so it has ended (or the process is going away) when this is reached.
@@ -264,15 +293,16 @@ cdef class Journal:
             c_close(self.fd)
         if self.tail_fd >= 0:
             c_close(self.tail_fd)
-        pthread_cond_destroy(&self.wake)
-        pthread_cond_destroy(&self.done)
-        pthread_mutex_destroy(&self.lock)
-        free(self.fill)
-        free(self.out)
+        free(self.memory)               # the lock and the conditions hold no resources on Linux
 
     cdef int append(self, const char* line, Py_ssize_t length) noexcept:
         # fill_len + what is written <= half, checked first: every store lies inside the buffer.
         cdef int kept
+        if self.thread is None and not self.closing:
+            try:
+                self.start()
+            except BaseException:       # no thread to be had: the record waits in the buffer, the next one tries again
+                pass
         pthread_mutex_lock(&self.lock)
         kept = self.put(line, length)
         if kept and (self.rest == RESTS_IDLE or (self.rest == RESTS_BATCHING and self.fill_len > self.half // 2)):
@@ -365,6 +395,8 @@ cdef class Journal:
         cdef bint clean
         deadline(&until, <int64_t>(timeout * 1000))
         self.note_lost()
+        if self.thread is None and not self.closing and not self.settled():
+            self.start()
         clean = self.drain(&until)
         if clean and self.note_lost():          # there was no room for it before
             clean = self.drain(&until)
@@ -405,10 +437,10 @@ cdef class Journal:
         self.closing = True
         pthread_cond_signal(&self.wake)
         pthread_mutex_unlock(&self.lock)
-        self.thread.join(max(0.1, min(timeout, 1.0)))
-        if not self.thread.is_alive() and self.fd >= 0:
-            c_close(self.fd)
-            self.fd = -1
+        if self.thread is not None:
+            self.thread.join(max(0.1, min(timeout, 1.0)))
+        if self.ended:
+            self.abandon()
         return clean
 
     def _run(self) -> None:
@@ -570,3 +602,14 @@ cdef class Journal:
             elif n < 0 and errno != EINTR:
                 return errno
         return 0
+
+
+_journals = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for journal in list(_journals):
+        (<Journal>journal)._forked()
+
+
+os.register_at_fork(after_in_child=_after_fork)

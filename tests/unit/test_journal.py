@@ -282,3 +282,42 @@ def test_an_inherited_descriptor_is_not_reopened_nor_closed(tmp_path: Path) -> N
     os.write(fd, b"still open\n")
     os.close(fd)
     assert (tmp_path / "out").read_bytes() == b"{}\nstill open\n"
+
+
+def test_a_journal_made_before_a_fork_works_in_every_child(tmp_path: Path) -> None:
+    """No thread before the first record; a child has its own file, flusher and numbers, and repeats nothing of its parent."""
+    path = tmp_path / "audit"
+    threads = threading.active_count()
+    journal = Journal(path)
+    assert threading.active_count() == threads
+    pids = []
+    for turn in range(3):
+        if turn == 2:
+            assert journal.write(b'{"who":"parent"}')      # the last child is forked from a process with a flusher
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                signal.alarm(30)
+                first = journal.sequence_number()
+                for number in range(500):
+                    journal.write(b'{"who":"child","turn":%d,"n":%d}' % (turn, number))
+                code = 0 if first == 1 and journal.flush() and journal.close() else 2
+            finally:
+                os._exit(code)
+        pids.append(pid)
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * 3
+    assert journal.close()
+    found = records(path)
+    assert sum(record["who"] == "parent" for record in found) == 1 and len(found) == 1501
+    for turn in range(3):
+        assert [record["n"] for record in found if record.get("turn") == turn] == list(range(500))
+
+
+def test_an_unused_journal_closes_without_a_thread(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "a")
+    (tmp_path / "a").unlink()
+    assert journal.flush() and not (tmp_path / "a").exists()
+    journal.reopen()
+    assert journal.flush() and (tmp_path / "a").exists()
+    assert journal.close()
