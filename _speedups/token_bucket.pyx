@@ -270,7 +270,7 @@ cdef class BucketTable:
                 result = confirm(slots, found, own, limit, now_us, out)
             if result >= 0:
                 return result
-        self.full_count += 1
+        self.full_count = self.full_count + 1     # the checked build refuses += here
         out.remaining = 0
         out.retry_after_us = 1_000_000
         out.reset_us = 1_000_000

@@ -1,7 +1,8 @@
 """What Python sees of _speedups/histogram.pyx."""
 
-from collections.abc import Buffer
 from typing import Final, final
+
+from typing_extensions import Buffer
 
 COUNTER_NAMES: Final[tuple[str, ...]]
 GAUGE_NAMES: Final[tuple[str, ...]]

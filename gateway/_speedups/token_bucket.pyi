@@ -1,7 +1,8 @@
 """What Python sees of _speedups/token_bucket.pyx."""
 
-from collections.abc import Buffer
 from typing import final
+
+from typing_extensions import Buffer
 
 @final
 class RateLimit:

@@ -10,18 +10,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily
-from prometheus_client.core import SummaryMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    SummaryMetricFamily,
+)
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
 from gateway._speedups.histogram import CLASSIC_BOUNDS_US, COUNTER_NAMES, OVERFLOW, WorkerSlot
 from gateway.telemetry.shared import SharedState
 
 # The order of headers.pxd's Method; unknown methods are "_OTHER" (OpenTelemetry, http.request.method).
 METHODS = ("_OTHER", "GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "CONNECT")
-BOUNDS = [*(floatToGoString(bound / 1e6) for bound in CLASSIC_BOUNDS_US), "+Inf"]
+BOUNDS = [*(repr(bound / 1e6) for bound in CLASSIC_BOUNDS_US), "+Inf"]
 SERIES_LABELS = ["http_request_method", "http_route", "http_response_status_code"]
 
 

@@ -183,7 +183,7 @@ def test_eight_processes_share_one_bucket_exactly() -> None:
 
 def test_a_new_key_gets_one_slot_however_many_processes_insert_it() -> None:
     """Burst 1, one set, and keys that all processes meet at the same moment while older keys' slots are being taken over."""
-    keys, workers = 2000, 3
+    keys, workers = 12_000, 3
     results, progress = mmap.mmap(-1, workers * keys), mmap.mmap(-1, 4096)
     buckets, limit = table(8), RateLimit("one", 10, SECOND, 1)
 
