@@ -82,7 +82,7 @@ def _chunked(data: bytes) -> tuple[bytes, int, bool]:
         if len(data) < at + size + 2:
             return bytes(body), len(data), False
         if data[at + size : at + size + 2] != b"\r\n":
-            raise Malformed("chunk data is not followed by CRLF")
+            raise Malformed(f"chunk data is not followed by CRLF: {data[:200]!r}")
         at += size + 2
 
 
@@ -161,21 +161,21 @@ def compare(message: Message, block: tuple[BlockLine, ...], *, response: bool, p
             return f"start line {message.start!r} does not match {first.text!r}"
     elif message.start != to_bytes(first.text):
         return f"start line is {message.start!r}, expected {to_bytes(first.text)!r}"
-    left = list(message.fields)
+    left = list(enumerate(message.fields))
     places: list[int] = []
     for line in head[1:]:
         if line.kind == "!":
             if message.values(to_bytes(line.text).lower()):
                 return f"field {line.text} is there: {message.values(to_bytes(line.text).lower())}"
             continue
-        found = next((field for field in left if _same_line(line, field)), None)
+        found = next((entry for entry in left if _same_line(line, entry[1])), None)
         if found is None:
             return f"no field line {line.text!r} in {[line for _, _, line in message.fields]}"
         left.remove(found)
-        if found[0] not in REBUILT:
-            places.append(message.fields.index(found))
+        if found[1][0] not in REBUILT:
+            places.append(found[0])
     own = OWN_RESPONSE_FIELDS if response else OWN_REQUEST_FIELDS
-    extra = [line for lower, value, line in left if lower not in own and (lower, value) != (b"content-length", b"0")]
+    extra = [line for _, (lower, value, line) in left if lower not in own and (lower, value) != (b"content-length", b"0")]
     names = [lower for lower, _, _ in message.fields if lower in own and lower != b"via"]
     if len(names) != len(set(names)):
         return f"a field that the gateway asserts is there twice: {[line for _, _, line in message.fields]}"

@@ -70,6 +70,7 @@ class End:
         if reset and self.open:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.open = False
+        self.incoming.clear()  # whoever leaves does not read
         self.sock.close()
 
 
