@@ -42,8 +42,6 @@ def run(parsed: argparse.Namespace) -> int:
     if not path.is_file():
         print(f"crossway: {path}: there is no such file", file=sys.stderr)
         return 2
-    from gateway.telemetry.shared import SharedState
-
     from gateway.errors import ConfigError
     from gateway.server import log as logs
     from gateway.server.compiler import compile_file, compile_first
@@ -52,6 +50,7 @@ def run(parsed: argparse.Namespace) -> int:
     from gateway.server.supervisor import Supervisor
     from gateway.server.systemd import Notifier, inherited_sockets
     from gateway.server.worker import run as worker
+    from gateway.telemetry.shared import SharedState
 
     logs.set_up()
     notifier, inherited = Notifier.from_environment(), inherited_sockets()
@@ -87,8 +86,9 @@ def _check_workers(path: Path, config: Config, capacity: int) -> None:
     from gateway.errors import ConfigError, Problem
 
     if isinstance(config.workers, int) and config.workers > capacity:
-        line, column = config.where(("workers",))
-        raise ConfigError([Problem(str(path), line, column, f"more than {capacity} workers on this machine")])
+        raise ConfigError(
+            [Problem(str(path), 0, 0, f"workers: {config.workers} is more than {capacity}, the most here")]
+        )
 
 
 def _admin(launch: AdminLaunch) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import os
 import signal
 import time
@@ -188,11 +189,11 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._head = 0
-        super().on_headers_complete()  # type: ignore[no-untyped-call]
+        super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         self._head = 0
-        super().on_body(body)  # type: ignore[no-untyped-call]
+        super().on_body(body)
 
 
 class Server(uvicorn.Server):
@@ -233,5 +234,6 @@ async def _serve(launch: AdminLaunch) -> None:
 
 def run(launch: AdminLaunch) -> int:
     """Be the admin process until the supervisor ends it."""
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # it tells of its own start and end
     uvloop.run(_serve(launch))
     return 0

@@ -16,6 +16,7 @@ import orjson
 MAX_FRAME = 16 * 1024 * 1024  # bytes; the biggest real message is a list of problems
 MAX_FDS = 253  # SCM_MAX_FD in the kernel
 CHUNK = 65536
+FD_SPACE = socket.CMSG_SPACE(MAX_FDS * 4)
 
 Message = dict[str, Any]
 
@@ -88,13 +89,16 @@ class Channel:
         closed = False
         while True:
             try:
-                data, fds, flags, _ = socket.recv_fds(self._socket, CHUNK, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+                # Not socket.recv_fds: in Python 3.11 it drops the flags, and the descriptors would be inheritable.
+                data, passed, flags, _ = self._socket.recvmsg(CHUNK, FD_SPACE, socket.MSG_CMSG_CLOEXEC)
             except BlockingIOError:
                 break
             except OSError:
                 closed = True
                 break
-            self._input_fds.extend(fds)
+            for level, kind, numbers in passed:
+                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                    self._input_fds.extend(memoryview(numbers[: len(numbers) // 4 * 4]).cast("i"))
             if not data or flags & socket.MSG_CTRUNC:
                 closed = True
                 break

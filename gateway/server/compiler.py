@@ -12,14 +12,14 @@ import select
 from pathlib import Path
 from typing import Any
 
-from gateway.snapshot import build
-
 from gateway.config import Config, load
+from gateway.config.source import Document
 from gateway.errors import ConfigError, Problem
 from gateway.server.channel import Channel, ChannelClosed, Message
 from gateway.server.log import log
 from gateway.server.process import exit_reason, spawn
-from gateway.server.store import new_store, problems_of, read_config, unreadable
+from gateway.server.store import new_store, problems_of, read_config
+from gateway.snapshot import build
 
 
 def compile_file(path: Path, version: int, seed: int, names: Any, channel: Channel, fd: int) -> int:
@@ -27,13 +27,14 @@ def compile_file(path: Path, version: int, seed: int, names: Any, channel: Chann
     try:
         config = load(path)
         build(config, names=names, seed=seed, version=version)
+        _forget_source(config)
         with open(fd, "wb", closefd=False) as file:
             pickle.dump(config, file, pickle.HIGHEST_PROTOCOL)
         message: Message = {"type": "compiled"}
     except ConfigError as error:
         message = {"type": "refused", **problems_of(error)}
-    except OSError as error:
-        message = {"type": "refused", **problems_of(unreadable(path, error))}
+    except (OSError, ValueError) as error:  # what a policy cannot open or make
+        message = {"type": "refused", **problems_of(ConfigError([Problem(str(path), 0, 0, str(error))]))}
     except Exception as error:  # noqa: BLE001 - whatever it is, the old configuration goes on
         # Somebody's policy module or a defect of ours: the traceback is for the log, the sentence for the person.
         log.exception("the configuration cannot be compiled", extra={"file": str(path)})
@@ -43,6 +44,13 @@ def compile_file(path: Path, version: int, seed: int, names: Any, channel: Chann
     while not channel.flush():
         select.select([], [channel], [])
     return 0
+
+
+def _forget_source(config: Config) -> None:
+    """Drop the text of the file and the place of every value: workers never report on them, and would keep them forever."""
+    document = Document(config.path)
+    document.base = config.base
+    config._document = document
 
 
 def compile_first(path: Path, seed: int, names: Any) -> Config:

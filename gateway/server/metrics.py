@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from gateway.telemetry.prometheus import ConfigState, SharedCollector
-from gateway.telemetry.shared import SharedState
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import choose_encoder
@@ -17,6 +15,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from gateway.server.channel import Message
+from gateway.telemetry.prometheus import ConfigState, SharedCollector
+from gateway.telemetry.shared import SharedState
 
 
 class ProcessCollector(Collector):

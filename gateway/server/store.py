@@ -7,21 +7,22 @@ pickle never leaves the process tree that made it.
 import mmap
 import os
 import pickle
-from pathlib import Path
 
 from gateway.config import Config
-from gateway.errors import ConfigError, Problem
+from gateway.errors import ConfigError
 from gateway.server.channel import Message
+
+MOST = 200  # problems; nobody reads more, and the state is pushed whole at every change
 
 
 def problems_of(error: ConfigError) -> Message:
-    """Return the members of a message that carry a ConfigError to another process."""
-    return {"problems": [problem.as_dict() for problem in error.problems], "text": error.render()}
-
-
-def unreadable(path: Path, error: OSError) -> ConfigError:
-    """Return the ConfigError of a file that cannot be read."""
-    return ConfigError([Problem(str(path), 0, 0, f"cannot be read: {error.strerror or error}")])
+    """Return the members of a message that carry a ConfigError to another process; only the first MOST problems."""
+    shown = ConfigError(error.problems[:MOST])
+    more = len(error.problems) - MOST
+    return {
+        "problems": [problem.as_dict() for problem in shown.problems],
+        "text": shown.render() + (f"\n\nand {more} more" if more > 0 else ""),
+    }
 
 
 def new_store() -> int:

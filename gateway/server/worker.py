@@ -18,15 +18,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import uvloop
-from gateway._speedups.engine import Engine
-from gateway.snapshot import Snapshot, build
 
+from gateway._speedups.engine import Engine
 from gateway.errors import ConfigError
 from gateway.server import log as logs
 from gateway.server.channel import ChannelClosed, Message
 from gateway.server.launch import Launch
 from gateway.server.log import log
 from gateway.server.store import problems_of, read_config
+from gateway.snapshot import Snapshot, build
 
 HEARTBEAT = 0.5  # seconds
 PAGE = os.sysconf("SC_PAGESIZE")
@@ -108,6 +108,10 @@ class Worker:
             log.error("the supervisor is gone; finishing what is in flight")
             self.loop.remove_reader(self.channel.fileno())
             self._drain(self.deadline)
+        except Exception:  # noqa: BLE001 - whatever it was
+            # A worker that half obeyed is worse than none: it ends, and its successor starts from a known state.
+            log.exception("an order of the supervisor failed")
+            self.ended.cancel()
 
     def _obey(self, message: Message, fds: list[int]) -> None:
         kind = message["type"]
