@@ -10,6 +10,7 @@ cdef enum:
     MAX_CAPTURES = 16           # {name} segments of one template
     MAX_DEPTH = 64              # segments of one template or prefix
     MAX_STEPS = 4096            # alternatives that any one request may have to try; proved when the trie is built
+    MAX_SEGMENT = 4096          # bytes of one static segment
     MAX_HOST = 253              # RFC 1035 2.3.4, without the trailing dot
     MAX_CUSTOM = 22             # methods beside those of Method: what is left of 32 bits
 
@@ -47,29 +48,27 @@ cdef extern from *:
     uint64_t cw_trie_mix(uint64_t a) nogil
     uint64_t cw_trie_hash(const char* p, uint32_t n, uint64_t seed) nogil
 
-# The stream: nodes depth first, each followed by its label, its candidates (exact, then prefix) and its table of static
-# children, each at a multiple of 8; then its {name} child with all below, then the static children with all below. What one
-# match touches lies together, which is what keeps ten thousand routes as fast as ten. References are offsets / 8; the
-# first unit is reserved, so that 0 means none.
+# The stream: nodes depth first, in units of 8 bytes. Behind a node stand its label, its candidates (exact, then prefix) and
+# its table of static children, then its {name} child with all below it, then the static children with all below them. What
+# one match touches is small and lies together, and a short branch that many siblings compete with lies in one cache line:
+# that is what keeps ten thousand routes about as fast as ten. Unit 0 is reserved, so that 0 means none.
 cdef struct Node:
-    uint32_t children                   # the table of `mask + 1` slots; when mask is 0, the only static child, or 0
-    uint32_t mask
-    uint32_t param                      # the {name} child, or 0
+    uint32_t child                      # unit of the only static child, else 0
     uint16_t exacts                     # candidates whose template ends here
     uint16_t prefixes                   # candidates whose prefix ends here
-    uint32_t label_len
+    uint16_t label_len
+    uint8_t bits                        # two or more static children: their table has 1 << bits slots; else 0
+    uint8_t param                       # whether there is a {name} child
 
 # One route at one node, in order of precedence beside its rivals.
 cdef struct Candidate:
     PyObject* route                     # borrowed from RouteTrie._routes
     uint32_t methods                    # bit per Method, then per custom method
-    uint32_t predicate                  # first of `predicates`
-    uint32_t predicates
-    uint32_t owner                      # index into RouteTrie._routes and ._specs
+    uint32_t predicate                  # first of its predicates; 0 when it has none
 
 cdef struct Slot:
     uint32_t tag                        # upper half of the segment's hash
-    uint32_t child                      # 0: empty
+    uint32_t child                      # unit; 0: empty
 
 cdef struct Predicate:
     uint32_t name                       # offsets into `text`; header names in lower case
@@ -79,6 +78,7 @@ cdef struct Predicate:
     uint8_t query                       # of the query, else of a header field
     uint8_t op                          # PredicateOp
     uint8_t id                          # FieldId, F_OTHER when the name is not a known one
+    uint8_t last                        # of its candidate
 
 cdef struct HostSlot:
     uint64_t hash
@@ -86,16 +86,23 @@ cdef struct HostSlot:
     uint32_t name_len                   # 0: empty
     uint32_t root
 
+# Where the parts of a node begin, from the node alone.
 cdef inline const char* node_label(const Node* node) noexcept nogil:
     return <const char*>node + sizeof(Node)
 
 cdef inline const Candidate* node_candidates(const Node* node) noexcept nogil:
     return <const Candidate*>(<const char*>node + ((sizeof(Node) + node.label_len + 7) & ~<size_t>7))
 
+cdef inline const Slot* node_slots(const Node* node) noexcept nogil:
+    return <const Slot*>(node_candidates(node) + node.exacts + node.prefixes)
+
+cdef inline const Node* node_param(const Node* node) noexcept nogil:
+    return <const Node*>(node_slots(node) + (<size_t>1 << node.bits if node.bits else 0))
+
 cdef class Plan:
     cdef bytearray stream
     cdef bytes text             # what the rows' offsets point into
-    cdef list predicates        # (query, op, name, name_len, value, value_len)
+    cdef list predicates        # (query, op, name, name_len, value, value_len, last); the first is reserved
     cdef list hosts             # (hash, name, name_len, root)
     cdef list custom            # (at, length) of each custom method
     cdef list captures          # names of the captures, per route
@@ -115,4 +122,4 @@ cdef class Plan:
     cdef int lay_out(self) except -1
     cdef tuple place(self, object source)
     cdef uint32_t pool(self, list rivals) except? 0
-    cdef uint32_t extend(self, size_t size) except 0
+    cdef size_t extend(self, size_t size) except 0

@@ -15,6 +15,7 @@ from gateway._speedups.http1 cimport normalise_path
 from gateway._speedups.wire cimport CW_TOKEN, cw_span
 
 cdef enum:
+    LINE = 64                   # bytes of a cache line
     MAX_PROBES = 24             # three cache lines of slots
 
 cdef uint32_t ALL_METHODS = 0xffffffffU & ~(<uint32_t>1 << M_CONNECT | <uint32_t>1 << M_TRACE)
@@ -50,7 +51,7 @@ cdef class Plan:
 
     def __cinit__(self, list routes, list specs, uint64_t seed):
         self.routes, self.seed = routes, seed
-        self.stream, self.predicates = bytearray(8), []
+        self.stream, self.predicates = bytearray(8), [(0, 0, 0, 0, 0, 0, 1)]
         self.hosts, self.custom, self.captures, self.methods, self.roots, self.parts = [], [], [], [], {}, []
         for owner, spec in enumerate(specs):
             try:
@@ -140,48 +141,51 @@ cdef class Plan:
                           for hash, key in _probed(named)]
         return 0
 
-    cdef uint32_t extend(self, size_t size) except 0:
-        """Append `size` zero bytes, rounded up to whole units, to the stream: the unit where they start."""
+    cdef size_t extend(self, size_t size) except 0:
+        """Append `size` zero bytes, rounded up to whole units, to the stream: the offset where they start."""
         cdef size_t at = len(self.stream)
-        if at + size > <size_t>8 * 0xfffffff0:
+        if at + size > <size_t>8 * 0xffffff00:
             raise ValueError("the routes do not fit into 32 GiB")
         self.stream.extend(bytes((size + 7) & ~<size_t>7))
-        return <uint32_t>(at // 8)
+        return at
 
     cdef tuple place(self, object source):
         """Lay a branch out: (its unit, the cost of its worst case)."""
         cdef _Branch branch = source
-        cdef uint32_t at = self.extend(sizeof(Node) + len(branch.label))
-        cdef Node node = Node(0, 0, 0, len(branch.exact), len(branch.prefix), len(branch.label))
+        cdef size_t at = self.extend(sizeof(Node) + len(branch.label)), slots_at = 0
+        cdef Node node = Node(0, len(branch.exact), len(branch.prefix), len(branch.label), 0, branch.param is not None)
         cdef uint32_t exact_cost, prefix_cost, i
         cdef Slot* slots
-        self.stream[8 * <size_t>at + sizeof(Node):8 * <size_t>at + sizeof(Node) + len(branch.label)] = branch.label
+        self.stream[at + sizeof(Node):at + sizeof(Node) + len(branch.label)] = branch.label
         exact_cost, prefix_cost = self.pool(branch.exact), self.pool(branch.prefix)
-        table, below, children, static_cost = None, 0, {}, 0
-        hashes = [(cw_trie_hash(label, len(label), self.seed), label) for label in branch.children]
-        if len(hashes) > 1:
-            table = _probed(hashes)
-            node.mask = len(table) - 1
-            node.children = self.extend(len(table) * sizeof(Slot))
+        table, below, units, static_cost = None, 0, {}, 0
+        if len(branch.children) > 1:
+            table = _probed([(cw_trie_hash(label, len(label), self.seed), label) for label in branch.children])
+            node.bits = len(table).bit_length() - 1
+            slots_at = self.extend(len(table) * sizeof(Slot))
         if branch.param is not None:
-            node.param, below = self.place(branch.param)
+            _, below = self.place(branch.param)
         for label, child in branch.children.items():
-            children[label], cost = self.place(child)
+            size = _footprint(child)
+            if table is not None and size <= LINE and len(self.stream) % LINE + size > LINE:
+                self.extend(LINE - len(self.stream) % LINE)
+            units[label], cost = self.place(child)
             static_cost = max(static_cost, cost)
         # The stream does not grow any more while these pointers live.
         if table is not None:
-            slots = <Slot*>(<char*>self.stream + 8 * <size_t>node.children)
+            slots = <Slot*>(<char*>self.stream + slots_at)
             for i, (hash, label) in enumerate(table):
                 if label is not None:
-                    slots[i] = Slot(<uint64_t>hash >> 32, children[label])
-        elif children:
-            node.children, = children.values()
-        (<Node*>(<char*>self.stream + 8 * <size_t>at))[0] = node
-        return at, 1 + max(exact_cost, below + static_cost) + prefix_cost
+                    slots[i] = Slot(<uint64_t>hash >> 32, units[label])
+        elif units:
+            node.child, = units.values()
+        (<Node*>(<char*>self.stream + at))[0] = node
+        return at // 8, 1 + max(exact_cost, below + static_cost) + prefix_cost
 
     cdef uint32_t pool(self, list rivals) except? 0:
         """Append the candidates of one node in order of precedence; returns the cost of trying them all."""
-        cdef uint32_t at, i, cost = 0
+        cdef size_t at
+        cdef uint32_t i, cost = 0
         cdef Candidate* candidate
         if not rivals:
             return 0
@@ -189,12 +193,22 @@ cdef class Plan:
             raise ValueError(f"{len(rivals)} routes share one host and path and differ only by predicates: at most {MAX_STEPS} may")
         at = self.extend(len(rivals) * sizeof(Candidate))
         for i, (_, owner, methods, predicates) in enumerate(sorted(rivals)):
-            candidate = <Candidate*>(<char*>self.stream + 8 * <size_t>at) + i
-            candidate[0] = Candidate(<PyObject*>self.routes[owner], methods, len(self.predicates), len(predicates), owner)
-            for query, op, name, value in predicates:
-                self.predicates.append((query, op, self.write(name), len(name), self.write(value), len(value)))
+            candidate = <Candidate*>(<char*>self.stream + at) + i
+            candidate[0] = Candidate(<PyObject*>self.routes[owner], methods, len(self.predicates) if predicates else 0)
+            for number, (query, op, name, value) in enumerate(predicates, 1):
+                self.predicates.append((query, op, self.write(name), len(name), self.write(value), len(value),
+                                        number == len(predicates)))
             cost += 1 + <uint32_t>len(predicates)
         return cost
+
+
+cdef size_t _footprint(_Branch branch) except 0:
+    """Bytes that a match of this branch reads one after the other: the node with all behind it, and its {name} child's."""
+    cdef size_t size = (sizeof(Node) + len(branch.label) + 7) & ~<size_t>7
+    size += (len(branch.exact) + len(branch.prefix)) * sizeof(Candidate)
+    if len(branch.children) > 1:
+        return size + 2 * LINE
+    return size + (_footprint(branch.param) if branch.param is not None else 0)
 
 
 def _probed(pairs):
@@ -245,6 +259,8 @@ def _segments(spec):
         name = part.removeprefix("{").removesuffix("}") if part.startswith("{") and part.endswith("}") else None
         if b"" in segments or (not part and spec.path is None):
             raise ValueError(f"{pattern!r} has an empty segment before its end: such a path is refused before routing")
+        if len(part) > MAX_SEGMENT:
+            raise ValueError(f"{part[:40] + '...'!r} is longer than {MAX_SEGMENT} characters")
         if name is None:
             segments.append(_static(part))
         elif not name.isidentifier():

@@ -26,7 +26,7 @@ cdef struct Match:
                                         # "/" (so 0 for the prefix "/"); 0 for templates
 
 cdef struct Traced:
-    uint32_t owner
+    PyObject* route
     const Candidate* pool               # first candidate of its kind at its node: equal for rivals at the same pattern
     uint32_t root
     int verdict                         # -2 it matches, -1 method, else the predicate that failed

@@ -35,7 +35,7 @@ from gateway._speedups.headers cimport F_OTHER, M_COUNT, M_OTHER, Head, field_id
 from gateway._speedups.http1 cimport Limits, error_detail, normalise_path, parse_request
 from gateway._speedups.route_plan cimport (MAX_HOST, OP_ABSENT, OP_PREFIX, OP_PRESENT, Candidate, HostSlot, Node, Plan,
                                            Predicate, Slot, cw_trie_hash, cw_trie_mix, host_step, node_candidates,
-                                           node_label)
+                                           node_label, node_param, node_slots)
 from gateway._speedups.wire cimport cw_hex, cw_lower
 
 from gateway._speedups.route_plan import METHOD_IDS
@@ -124,13 +124,18 @@ cdef bint header_holds(const Walk* walk, const Predicate* want) noexcept nogil:
 
 cdef int failing(Walk* walk, const Candidate* candidate) noexcept nogil:
     """Index of the first predicate that does not hold, or MATCHES."""
-    cdef uint32_t i
     cdef const Predicate* want = walk.predicates + candidate.predicate
-    for i in range(candidate.predicates):
+    cdef int i = 0
+    if candidate.predicate == 0:
+        return MATCHES
+    while True:
         walk.steps += 1
-        if not (query_holds(walk, want + i) if want[i].query else header_holds(walk, want + i)):
-            return <int>i
-    return MATCHES
+        if not (query_holds(walk, want) if want.query else header_holds(walk, want)):
+            return i
+        if want.last:
+            return MATCHES
+        want += 1
+        i += 1
 
 
 cdef const Candidate* choose(Walk* walk, const Candidate* pool, uint32_t count) noexcept nogil:
@@ -144,47 +149,51 @@ cdef const Candidate* choose(Walk* walk, const Candidate* pool, uint32_t count) 
         if walk.trace != NULL:
             record = walk.trace + walk.traced
             walk.traced += 1
-            record.owner = candidate.owner
+            record.route = candidate.route
             record.pool = pool
             record.root = walk.root
             record.verdict = failing(walk, candidate) if candidate.methods & walk.method else NO_METHOD
         elif candidate.methods & walk.method:
-            if candidate.predicates == 0 or failing(walk, candidate) == MATCHES:
+            if failing(walk, candidate) == MATCHES:
                 return candidate
         elif candidate.methods & ~walk.allowed and failing(walk, candidate) == MATCHES:
             walk.allowed |= candidate.methods       # with one of these methods the same request would be routed
     return NULL
 
 
-cdef inline bint labelled(const Walk* walk, uint32_t at, const char* label, uint32_t length) noexcept nogil:
-    cdef const Node* node = <const Node*>(walk.stream + 8 * <size_t>at)
-    return node.label_len == length and memcmp(node_label(node), label, length) == 0
+cdef inline const Node* labelled(const Walk* walk, uint32_t unit, const char* label, uint32_t length) noexcept nogil:
+    """The node at `unit` if that is its label, else NULL."""
+    cdef const Node* node = <const Node*>(walk.stream + 8 * <size_t>unit)
+    return node if node.label_len == length and memcmp(node_label(node), label, length) == 0 else NULL
 
 
-cdef uint32_t static_child(Walk* walk, const Node* node, uint32_t depth) noexcept nogil:
-    """The child behind the static segment number `depth`, 0 when there is none. Ends: every table has an empty slot."""
+cdef const Node* static_child(Walk* walk, const Node* node, uint32_t depth) noexcept nogil:
+    """The child behind the static segment number `depth`, or NULL. Ends: every table has an empty slot."""
     cdef const char* label = walk.path + walk.at[depth]
-    cdef uint32_t length = walk.len[depth], i
+    cdef uint32_t length = walk.len[depth], mask, i
     cdef const Slot* slots
-    if node.mask == 0:
-        return node.children if node.children and labelled(walk, node.children, label, length) else 0
+    cdef const Node* child
+    if node.bits == 0:
+        return labelled(walk, node.child, label, length) if node.child else NULL
     if not (walk.hashed >> depth) & 1:
         walk.hash[depth] = cw_trie_hash(label, length, walk.seed)
         walk.hashed |= <uint64_t>1 << depth
-    slots = <const Slot*>(walk.stream + 8 * <size_t>node.children)
-    i = <uint32_t>walk.hash[depth] & node.mask
+    slots = node_slots(node)
+    mask = (<uint32_t>1 << node.bits) - 1
+    i = <uint32_t>walk.hash[depth] & mask
     while slots[i].child:
-        if slots[i].tag == <uint32_t>(walk.hash[depth] >> 32) and labelled(walk, slots[i].child, label, length):
-            return slots[i].child
-        i = (i + 1) & node.mask
-    return 0
+        if slots[i].tag == <uint32_t>(walk.hash[depth] >> 32):
+            child = labelled(walk, slots[i].child, label, length)
+            if child != NULL:
+                return child
+        i = (i + 1) & mask
+    return NULL
 
 
-cdef const Candidate* descend(Walk* walk, uint32_t at, uint32_t depth, uint32_t captured) noexcept nogil:
+cdef const Candidate* descend(Walk* walk, const Node* node, uint32_t depth, uint32_t captured) noexcept nogil:
     """Try a node, whose first `depth` segments matched, and all below it. Recursion ends at the trie's depth, <= MAX_DEPTH."""
-    cdef const Node* node = <const Node*>(walk.stream + 8 * <size_t>at)
     cdef const Candidate* found
-    cdef uint32_t child
+    cdef const Node* child
     walk.steps += 1
     if depth == walk.count:
         if node.exacts:
@@ -195,13 +204,13 @@ cdef const Candidate* descend(Walk* walk, uint32_t at, uint32_t depth, uint32_t 
                 return found
     else:
         child = static_child(walk, node, depth)
-        if child:
+        if child != NULL:
             found = descend(walk, child, depth + 1, captured)
             if found != NULL:
                 return found
         if node.param and walk.len[depth]:
             walk.captured[captured] = depth
-            found = descend(walk, node.param, depth + 1, captured + 1)
+            found = descend(walk, node_param(node), depth + 1, captured + 1)
             if found != NULL:
                 return found
     if node.prefixes:
@@ -300,15 +309,15 @@ cdef class RouteTrie:
                         marks += 1
                 walk.root = self._host_root(cw_trie_mix(hash), name, host_len) if name[0] != 46 else 0
                 if walk.root:
-                    found = descend(walk, walk.root, 0, 0)
+                    found = descend(walk, <const Node*>(self._stream + 8 * <size_t>walk.root), 0, 0)
                 while found == NULL and marks:
                     marks -= 1
                     walk.root = self._host_root(hashes[marks], name + starts[marks], host_len - starts[marks])
                     if walk.root:
-                        found = descend(walk, walk.root, 0, 0)
+                        found = descend(walk, <const Node*>(self._stream + 8 * <size_t>walk.root), 0, 0)
         if found == NULL and self._any_root:
             walk.root = self._any_root
-            found = descend(walk, walk.root, 0, 0)
+            found = descend(walk, <const Node*>(self._stream + 8 * <size_t>walk.root), 0, 0)
         return found
 
     cdef int match(self, const Head* head, const char* host, uint32_t host_len, const char* path, uint32_t path_len,
@@ -361,9 +370,9 @@ cdef class RouteTrie:
         self._text = <char*>self._predicates + predicates
         memcpy(self._stream, <const char*>plan.stream, len(plan.stream))
         memcpy(self._text, <const char*>plan.text, len(plan.text))
-        for i, (query, op, at, length, value, value_len) in enumerate(plan.predicates):
+        for i, (query, op, at, length, value, value_len, last) in enumerate(plan.predicates):
             self._predicates[i] = Predicate(at, length, value, value_len, query, op,
-                                            F_OTHER if query else field_id(self._text + <uint32_t>at, length))
+                                            F_OTHER if query else field_id(self._text + <uint32_t>at, length), last)
         for i, (hash, at, length, root) in enumerate(plan.hosts):
             self._hosts[i] = HostSlot(hash, at, length, root)
         for i, (at, length) in enumerate(plan.custom):
@@ -444,7 +453,8 @@ cdef class RouteTrie:
             return []
         walk.trace = <Traced*><char*>space      # worst_case bounds the candidates of any request
         self._search(&walk, sample.host, len(sample.host))
-        return [(walk.trace[i].owner, walk.trace[i].verdict, <size_t>walk.trace[i].pool, walk.trace[i].root)
+        owners = {<size_t><PyObject*>route: owner for owner, route in enumerate(self._routes)}
+        return [(owners[<size_t>walk.trace[i].route], walk.trace[i].verdict, <size_t>walk.trace[i].pool, walk.trace[i].root)
                 for i in range(walk.traced)]
 
     def explain(self, str method, str host, str path, headers=(), bytes query=b"", int limit=10):

@@ -372,7 +372,7 @@ def test_a_configuration_with_exponential_backtracking_is_refused() -> None:
 
 
 def test_depth_alone_costs_nothing_exponential() -> None:
-    """Static and {parameter} children at each of 60 nodes, but only 61 templates: steps grow with the nodes, not 2^60."""
+    """Static and {parameter} children at each of 60 nodes: steps grow with the nodes, not as 2^60."""
     specs = {f"r{i}": path("/a" * i + "".join(f"/{{p{k}}}" for k in range(i, i + 3)) + "/x") for i in range(60)}
     trie = build(**specs)
     assert trie.worst_case <= 60 * 6
