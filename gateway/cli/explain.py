@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 ROUTED, NOT_ROUTED, UNUSABLE = 0, 1, 2
 
-# In which phase of gateway.policies.PHASES each kind runs. CORS comes first: a preflight carries no credentials. A Python
-# policy may also define on_response and on_end, which run when their time comes.
+# In which phase of gateway.policies.PHASES each kind runs. CORS comes first: a preflight carries no credentials. Of a
+# Python policy this is on_request; on_response and on_end run when their time comes.
 PHASE_OF = {
     "cors": "identify",
     "jwt": "identify",
@@ -106,7 +106,8 @@ def run(args: argparse.Namespace) -> int:
         return _show(args.output, {"status": 400, "reason": str(error)})
     by_name = {route.name: route for route in routes}
     losers = [verdict for verdict in verdicts if verdict.outcome != "won"]
-    answer: dict[str, Any] = {"listener": listener, "method": request.method, "host": request.host, "path": request.path}
+    answer: dict[str, Any] = {"listener": listener}
+    answer |= {"method": request.method, "host": request.host, "path": request.path}
     if name is None:
         answer |= {"status": 405, "allow": list(allowed)} if allowed else {"status": 404}
     else:
@@ -135,7 +136,7 @@ def read_request(method: str, url: str, headers: list[str]) -> Request:
         host = parts.netloc.rpartition("@")[2]
         target = (parts.path or "/") + (f"?{parts.query}" if "?" in target else "")
     path, _, query = target.partition("?")
-    # What is not ASCII is sent in UTF-8 and percent-encoded, as browsers and curl do it; the rest stays as it was typed.
+    # What is not ASCII is sent in UTF-8 and percent-encoded, as browsers do it; the rest stays as it was typed.
     host = re.sub(r":[0-9]*$", "", host)
     return Request(method, host, quote(path, safe=_ASCII), quote(query, safe=_ASCII).encode(), fields)
 

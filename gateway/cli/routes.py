@@ -70,7 +70,7 @@ def describe(config: Config, route: Route) -> dict[str, Any]:
 
 
 def policies_of(config: Config, route: Route) -> list[tuple[str, str]]:
-    """Return (label, kind) of each policy of a route in the order of the file; the label of an inline one is its kind."""
+    """Return (label, kind) of each policy of a route in file order; an inline one is labelled by its kind."""
     found = []
     for each in route.policies:
         if each.use is not None:
