@@ -25,14 +25,10 @@ HOST = "api.bank.test"
 # Number of a route -> (its template, a path for it).
 SHAPES: dict[str, Callable[[int], tuple[str, str]]] = {
     "/api/v1/resource{i}/{id}": lambda i: (f"/api/v1/resource{i}/{{id}}", f"/api/v1/resource{i}/{10**9 + i * 7919}"),
-<<<<<<< HEAD
-    "/v1/{tenant}/svc{i}/items/{id}": lambda i: (f"/v1/{{tenant}}/svc{i}/items/{{id}}", f"/v1/t{i}/svc{i}/items/{i * 31}"),
-=======
     "/v1/{tenant}/svc{i}/items/{id}": lambda i: (
         f"/v1/{{tenant}}/svc{i}/items/{{id}}",
         f"/v1/t{i}/svc{i}/items/{i * 31}",
     ),
->>>>>>> trie
     "/a/b/c/d/{x}/{y}, 10 each": lambda i: (
         "".join(f"/s{i // 10**k % 10}" for k in range(4)) + "/{a}/{b}",
         "".join(f"/s{i // 10**k % 10}" for k in range(4)) + f"/q{i}/77",
@@ -57,12 +53,8 @@ def main() -> None:
                 for size in SIZES:
                     best[size] = min(best[size], tries[size]._time_match("GET", HOST, paths[size], 3))
             label = f"{name}{' + host' if hosts else ''}"
-<<<<<<< HEAD
-            print(f"{label:<40}" + "".join(f"{best[size]:>7.1f} ns" for size in SIZES) + f"{best[SIZES[-1]] / best[10]:>8.2f}")
-=======
             figures = "".join(f"{best[size]:>7.1f} ns" for size in SIZES)
             print(f"{label:<40}{figures}{best[SIZES[-1]] / best[SIZES[0]]:>8.2f}")
->>>>>>> trie
 
 
 if __name__ == "__main__":
