@@ -378,7 +378,7 @@ cdef class Engine:
         self.slot.gauges[G_EXCHANGES] = self.exchanges
 
     cdef void dispatch(self, uint64_t data, uint32_t events):
-        cdef uint32_t fd = <uint32_t>(data & 0xffffffff)
+        cdef uint32_t fd = <uint32_t>data                  # the lower half; masking would go through a Python int
         cdef Connection connection
         if fd >= <uint32_t>PyList_GET_SIZE(self.by_fd):
             return

@@ -20,6 +20,9 @@ from gateway._speedups.token_bucket cimport Decision, RateLimit
 from gateway._speedups.token_cache cimport Principal, TokenCache
 from gateway._speedups.wire cimport cw_equals_folded, cw_put_decimal
 
+cdef extern from "Python.h":
+    const char* PyUnicode_AsUTF8AndSize(object text, Py_ssize_t* length) except NULL
+
 import hashlib
 import hmac
 import logging
@@ -494,11 +497,14 @@ cdef inline char* text(char* p, const char* name, const char* value, Py_ssize_t 
 
 
 cdef char* maybe(char* p, const char* name, str value):
-    """A string of at most 256 bytes, or null."""
-    cdef bytes encoded
-    if value is None:
+    """A string of at most 256 bytes, or null. The UTF-8 form is kept by the str object, so a repeated one costs nothing."""
+    cdef Py_ssize_t length = 0
+    cdef const char* encoded = NULL
+    if value is not None:
+        try:
+            encoded = PyUnicode_AsUTF8AndSize(value, &length)
+        except UnicodeEncodeError:          # a lone surrogate: nothing that could be written
+            encoded = NULL
+    if encoded == NULL:
         return key(key(p, name), b"null,")
-    encoded = value.encode("utf-8", "replace")[:256]
-    p = key(key(p, name), b'"')
-    p += json_escape(p, PyBytes_AS_STRING(encoded), PyBytes_GET_SIZE(encoded))
-    return key(p, b'",')
+    return text(key(p, name), b'"', encoded, length if length < 256 else 256)
