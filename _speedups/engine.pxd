@@ -163,6 +163,7 @@ cdef class ListenSocket(Connection):
     cdef readonly str name
     cdef bint paused
     cdef void pause(self)
+    cdef int accept_some(self) except -1
 
 cdef class Engine:
     cdef readonly int worker

@@ -176,12 +176,17 @@ cdef class ListenSocket(Connection):
     """A listening socket, level-triggered so that what one batch leaves is reported again."""
 
     cdef int on_events(self, uint32_t events) except -1:
+        self.accept_some()
+        return 0
+
+    cdef int accept_some(self) except -1:
+        """Takes up to ACCEPTS connections; fewer when there are no more, or no room."""
         cdef int i, fd
         cdef sockaddr_storage address
         cdef socklen_t length
         for i in range(ACCEPTS):
             if self.fd < 0:
-                return 0
+                return i
             length = sizeof(address)
             fd = accept4(self.fd, <sockaddr*>&address, &length, SOCK_NONBLOCK | SOCK_CLOEXEC)
             if fd < 0:
@@ -189,12 +194,12 @@ cdef class ListenSocket(Connection):
                     self.pause()
                 if errno in (ECONNABORTED, EINTR):
                     continue
-                return 0
+                return i
             self.engine.accepted(self.name, fd, &address)
             if self.engine.connections >= self.engine.connections_max(self.name):
                 self.pause()
-                return 0
-        return 0
+                return i
+        return ACCEPTS
 
     cdef int on_timeout(self) except -1:
         """After a pause: what waits in the backlog is taken now, unless there is still no room."""
@@ -281,8 +286,12 @@ cdef class Engine:
         self.listening.setdefault(name, []).append(listening)
 
     def unlisten(self, str name not None) -> None:
+        """Stop accepting for `name`. What waits in the backlog is taken first: closing would reset it."""
+        cdef ListenSocket listening
         for listening in self.listening.pop(name, ()):
-            (<ListenSocket>listening).close()
+            while not listening.paused and listening.accept_some() == ACCEPTS:
+                pass
+            listening.close()
 
     def drain(self) -> None:
         """Stop accepting, close idle client connections, and let the others end with their present exchange."""
@@ -291,6 +300,7 @@ cdef class Engine:
             self.unlisten(name)
         for connection in list(self.by_fd):
             if isinstance(connection, Downstream) and (<Downstream>connection).state == D_IDLE:
+                (<Downstream>connection).readable = True
                 (<Downstream>connection).advance()      # a request that is in the socket already is served
                 if (<Downstream>connection).state == D_IDLE:
                     (<Downstream>connection).close()
