@@ -1,0 +1,41 @@
+# The gateway as an image: built in one stage, run in another without a compiler, as nobody in particular.
+#
+#   docker build -t crossway .
+#   docker run --rm -p 8080:8080 -v ./edge:/etc/crossway:ro crossway
+#
+# The configuration is /etc/crossway/edge.yaml; its listener must bind 0.0.0.0:8080 to be reached from outside.
+
+FROM python:3.12-slim-bookworm AS builder
+# No versions: the compiler is the base image's distribution's, and never leaves this stage.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
+WORKDIR /src
+# Dependencies first: this layer is built again only when they change.
+COPY pyproject.toml ./
+RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
+        > /tmp/requirements.txt \
+    && pip wheel --no-cache-dir --wheel-dir /wheels -r /tmp/requirements.txt
+COPY setup.py MANIFEST.in README.md ./
+COPY _speedups _speedups
+COPY gateway gateway
+RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
+
+FROM python:3.12-slim-bookworm
+LABEL org.opencontainers.image.title="Crossway" \
+      org.opencontainers.image.description="API gateway and service mesh for payment traffic" \
+      org.opencontainers.image.version="0.1.0"
+COPY --from=builder /wheels /wheels
+RUN pip install --no-cache-dir --no-index --no-deps /wheels/*.whl \
+    && rm -rf /wheels \
+    && mkdir /var/lib/crossway \
+    && chown 65532:65532 /var/lib/crossway
+# Numbers, so that an orchestrator can see that it is not root.
+USER 65532:65532
+WORKDIR /var/lib/crossway
+EXPOSE 8080
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=3s --start-period=10s --retries=3 CMD ["crossway", "health"]
+ENTRYPOINT ["crossway"]
+CMD ["run", "-c", "/etc/crossway/edge.yaml"]
