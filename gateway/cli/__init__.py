@@ -21,6 +21,7 @@ COMMANDS = {
     "check": ("check a configuration file, bind nothing", "gateway.cli.check"),
     "routes": ("list the routes of a configuration", "gateway.cli.routes"),
     "explain": ("say which route takes a request, and why the next ones do not", "gateway.cli.explain"),
+    "demo": ("show a small bank behind the gateway", "gateway.cli.demo"),
     "schema": ("print the JSON Schema of the configuration", "gateway.cli.schema"),
     "reload": ("make the running gateway read its configuration again", "gateway.cli.reload"),
     "workers": ("show the workers: pid, rps, connections, CPU, configuration", "gateway.cli.workers"),
