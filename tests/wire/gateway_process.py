@@ -17,13 +17,18 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
+
 from tests.wire.runner import FAILURE_AFTER, World, listen
 
 # Where this interpreter finds the gateway: the source tree, or a sanitizer build beside it.
 ROOT = Path(next(iter(find_spec("gateway").submodule_search_locations or []))).parent  # type: ignore[union-attr]
 CONFIGS = Path(__file__).parent / "configs"
+DEATHS = ("AddressSanitizer", "runtime error:", "Fatal Python error", "Traceback (most recent call last)")
 START_AFTER = 15.0  # seconds; a sanitizer build starts slowly
 ADDRESS = re.compile(r"(?P<name>[\w-]+) +http://(?P<host>127\.0\.0\.1):(?P<port>\d+)")
+
+WORKER = re.compile(r'"event":"worker started".*"child":(\d+)')
 
 
 class GatewayProcess:
@@ -54,6 +59,9 @@ class GatewayProcess:
         self._reader.start()
         self.world.alive = self.check_alive
         self._await_listeners(re.findall(r"^  (\w+): *\{bind:|^  (\w+):\n    bind:", text.split("upstreams:")[0], re.MULTILINE))
+        self.idle = self.descriptors()
+        assert self.idle, f"no worker has said that it started:\n{self.tail()}"
+        self.world.leaks = self.leaks
 
     def _read(self) -> None:
         assert self.process.stdout
@@ -78,6 +86,23 @@ class GatewayProcess:
                     raise RuntimeError(f"the gateway did not start; wanted listeners {wanted}:\n{self.tail()}")
                 self._ready.wait(left)
 
+    def descriptors(self) -> dict[int, int]:
+        """Open descriptors of the workers, by pid."""
+        workers = {int(match[1]) for line in self.output if (match := WORKER.search(line))}
+        return {pid: psutil.Process(pid).num_fds() for pid in workers}
+
+    def leaks(self) -> str:
+        """Descriptors held beyond those of the idle start; raises when a worker is not the one of the start."""
+        try:
+            now = self.descriptors()
+        except psutil.Error:
+            now = {}
+        if set(now) != set(self.idle):
+            raise RuntimeError(f"a worker has ended: {set(self.idle)} are now {set(now)}\n{self.tail()}")
+        pooled = 1  # the barrier's upstream connection
+        held = sum(now.values()) - sum(self.idle.values()) - pooled
+        return f"{held} descriptors more than at the start" if held > 0 else ""
+
     def tail(self) -> str:
         """The last lines that the gateway printed."""
         return "".join(self.output[-60:])
@@ -86,6 +111,8 @@ class GatewayProcess:
         """Raise when the process that was started has ended."""
         if self.process.poll() is not None:
             raise RuntimeError(f"the gateway died with {self.process.returncode}:\n{self.tail()}")
+        if any(sign in line for line in self.output for sign in DEATHS):
+            raise RuntimeError(f"a sanitizer or a dying worker spoke up:\n{self.tail()}")
 
     def stop(self) -> int:
         """Drain by SIGTERM and return the exit code."""

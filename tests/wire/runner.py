@@ -89,6 +89,7 @@ class World:
         self.barrier_socket = barrier
         self.listeners: dict[str, tuple[str, int]] = {}
         self.alive: Callable[[], None] = lambda: None  # raises when the gateway has died
+        self.leaks: Callable[[], str] = str  # what the gateway holds though nobody is connected; empty when nothing
         self.clients: dict[int, End] = {}
         self.accepted: list[End] = []
         self.probes: list[End] = []
@@ -142,8 +143,11 @@ class World:
             end.receive()
         self._answer_probes()
 
-    def wait_for(self, what: str, condition: Callable[[], bool]) -> None:
-        """Pump every socket until the condition holds; raises Mismatch after FAILURE_AFTER seconds."""
+    def wait_for(self, what: str, condition: Callable[[], bool], *, look_every: float = FAILURE_AFTER) -> None:
+        """Pump every socket until the condition holds; raises Mismatch after FAILURE_AFTER seconds.
+
+        `look_every` (seconds) is for conditions that no socket of ours announces.
+        """
         deadline = time.monotonic() + FAILURE_AFTER
         for end in self.ends():
             end.flush()
@@ -152,7 +156,7 @@ class World:
             if left <= 0:
                 self.alive()
                 raise Mismatch(f"waited {FAILURE_AFTER:g} s for {what}")
-            self._round(left)
+            self._round(min(left, look_every))
 
     def barrier(self) -> None:
         """Return after the gateway's worker has dealt with all that was sent to it before."""
@@ -190,6 +194,10 @@ class World:
             "the gateway to give up its upstream connections", lambda: all(end.ended or not end.open for end in self.accepted)
         )
         self.reset()
+        try:
+            self.wait_for("", lambda: not self.leaks(), look_every=0.001)
+        except Mismatch:
+            raise Mismatch(f"the gateway does not give back what it held: {self.leaks()}") from None
 
     def reset(self) -> None:
         """Drop every connection of a transcript."""
