@@ -186,6 +186,10 @@ cdef class Engine:
     cdef bint polling
     cdef public int connections     # downstream
     cdef public int exchanges
+    cdef int tasks                  # parked exchanges' awaitables that run
+    cdef int descriptors            # registered: listening sockets and both kinds of connections
+    cdef int upstreams              # upstream connections, idle ones included
+    cdef int upstreams_idle         # those that wait in a pool
     cdef char* scratch              # SCRATCH bytes: body pieces
     cdef char* composed             # COMPOSED bytes: heads, with the body behind them when it fits
     cdef Head* answer_head          # the answer being parsed; valid during one event only

@@ -386,6 +386,11 @@ cdef class Engine:
         self.expire()
         self.slot.gauges[G_CONNECTIONS] = self.connections
         self.slot.gauges[G_EXCHANGES] = self.exchanges
+        self.slot.gauges[G_UPSTREAM_ACTIVE] = self.upstreams - self.upstreams_idle
+        self.slot.gauges[G_UPSTREAM_IDLE] = self.upstreams_idle
+        self.slot.gauges[G_PARKED] = PyList_GET_SIZE(self.parked) + self.tasks
+        self.slot.gauges[G_BUFFERS] = blocks_live()
+        self.slot.gauges[G_DESCRIPTORS] = self.descriptors
 
     cdef void dispatch(self, uint64_t data, uint32_t events):
         cdef uint32_t fd = <uint32_t>data                  # the lower half; masking would go through a Python int
@@ -437,11 +442,13 @@ cdef class Engine:
             cw_close(fd)
             connection.fd = -1
             raise OSError(-error, "epoll_ctl")
+        self.descriptors += 1
         return 0
 
     cdef void unregister(self, Connection connection):
         if self.by_fd[connection.fd] is connection:
             self.by_fd[connection.fd] = None
+            self.descriptors -= 1
 
     cdef int connections_max(self, str name):
         cdef ListenerEntry listener = self.snapshot.listeners.get(name)
@@ -578,6 +585,7 @@ cdef class Engine:
         generation = x.generation
         step: Step = x.parked
         x.task = task = start_task(self.loop, awaitable)
+        self.tasks += 1
         if (<Step>step).timeout > 0:
             timer = self.loop.call_later((<Step>step).timeout, task.cancel)
             task.add_done_callback(lambda done: timer.cancel())
@@ -587,6 +595,7 @@ cdef class Engine:
             task.add_done_callback(lambda done: self.on_task(x, generation, done))
 
     def on_task(self, Exchange x, generation, task) -> None:
+        self.tasks -= 1
         error = None if task.cancelled() else task.exception()
         if x.generation != generation or x.task is not task:
             return                              # the exchange ended meanwhile
@@ -637,6 +646,7 @@ cdef class Engine:
                 connection.close()
                 continue
             connection.reused = True
+            self.upstreams_idle -= 1
             self.slot.counters[C_UPSTREAM_REUSED] += 1
             return connection
         return self.connect(x, endpoint)
@@ -663,6 +673,7 @@ cdef class Engine:
         connection.born = self.now
         connection.state = U_CONNECTING if result < 0 else U_HEAD
         self.register(connection, fd, WATCH)
+        self.upstreams += 1
         self.slot.counters[C_UPSTREAM_CONNECTS] += 1
         return connection
 

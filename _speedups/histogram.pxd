@@ -61,6 +61,8 @@ cdef enum:                      # gauges
     G_STARTED                   # seconds since 1970
     G_PID
     G_RSS                       # bytes
+    G_BUFFERS                   # blocks that connections hold
+    G_DESCRIPTORS               # sockets that the engine watches
     G_USED
     GAUGE_COUNT = 32
 

@@ -83,7 +83,7 @@ COUNTER_NAMES: Final = (
 )
 GAUGE_NAMES: Final = (
     "connections", "exchanges", "upstream_active", "upstream_idle", "parked", "config_version", "ready", "draining", "cpu_us",
-    "started", "pid", "rss",
+    "started", "pid", "rss", "buffers", "descriptors",
 )
 assert len(COUNTER_NAMES) == C_USED and len(GAUGE_NAMES) == G_USED
 

@@ -77,6 +77,10 @@ cdef class UpstreamConnection(Connection):
             self.close()
 
     cdef void close(self):
+        if self.fd >= 0:
+            self.engine.upstreams -= 1
+            if self.state == U_IDLE:
+                self.engine.upstreams_idle -= 1
         self.state = U_CLOSED
         Connection.close(self)
 
@@ -444,6 +448,7 @@ cdef class UpstreamConnection(Connection):
         self.state = U_IDLE
         self.idle_since = self.engine.now
         self.endpoint.idle.append(self)
+        self.engine.upstreams_idle += 1
         self.engine.set_timer(self, T_POOL, self.engine.now + self.upstream.keep_idle_us)
         if PyList_GET_SIZE(self.endpoint.idle) > self.upstream.keep_max:
             oldest = <UpstreamConnection>self.endpoint.idle[0]

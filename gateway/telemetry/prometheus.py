@@ -93,6 +93,8 @@ SUMMED_GAUGES = {
     "connections": ("connections", "Open client connections."),
     "exchanges": ("exchanges", "Requests in flight."),
     "parked": ("exchanges_parked", "Requests that wait for Python."),
+    "buffers": ("buffers", "Blocks of memory that connections hold for bytes under way."),
+    "descriptors": ("descriptors", "Sockets that the workers watch: listening, clients' and upstreams'."),
 }
 WORKER_GAUGES = {
     "config_version": ("config_version", "The configuration that the worker runs.", 1.0),
