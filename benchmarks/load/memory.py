@@ -105,7 +105,7 @@ def idle_connections(port: int, count: int) -> Iterator[list[socket.socket]]:
 
 def await_accepted(port: int, wanted: int) -> None:
     """Return when exactly that many connections to the port are accepted and open; raise Unusable when it stays otherwise."""
-    deadline = time.monotonic() + 8  # below the 10 s after which a silent connection may be closed
+    deadline = time.monotonic() + 30
     while (now := len(accepted(port))) != wanted:
         if time.monotonic() > deadline:
             raise Unusable(
