@@ -63,7 +63,8 @@ def accepted(port: int) -> dict[str, str]:
     found = {}
     for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
         words = line.split()
-        if int(words[1].split(":")[1], 16) == port and words[3] == ESTABLISHED and words[9] != "0":
+        # The address as well: a client's end at 127.0.0.2 may have the same port number.
+        if words[1] == f"0100007F:{port:04X}" and words[3] == ESTABLISHED and words[9] != "0":
             found[words[2]] = words[9]
     return found
 
