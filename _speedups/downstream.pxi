@@ -395,6 +395,8 @@ cdef class Downstream(Connection):
         """Begins to gather the body for the parked step; pump_request() parks the exchange once it is complete."""
         cdef Exchange x = self.x
         x.collected = bytearray()
+        if x.body.out == BODY_CHUNKED:
+            x.body.out = BODY_LENGTH                # it leaves in one piece, framed by what was gathered
         if x.body.done:
             self.engine.parked.append((x, x.generation))
             return 0
