@@ -184,7 +184,7 @@ cdef class Downstream(Connection):
         self.blanks = 0
         self.state = D_HEAD
 
-    cdef int take_proxy_header(self) except -1:
+    cdef int take_proxy_header(self) except -2:
         """PROXY protocol v1/v2. 1 taken (or absent where optional), 0 more bytes needed, -1 refused and closed."""
         cdef sockaddr_storage address
         cdef uint16_t port = 0
