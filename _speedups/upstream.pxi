@@ -233,23 +233,21 @@ cdef class UpstreamConnection(Connection):
         cdef uint32_t room
         cdef ssize_t n
         cdef Head* head = self.engine.answer_head
-        if not self.readable and not (self.pending and self.inb.end > self.inb.start):
-            return 0
-        if self.readable:
+        if not self.pending:                        # what is here is looked at before more is read
+            if not self.readable:
+                return 0
             if buffer_reserve(&self.inb, 4096) < 0:
                 return self.fail(502, b"upstream-bad-answer", b"out of memory")
             room = self.inb.cap - self.inb.end
             n = cw_recv(self.fd, self.inb.base + self.inb.end, room)
             if n == -EAGAIN:
                 self.readable = False
-                if not self.pending:
-                    return 0
-            elif n <= 0:
+                return 0
+            if n <= 0:
                 return self.lost(<int>-n)
-            else:
-                self.inb.end += <uint32_t>n
-                if n < room and not self.ended:
-                    self.readable = False
+            self.inb.end += <uint32_t>n
+            if n < room and not self.ended:
+                self.readable = False
         self.pending = False
         head_reset(head)
         result = parse_response(self.inb.base + self.inb.start, self.inb.end - self.inb.start, head, &ANSWER_LIMITS)
@@ -326,6 +324,8 @@ cdef class UpstreamConnection(Connection):
             take = self.inb.end - self.inb.start
             if take > x.answer.remaining:
                 take = x.answer.remaining
+            if take > COMPOSED - n:
+                take = COMPOSED - n
             memcpy(out + n, self.inb.base + self.inb.start, take)
             n += <int>take
             x.answer.remaining -= take
