@@ -563,6 +563,7 @@ cdef class Downstream(Connection):
             if result < 0:
                 upstream.broken = True              # its answer may be there all the same
                 upstream.readable = True
+                x.keep_alive = False                # body_at does not count these bytes: nothing behind it is a request
                 upstream.pump_answer()
                 return 1
         if not x.body.done:
