@@ -122,12 +122,14 @@ cdef class UpstreamConnection(Connection):
         cdef int n = compose_request(x, out, HEAD_ROOM)
         cdef uint32_t body_at = x.body_at
         cdef int64_t remaining = x.body.remaining
+        cdef uint64_t counted = x.body.bytes
         cdef int result
         if n < 0:
             return self.fail(500, b"head-too-large", b"the request head is too large after the policies' changes")
         if x.collected is not None:
             result = self.put(out, n)
             if result == 0:
+                x.sent = True                       # the head is out: this request is not sent again
                 result = self.put(x.collected, len(x.collected))
         else:
             n = self.append_body(n)
@@ -139,6 +141,7 @@ cdef class UpstreamConnection(Connection):
                 # The kernel took no byte: the request provably never left. Once more, on a new connection.
                 x.body_at = body_at
                 x.body.remaining = remaining
+                x.body.bytes = counted
                 if x.body.mode == BODY_LENGTH:
                     x.body.done = remaining == 0 or x.collected is not None
                 return self.retry()
