@@ -305,7 +305,9 @@ cdef class UpstreamConnection(Connection):
         if x.answer.out == BODY_CHUNKED and x.head.minor == 0:
             x.answer.out = BODY_CLOSE
             x.keep_alive = False
-        self.keep = (not head.close if head.minor else head.keep_alive and not head.close) and x.answer.mode != BODY_CLOSE
+        # An answer that begins before its request has left completely makes the connection's next answer doubtful.
+        self.keep = (not head.close if head.minor else head.keep_alive and not head.close) and x.answer.mode != BODY_CLOSE \
+            and x.body.done and self.out.end == self.out.start
         if not x.body.done or self.engine.draining:
             x.keep_alive = False
         if x.answer_hook < len(x.route.response_hooks):
