@@ -13,7 +13,7 @@ from libc.string cimport memcmp, memcpy
 from gateway._speedups.exchange cimport BODY_CHUNKED, BODY_CLOSE, BODY_LENGTH, BODY_NONE, Edits, Exchange
 from gateway._speedups.headers cimport *
 from gateway._speedups.pool cimport HOST_LITERAL, HOST_PRESERVE
-from gateway._speedups.wire cimport cw_equals_name, cw_hex, cw_put_decimal
+from gateway._speedups.wire cimport cw_fold_name, cw_hex, cw_put_decimal
 
 cdef extern from "<sys/random.h>" nogil:
     ssize_t getrandom(void* out, size_t n, unsigned int flags)
@@ -186,14 +186,23 @@ cdef void drop_named(Head* head, object names):
 
 
 cdef void drop_folded(Head* head, tuple names):
-    """Marks every field whose name folds to one of `names` (lower case, '-'), however it is spelled."""
+    """Marks every field whose name folds as one of `names` does (lower case), however it is spelled."""
     cdef bytes name
     cdef int i
     for name in names:
         for i in range(head.count):
             if head.fields[i].name_len == PyBytes_GET_SIZE(name) and \
-                    cw_equals_name(head.base + head.fields[i].name, PyBytes_AS_STRING(name), PyBytes_GET_SIZE(name)):
+                    same_folded(head.base + head.fields[i].name, PyBytes_AS_STRING(name), PyBytes_GET_SIZE(name)):
                 head.fields[i].flags |= FIELD_DROP
+
+
+cdef bint same_folded(const char* a, const char* b, Py_ssize_t n) noexcept nogil:
+    """Whether an application server may take the two names for one: X_User, X-User and x.user."""
+    cdef Py_ssize_t i
+    for i in range(n):
+        if cw_fold_name(<uint8_t>a[i]) != cw_fold_name(<uint8_t>b[i]):
+            return False
+    return True
 
 
 cdef void put_edits(cw_out* o, Edits edits, list lines):
@@ -340,7 +349,10 @@ cdef int compose_request(Exchange x, char* out, int room) except -2:
             head.fields[i].flags |= FIELD_DROP
     if x.snapshot.identity_names:
         drop_folded(head, x.snapshot.identity_names)
-    drop_edited(head, x.route.request_edits, x.request_removed)
+    if x.route.request_edits is not None:
+        drop_folded(head, x.route.request_edits.remove)
+    if x.request_removed is not None:
+        drop_folded(head, tuple(x.request_removed))
     cw_put(&o, head.base + head.method_at, head.method_len)
     cw_lit(&o, b" ")
     put_path(&o, x)

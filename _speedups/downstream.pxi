@@ -184,7 +184,7 @@ cdef class Downstream(Connection):
         self.blanks = 0
         self.state = D_HEAD
 
-    cdef int take_proxy_header(self) except -1:
+    cdef int take_proxy_header(self) except -2:
         """PROXY protocol v1/v2. 1 taken (or absent where optional), 0 more bytes needed, -1 refused and closed."""
         cdef sockaddr_storage address
         cdef uint16_t port = 0
@@ -395,6 +395,8 @@ cdef class Downstream(Connection):
         """Begins to gather the body for the parked step; pump_request() parks the exchange once it is complete."""
         cdef Exchange x = self.x
         x.collected = bytearray()
+        if x.body.out == BODY_CHUNKED:
+            x.body.out = BODY_LENGTH                # it leaves in one piece, framed by what was gathered
         if x.body.done:
             self.engine.parked.append((x, x.generation))
             return 0
@@ -561,6 +563,7 @@ cdef class Downstream(Connection):
             if result < 0:
                 upstream.broken = True              # its answer may be there all the same
                 upstream.readable = True
+                x.keep_alive = False                # body_at does not count these bytes: nothing behind it is a request
                 upstream.pump_answer()
                 return 1
         if not x.body.done:

@@ -93,7 +93,7 @@ cdef class Downstream(Connection):
     cdef int exchange_timeout(self, uint8_t why) except -1
     cdef int parse_head(self) except -1
     cdef void begin_unparsed(self)
-    cdef int take_proxy_header(self) except -1
+    cdef int take_proxy_header(self) except -2
     cdef int route(self) except -1
     cdef bint preflight(self, const char* host, uint32_t n) except -1
     cdef int forwarded_client(self) except -1

@@ -609,12 +609,13 @@ cdef class Engine:
     cdef int resume(self, Exchange x, object result, object error) except -1:
         cdef Downstream connection = x.connection
         cdef Step step = x.parked
+        cdef UpstreamConnection upstream = x.upstream_connection        # owned here: it may end below
         cdef int verdict
         x.parked = None
         try:
             verdict = step.resumed(x, result) if error is None else step.failed(x, error)
-            if x.upstream_connection is not None and x.answer_fields is not None:
-                (<UpstreamConnection>x.upstream_connection).answer_hooked(verdict)
+            if upstream is not None and x.answer_fields is not None:
+                upstream.answer_hooked(verdict)
             elif verdict == STEP_ANSWERED:
                 connection.reply()
                 connection.advance()

@@ -122,12 +122,14 @@ cdef class UpstreamConnection(Connection):
         cdef int n = compose_request(x, out, HEAD_ROOM)
         cdef uint32_t body_at = x.body_at
         cdef int64_t remaining = x.body.remaining
+        cdef uint64_t counted = x.body.bytes
         cdef int result
         if n < 0:
             return self.fail(500, b"head-too-large", b"the request head is too large after the policies' changes")
         if x.collected is not None:
             result = self.put(out, n)
             if result == 0:
+                x.sent = True                       # the head is out: this request is not sent again
                 result = self.put(x.collected, len(x.collected))
         else:
             n = self.append_body(n)
@@ -139,6 +141,7 @@ cdef class UpstreamConnection(Connection):
                 # The kernel took no byte: the request provably never left. Once more, on a new connection.
                 x.body_at = body_at
                 x.body.remaining = remaining
+                x.body.bytes = counted
                 if x.body.mode == BODY_LENGTH:
                     x.body.done = remaining == 0 or x.collected is not None
                 return self.retry()
@@ -233,23 +236,21 @@ cdef class UpstreamConnection(Connection):
         cdef uint32_t room
         cdef ssize_t n
         cdef Head* head = self.engine.answer_head
-        if not self.readable and not (self.pending and self.inb.end > self.inb.start):
-            return 0
-        if self.readable:
+        if not self.pending:                        # what is here is looked at before more is read
+            if not self.readable:
+                return 0
             if buffer_reserve(&self.inb, 4096) < 0:
                 return self.fail(502, b"upstream-bad-answer", b"out of memory")
             room = self.inb.cap - self.inb.end
             n = cw_recv(self.fd, self.inb.base + self.inb.end, room)
             if n == -EAGAIN:
                 self.readable = False
-                if not self.pending:
-                    return 0
-            elif n <= 0:
+                return 0
+            if n <= 0:
                 return self.lost(<int>-n)
-            else:
-                self.inb.end += <uint32_t>n
-                if n < room and not self.ended:
-                    self.readable = False
+            self.inb.end += <uint32_t>n
+            if n < room and not self.ended:
+                self.readable = False
         self.pending = False
         head_reset(head)
         result = parse_response(self.inb.base + self.inb.start, self.inb.end - self.inb.start, head, &ANSWER_LIMITS)
@@ -304,7 +305,9 @@ cdef class UpstreamConnection(Connection):
         if x.answer.out == BODY_CHUNKED and x.head.minor == 0:
             x.answer.out = BODY_CLOSE
             x.keep_alive = False
-        self.keep = (not head.close if head.minor else head.keep_alive and not head.close) and x.answer.mode != BODY_CLOSE
+        # An answer that begins before its request has left completely makes the connection's next answer doubtful.
+        self.keep = (not head.close if head.minor else head.keep_alive and not head.close) and x.answer.mode != BODY_CLOSE \
+            and x.body.done and self.out.end == self.out.start
         if not x.body.done or self.engine.draining:
             x.keep_alive = False
         if x.answer_hook < len(x.route.response_hooks):
@@ -326,6 +329,8 @@ cdef class UpstreamConnection(Connection):
             take = self.inb.end - self.inb.start
             if take > x.answer.remaining:
                 take = x.answer.remaining
+            if take > COMPOSED - n:
+                take = COMPOSED - n
             memcpy(out + n, self.inb.base + self.inb.start, take)
             n += <int>take
             x.answer.remaining -= take
