@@ -340,7 +340,7 @@ def _in_a_process(origin: ScriptedOrigin, stream: Stream) -> None:
 class Payers:
     """Clients that pay one after the other, each payment once, on a connection of their own that is renewed when it breaks."""
 
-    def __init__(self, port: int, count: int, path: str = "/pay", *, fresh: bool = False) -> None:
+    def __init__(self, port: int, count: int, path: str = "/x/pay", *, fresh: bool = False) -> None:
         self.port = port
         self.path = path
         self.fresh = fresh  # a new connection for each payment
@@ -512,7 +512,7 @@ def write_faults_config(path: Path, ports: Mapping[str, int], *, workers: int = 
         lines.append(f"  {name}: {{targets: [127.0.0.1:{port}], {brief}}}")
     lines.append(f"  slow: {{targets: [127.0.0.1:{ports['origin']}]}}")
     lines.append("routes:")
-    lines.append("  - {name: all, match: {prefix: /}, upstream: origin}")
+    lines.append("  - {name: all, match: {prefix: /x}, upstream: origin}")
     lines.append("  - {name: brief, match: {prefix: /brief}, upstream: origin, timeouts: {total: 900ms}}")
     lines.append("  - {name: small, match: {prefix: /small}, upstream: origin, limits: {body: 1KiB}}")
     for name in [*ports, "slow"]:
