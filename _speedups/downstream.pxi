@@ -94,8 +94,12 @@ cdef class Downstream(Connection):
         self.engine.set_timer(self, why, at)
 
     cdef int advance(self) except -1:
+        cdef int turns = 0
         while self.fd >= 0:
             if self.state == D_IDLE or self.state == D_HEAD:
+                turns += 1
+                if turns > PIECES:                  # requests answered here never wait: others have a turn too
+                    return self.queue_up()
                 if self.read_head() == 0:
                     return 0
             elif self.state == D_ACTIVE:
@@ -105,6 +109,13 @@ cdef class Downstream(Connection):
                 return self.linger()
             else:
                 return 0
+        return 0
+
+    cdef int queue_up(self) except -1:
+        """Goes on after the others of this batch had their turn."""
+        if not self.queued:
+            self.queued = True
+            self.engine.again.append(self)
         return 0
 
     # -- the head -----------------------------------------------------------------------------------------------------
@@ -510,10 +521,7 @@ cdef class Downstream(Connection):
                 elif not x.answer_started:
                     self.arm(T_UP_HEAD, x.route.head_us)
                 return 0
-        if not self.queued:
-            self.queued = True
-            self.engine.again.append(self)
-        return 0
+        return self.queue_up()
 
     cdef int keep_behind(self, const char* data, uint32_t n) except -1:
         """Keeps bytes that belong to the next request; the head before them may move, so its base is taken anew."""

@@ -106,6 +106,7 @@ cdef class Downstream(Connection):
     cdef int linger(self) except -1
     cdef int gone(self) except -1
     cdef int advance(self) except -1
+    cdef int queue_up(self) except -1
     cdef int read_head(self) except -1
     cdef int begin(self, int length) except -1
     cdef int identify(self) except -1
