@@ -7,6 +7,7 @@ Strategy: small checks over the loaded model, each with its own place in the fil
 from __future__ import annotations
 
 import os
+from difflib import get_close_matches
 from pathlib import Path
 
 from gateway.config.cpus import available_cpus
@@ -14,7 +15,7 @@ from gateway.config.hooks import check_hook
 from gateway.config.keyfile import MAX_JWKS, check_jwks, read_file
 from gateway.config.names import check_names
 from gateway.config.overlaps import check_overlaps
-from gateway.config.policies import Jwt, Policy, Python
+from gateway.config.policies import AUDIT_FIELDS, DESCRIPTORS, Audit, Jwt, Policy, Python
 from gateway.config.schema import Config, Route
 from gateway.config.source import Document, Key
 from gateway.config.web import Bind, parameters
@@ -151,11 +152,21 @@ def _folder(path: Path, place: Place, document: Document) -> None:
 def _files(policy: Policy, place: Place, document: Document) -> None:
     settings = policy.settings
     if policy.audit is not None:
-        _folder(policy.audit.file, (*place, "audit", "file"), document)
+        _audit(policy.audit, (*place, "audit"), document)
     elif isinstance(settings, Jwt):
         _keys(settings, (*place, "jwt"), document)
     elif isinstance(settings, Python):
         check_hook(settings, (*place, "python"), document)
+
+
+def _audit(audit: Audit, place: Place, document: Document) -> None:
+    if audit.file not in DESCRIPTORS:
+        _folder(audit.file, (*place, "file"), document)
+    for index, name in enumerate(audit.fields or ()):
+        if name not in AUDIT_FIELDS:
+            close = get_close_matches(name, AUDIT_FIELDS, 1, 0.6)
+            hint = f"did you mean '{close[0]}'?" if close else f"one of {', '.join(AUDIT_FIELDS)}"
+            document.report((*place, "fields", index), "not a field of audit records", hint)
 
 
 def _keys(jwt: Jwt, place: Place, document: Document) -> None:

@@ -50,8 +50,9 @@ class Use:
 class Workshop:
     """What the routes of one snapshot share, made on first use."""
 
-    def __init__(self, base: Path, seed: int) -> None:
+    def __init__(self, base: Path, seed: int, worker: int = -1) -> None:
         self.base = base
+        self.worker = worker                            # index, in audit records; -1 outside of a worker
         self.seed = seed                                # of Principal.key, the same in every worker
         self.sources: list[Any] = []                    # background work: start(loop), stop()
         self.journals: dict[Path, Any] = {}

@@ -19,6 +19,7 @@ from typing import Any
 
 import uvloop
 
+from gateway import policies
 from gateway._speedups.engine import Engine
 from gateway.errors import ConfigError
 from gateway.server import log as logs
@@ -30,6 +31,7 @@ from gateway.snapshot import Snapshot, build
 
 HEARTBEAT = 0.5  # seconds
 PAGE = os.sysconf("SC_PAGESIZE")
+LAST_WORDS = 2.0  # seconds for what policies do after the last exchange
 DRAIN_CHECK = 0.02  # seconds between two looks at what is still in flight
 
 
@@ -60,7 +62,8 @@ class Worker:
         self.ended: asyncio.Future[None] = loop.create_future()
 
     def _build(self, config: Any, version: int) -> Snapshot:
-        return build(config, names=self.launch.memory.names, seed=self.launch.seed, version=version)
+        memory, launch = self.launch.memory, self.launch
+        return build(config, names=memory.names, seed=launch.seed, version=version, worker=launch.slot)
 
     async def run(self) -> None:
         """Serve until drained."""
@@ -81,6 +84,7 @@ class Worker:
             self.loop.remove_reader(self.channel.fileno())
             self.snapshot.stop()
             self.engine.close()
+            await policies.end(LAST_WORDS)
 
     def _beat(self) -> None:
         """Tell the watchdog that the loop turns, and the metrics what it costs."""

@@ -29,12 +29,14 @@ class Names(Protocol):
     def add(self, name: str) -> int: ...
 
 
-def build(config: Config, *, names: Names, seed: int, version: int) -> Snapshot:
+def build(config: Config, *, names: Names, seed: int, version: int, worker: int = -1) -> Snapshot:
     """Compile `config`. `seed` must be the same in every worker; `version` counts up with each reload.
+
+    `worker` is the index that audit records name; -1 for a snapshot that is only tried out.
 
     Raises OSError or ValueError for what a policy cannot open or make.
     """
-    workshop = Workshop(config.base, seed)
+    workshop = Workshop(config.base, seed, worker)
     upstreams = {name: _upstream(name, settings, workshop) for name, settings in config.upstreams.items()}
     routes = [
         _route(index, route, config, upstreams[route.upstream], names.add(route.name), workshop)
