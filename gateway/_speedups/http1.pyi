@@ -1,1 +1,1 @@
-"""Strict HTTP/1.1 parsing: for other native modules only; Python sees it through gateway._speedups.testing."""
+"""What Python sees of _speedups/http1.pyx: nothing. It is imported to find out whether the native modules are built."""

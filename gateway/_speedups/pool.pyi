@@ -1,4 +1,4 @@
-"""Upstreams, their endpoints and the connections kept to them."""
+"""What Python sees of _speedups/pool.pyx."""
 
 from collections.abc import Iterable
 
