@@ -123,6 +123,8 @@ cdef class Downstream(Connection):
     cdef int abort(self, bint reset) except -1
     cdef void drop_upstream(self)
     cdef void finish_exchange(self)
+    cdef bint waits_for_body(self) noexcept
+    cdef void arm_body(self) noexcept
     cdef void arm(self, uint8_t why, int64_t us) noexcept
 
 cdef class UpstreamConnection(Connection):
