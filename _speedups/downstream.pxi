@@ -260,7 +260,6 @@ cdef class Downstream(Connection):
         x.wall = cw_wall_us()
         self.state = D_ACTIVE
         self.requests += 1
-        x.first = self.requests == 1
         x.snapshot = engine.snapshot
         x.listener = self.listener
         engine.slot.counters[C_REQUESTS] += 1

@@ -187,6 +187,7 @@ cdef class Engine:
     cdef object tick_handle
     cdef bint draining
     cdef bint polling
+    cdef bint crowded               # there may be events that this batch has not seen
     cdef public int connections     # downstream
     cdef public int exchanges
     cdef int tasks                  # parked exchanges' awaitables that run
@@ -204,7 +205,7 @@ cdef class Engine:
     cdef void unlink_timer(self, Connection connection) noexcept
     cdef Exchange take_exchange(self)
     cdef void give_exchange(self, Exchange x)
-    cdef void dispatch(self, uint64_t data, uint32_t events)
+    cdef void dispatch(self, uint64_t data, uint32_t events, bint pooled)
     cdef void expire(self)
     cdef void run_again(self)
     cdef void run_parked(self)
