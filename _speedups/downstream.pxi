@@ -70,6 +70,11 @@ cdef class Downstream(Connection):
             counters[C_TIMEOUTS_WRITE] += 1
             x.side = SIDE_DOWNSTREAM
             return self.abort(True)
+        if why == T_TOTAL and self.waits_for_body():
+            counters[C_TIMEOUTS_BODY] += 1
+            x.side = SIDE_DOWNSTREAM
+            return self.abort(True) if x.answer_started else \
+                self.refuse(408, b"body-timeout", b"the request body did not arrive in the time for this request")
         counters[C_UPSTREAM_TIMEOUTS] += 1
         x.side = SIDE_UPSTREAM
         if x.answer_started:
@@ -79,11 +84,29 @@ cdef class Downstream(Connection):
             return upstream.connect_failed(504, b"upstream-connect-timeout", b"the upstream did not accept a connection in time; the request was not sent")
         if why == T_UP_HEAD:
             return self.refuse(504, b"upstream-head-timeout", b"the upstream did not answer in time; the request may have been executed")
+        if why == T_UP_IDLE and not x.body.done:
+            return self.refuse(504, b"upstream-idle-timeout", b"the upstream stopped taking the request; it did not get all of it")
         if why == T_UP_IDLE:
             return self.refuse(504, b"upstream-idle-timeout", b"the upstream's answer stopped; the request may have been executed")
         if not x.sent:
             return self.refuse(504, b"total-timeout", b"the time for this request is over; it was not sent to the upstream")
         return self.refuse(504, b"total-timeout", b"the time for this request is over; it may have been executed")
+
+    cdef bint waits_for_body(self) noexcept:
+        """Whether the request's next bytes are the client's to send, not the upstream's to take."""
+        cdef UpstreamConnection upstream = self.x.upstream_connection
+        if self.x.body.done:
+            return False
+        if upstream is None:
+            return self.x.collecting
+        return upstream.state != U_CONNECTING and upstream.out.end == upstream.out.start
+
+    cdef void arm_body(self) noexcept:
+        """Sets the deadline for the side that a request body waits for."""
+        if self.waits_for_body():
+            self.arm(T_BODY, self.listener.body_us)
+        else:
+            self.arm(T_UP_IDLE, self.x.route.idle_us)
 
     cdef void arm(self, uint8_t why, int64_t us) noexcept:
         """Sets the deadline for what is waited for now, cut by the exchange's total."""
@@ -237,7 +260,6 @@ cdef class Downstream(Connection):
         x.wall = cw_wall_us()
         self.state = D_ACTIVE
         self.requests += 1
-        x.first = self.requests == 1
         x.snapshot = engine.snapshot
         x.listener = self.listener
         engine.slot.counters[C_REQUESTS] += 1
@@ -575,7 +597,7 @@ cdef class Downstream(Connection):
                 upstream.pump_answer()
                 return 1
         if not x.body.done:
-            self.arm(T_BODY, self.listener.body_us)
+            self.arm_body()
         return 0
 
     cdef int cut(self, int status, bytes slug, bytes detail) except -1:

@@ -123,6 +123,8 @@ cdef class Downstream(Connection):
     cdef int abort(self, bint reset) except -1
     cdef void drop_upstream(self)
     cdef void finish_exchange(self)
+    cdef bint waits_for_body(self) noexcept
+    cdef void arm_body(self) noexcept
     cdef void arm(self, uint8_t why, int64_t us) noexcept
 
 cdef class UpstreamConnection(Connection):
@@ -185,6 +187,7 @@ cdef class Engine:
     cdef object tick_handle
     cdef bint draining
     cdef bint polling
+    cdef bint crowded               # there may be events that this batch has not seen
     cdef public int connections     # downstream
     cdef public int exchanges
     cdef int tasks                  # parked exchanges' awaitables that run
@@ -202,7 +205,7 @@ cdef class Engine:
     cdef void unlink_timer(self, Connection connection) noexcept
     cdef Exchange take_exchange(self)
     cdef void give_exchange(self, Exchange x)
-    cdef void dispatch(self, uint64_t data, uint32_t events)
+    cdef void dispatch(self, uint64_t data, uint32_t events, bint pooled)
     cdef void expire(self)
     cdef void run_again(self)
     cdef void run_parked(self)

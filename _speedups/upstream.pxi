@@ -30,7 +30,8 @@ cdef class UpstreamConnection(Connection):
                 if result < 0:
                     self.broken = True
                     self.ended = True
-                elif result == 1 and not self.x.body.done:
+                elif not self.x.body.done:
+                    downstream.arm_body()
                     downstream.advance()
                 elif result == 1 and not self.x.answer_started:
                     downstream.arm(T_UP_HEAD, self.x.route.head_us)
@@ -151,7 +152,7 @@ cdef class UpstreamConnection(Connection):
         if x.body.done:
             downstream.arm(T_UP_HEAD, x.route.head_us)
         else:
-            downstream.arm(T_BODY, downstream.listener.body_us)
+            downstream.arm_body()
             if not self.broken:
                 downstream.pump_request()
                 return 0
@@ -201,7 +202,8 @@ cdef class UpstreamConnection(Connection):
                 continue
             downstream = <Downstream>self.x.connection
             if downstream.out.end > downstream.out.start:
-                downstream.arm(T_WRITE, downstream.listener.write_us)
+                if downstream.why != T_WRITE:       # more from the upstream is no progress of the client's
+                    downstream.arm(T_WRITE, downstream.listener.write_us)
                 return 0
             there = self.inb.end - self.inb.start
             if there:
