@@ -1,6 +1,6 @@
 """What Python sees of _speedups/hooks.pyx: the names that Python policies import from `gateway`."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Iterator, Mapping
 from typing import Any, Final, TypeVar, overload
 
 from gateway._speedups.exchange import Step
@@ -9,6 +9,9 @@ from gateway._speedups.token_cache import Principal
 _Default = TypeVar("_Default")
 
 BODY_MAX: Final[int]
+DETAIL_MAX: Final[int]
+TOKEN: Final[bytes]
+FOLDED: Final[bytes]
 
 class InvalidBody(ValueError): ...
 
@@ -111,3 +114,6 @@ class HookStep(Step):
     @property
     def sees_end(self) -> bool: ...
     async def end(self, request: Request, response: Response) -> None: ...
+
+async def guarded(awaitable: Awaitable[Any]) -> Any: ...
+async def settle(seconds: float) -> None: ...

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gateway.config.cpus import available_cpus
 from gateway.config.hooks import check_hook
-from gateway.config.keyfile import MAX_JWKS, check_jwks, read_file
+from gateway.config.keyfile import MAX_JWKS, read_file
 from gateway.config.names import check_names
 from gateway.config.overlaps import check_overlaps
 from gateway.config.policies import AUDIT_FIELDS, DESCRIPTORS, Audit, Jwt, Policy, Python
@@ -185,12 +185,7 @@ def _keys(jwt: Jwt, place: Place, document: Document) -> None:
     except OSError as error:
         document.report(at, f"cannot read the keys: {error.strerror}", f"put the issuer's JWKS there: {path}")
         return
-    document.files[f"file:{path}"] = content
-    errors, warnings = check_jwks(content, jwt.algorithms)
-    for message in errors:
-        document.report(at, f"the key file {message}", "fetch the issuer's JWKS again")
-    for message in warnings:
-        document.warn(at, f"the key file's {message}", "")
+    document.files[f"file:{path}"] = content  # whether its keys can serve is seen when the policy is made
 
 
 # -- routes and their policies

@@ -107,6 +107,8 @@ class Document:
         """Note a problem at a path or Spot; with `key`, point at the key rather than at the value."""
         spot = at if isinstance(at, Spot) else self.spot(at)
         line, column, width = spot.key if key and spot.key else spot.mark
+        if not self.lines:  # the text was let go (see server/compiler.py): the file is all that is known
+            line = column = 0
         self._add(line, column, width, message, hint, severity)
 
     def warn(self, at: Path_ | Spot, message: str, hint: str = "", *, key: bool = False) -> None:

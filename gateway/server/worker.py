@@ -27,7 +27,7 @@ from gateway.server.channel import ChannelClosed, Message
 from gateway.server.launch import Launch
 from gateway.server.log import log
 from gateway.server.store import problems_of, read_config
-from gateway.snapshot import Snapshot, build
+from gateway.snapshot import Snapshot, build, settled
 
 HEARTBEAT = 0.5  # seconds
 PAGE = os.sysconf("SC_PAGESIZE")
@@ -44,6 +44,7 @@ class Prepared:
     snapshot: Snapshot
     listen: dict[str, int]
     unlisten: list[str]
+    waiting: asyncio.Task[None] | None = None  # until the snapshot has settled
 
 
 class Worker:
@@ -70,13 +71,16 @@ class Worker:
         self.snapshot.start(self.loop)
         self.engine.apply(self.snapshot)
         self.engine.start(self.loop)
+        self.loop.add_signal_handler(signal.SIGUSR1, self._reopen)
+        self._beat()
+        # Connections wait in the backlog meanwhile; a SIGTERM ends a worker that serves nothing yet at once.
+        if not await settled(self.snapshot):
+            log.warning("serving before all upstream names are resolved and all keys are fetched")
+        self.loop.add_signal_handler(signal.SIGTERM, lambda: self._drain(self.deadline))
         for name, fd in self.launch.listeners.items():
             self._listen(name, fd)
         self.loop.add_reader(self.channel.fileno(), self._orders)
-        self.loop.add_signal_handler(signal.SIGTERM, lambda: self._drain(self.deadline))
-        self.loop.add_signal_handler(signal.SIGUSR1, self._reopen)
         self._gauge_start()
-        self._beat()
         self._tell({"type": "ready", "version": self.launch.version})
         try:
             await self.ended
@@ -158,10 +162,18 @@ class Worker:
             self._tell({"type": "refused", "version": version, **answer})
         else:
             listen = dict(zip(message["listen"], sockets, strict=True))
-            self.prepared = Prepared(version, config.drain.deadline, snapshot, listen, message["unlisten"])
-            self._tell({"type": "prepared", "version": version})
+            prepared = Prepared(version, config.drain.deadline, snapshot, listen, message["unlisten"])
+            self.prepared = prepared
+            prepared.waiting = self.loop.create_task(self._confirm(prepared))
         finally:
             os.close(store)
+
+    async def _confirm(self, prepared: Prepared) -> None:
+        """Say that a prepared snapshot can be committed, once its names and keys are there (or cannot be had)."""
+        if not await settled(prepared.snapshot):
+            log.warning("the new configuration is ready before all its names are resolved and all its keys are fetched")
+        if self.prepared is prepared:
+            self._tell({"type": "prepared", "version": prepared.version})
 
     def _commit(self, version: int) -> None:
         """Change to the prepared snapshot; exchanges in flight finish on the one they began with."""
@@ -183,6 +195,8 @@ class Worker:
     def _abort(self) -> None:
         prepared, self.prepared = self.prepared, None
         if prepared is not None:
+            if prepared.waiting is not None:
+                prepared.waiting.cancel()
             prepared.snapshot.stop()
             for fd in prepared.listen.values():
                 os.close(fd)

@@ -91,7 +91,7 @@ def test_a_client_that_half_closes_gets_its_answer(bank: Bank) -> None:
 
 def test_half_close_behind_bytes_that_nobody_reads(bank: Bank) -> None:
     """What stands unread behind a last request must not turn the end of the connection into a reset."""
-    bank.origin.script = script = lambda origin, stream: (stream.request(), stream.send(ok(PATTERN)))  # noqa: E731
+    bank.origin.script = script = lambda origin, stream: (stream.request(), stream.send(ok(PATTERN)))
     assert callable(script)
     with bank.client("patient", receive=4096) as client:
         client.send(get("/slow", "connection: close"), b"GET /more HTTP/1.1\r\nhost: b\r\n\r\n" * 500)

@@ -17,7 +17,22 @@ import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from tests.integration.echo import (
-    AUDIENCE, ISSUER, Echo, Told, bearer, claims, client, config, exchange, fields_of, jwks, metric, problem, rsa_key, segment, token,
+    AUDIENCE,
+    ISSUER,
+    Echo,
+    Told,
+    bearer,
+    claims,
+    client,
+    config,
+    exchange,
+    fields_of,
+    jwks,
+    metric,
+    problem,
+    rsa_key,
+    segment,
+    token,
 )
 from tests.integration.processes import Gateway, eventually
 
