@@ -211,6 +211,8 @@ class Document:
         column = min(column, len(source) + 1)
         if "${" in source:
             hint = 'inside { } or [ ] a reference needs quotes: "${env:NAME}"'
+        elif source[column - 1 : column] == "{" and "flow" in message:
+            hint = 'inside { } a value that holds braces needs quotes: path: "/v1/payments/{id}"'
         elif "\t" in source[: len(source) - len(source.lstrip())]:
             message, hint = "a tab cannot indent YAML", "indent with spaces"
         elif "another document" in message:
