@@ -174,6 +174,12 @@ def test_a_preflight_for_a_route_without_options_is_answered(http: httpx.Client)
     problem(answer, 403, "origin-not-allowed")
 
 
+def test_a_request_for_a_preflight_without_an_origin_is_none(http: httpx.Client) -> None:
+    answer = http.options("/post", headers={"Access-Control-Request-Method": "POST"})
+    problem(answer, 405, "method-not-allowed")
+    assert answer.headers["allow"] == "POST"
+
+
 def test_strangers_get_no_preflight_and_no_word_of_permission(http: httpx.Client) -> None:
     for origin in ("https://evil.test", "null", APP + ".evil.test", "http://app.bank.test", APP + ":8443"):
         answer = http.options("/app", headers={**PREFLIGHT, "Origin": origin})
