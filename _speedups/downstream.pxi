@@ -11,7 +11,8 @@ cdef class Downstream(Connection):
     cdef int on_events(self, uint32_t events) except -1:
         cdef int result
         if events & (EPOLLERR | EPOLLHUP):
-            return self.gone()
+            # Both sides have ended: what is unread has to be read, or close() would reset what the client has not got yet.
+            return self.linger() if self.state == D_LINGER else self.gone()
         if events & EPOLLRDHUP:
             self.ended = True
         if events & EPOLLOUT:

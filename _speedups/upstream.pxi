@@ -441,7 +441,7 @@ cdef class UpstreamConnection(Connection):
         """To the pool, if nothing is owed in either direction, else to its end."""
         cdef Exchange x = self.x
         cdef bint keep = self.keep and x.body.done and not self.broken and not self.ended and \
-            self.out.end == self.out.start and self.inb.end == self.inb.start
+            self.out.end == self.out.start and self.inb.end == self.inb.start and not self.endpoint.retired
         cdef UpstreamConnection oldest
         self.detach()
         # After a short read nothing more is there; after a full one, look.

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 class Endpoint:
     active: int
+    retired: bool
     def __init__(self, address: str, weight: int = 1) -> None: ...
     @property
     def address(self) -> str: ...
