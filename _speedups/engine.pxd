@@ -141,7 +141,7 @@ cdef class UpstreamConnection(Connection):
 
     cdef void leave_pool(self)
     cdef void detach(self)
-    cdef int connected(self) except -1
+    cdef int connected(self, uint32_t events) except -1
     cdef int connect_failed(self, int status, bytes slug, bytes detail) except -1
     cdef int append_body(self, int n) except -1
     cdef int retry(self) except -1
@@ -204,6 +204,7 @@ cdef class Engine:
     cdef void give_exchange(self, Exchange x)
     cdef void dispatch(self, uint64_t data, uint32_t events)
     cdef void expire(self)
+    cdef void discard_idle(self, uint64_t data, uint32_t events)
     cdef void run_again(self)
     cdef void run_parked(self)
     cdef int resume(self, Exchange x, object result, object error) except -1

@@ -359,6 +359,8 @@ cdef class Engine:
             for batch in range(BATCHES):
                 n = epoll_wait(self.epoll, events, EVENTS, 0)
                 for i in range(n):
+                    self.discard_idle(events[i].cw_data, events[i].events)
+                for i in range(n):
                     self.dispatch(events[i].cw_data, events[i].events)
                 self.slot.counters[C_LOOP_EVENTS] += max(n, 0)
                 if self.again:
@@ -407,6 +409,15 @@ cdef class Engine:
             connection.on_events(events)
         except BaseException as error:
             self.report(connection, error)
+
+    cdef void discard_idle(self, uint64_t data, uint32_t events):
+        """An idle upstream connection with news is out of the pool before any request of the same batch can take it."""
+        cdef uint32_t fd = <uint32_t>data
+        cdef object found
+        if fd < <uint32_t>PyList_GET_SIZE(self.by_fd):
+            found = self.by_fd[fd]
+            if type(found) is UpstreamConnection and (<UpstreamConnection>found).state == U_IDLE:
+                self.dispatch(data, events)
 
     cdef void run_again(self):
         cdef Connection connection
@@ -639,10 +650,9 @@ cdef class Engine:
         x.endpoint = endpoint
         while not fresh and endpoint.idle:
             connection = <UpstreamConnection>endpoint.idle.pop()
-            # What must not be sent twice travels only on a connection that is alive right now, if it is the first of its
-            # client (nobody behind it could repeat it safely) or has been idle for a while.
-            if self.now - connection.born > x.upstream.keep_age_us or \
-                    (not safe and (x.first or self.now - connection.idle_since > 1000000) and not cw_silent(connection.fd)):
+            # What must not be sent twice travels only on a connection that is alive and silent right now; one system call,
+            # which safe requests are spared: for them poll() looked at idle connections first.
+            if self.now - connection.born > x.upstream.keep_age_us or (not safe and not cw_silent(connection.fd)):
                 self.slot.counters[C_UPSTREAM_DISCARDED] += 1
                 connection.close()
                 continue
