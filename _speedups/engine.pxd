@@ -143,7 +143,7 @@ cdef class UpstreamConnection(Connection):
 
     cdef void leave_pool(self)
     cdef void detach(self)
-    cdef int connected(self) except -1
+    cdef int connected(self, uint32_t events) except -1
     cdef int connect_failed(self, int status, bytes slug, bytes detail) except -1
     cdef int append_body(self, int n) except -1
     cdef int retry(self) except -1

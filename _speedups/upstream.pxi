@@ -12,13 +12,15 @@ cdef class UpstreamConnection(Connection):
         cdef int result
         cdef Downstream downstream
         if self.state == U_IDLE:
+            if not events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR):
+                return 0                            # its turn of Engine.again, or room to write
             # Closed by the other side, or bytes that nobody asked for: either way it carries no further exchange.
             self.engine.slot.counters[C_UPSTREAM_DISCARDED] += 1
             self.leave_pool()
             return 0
         if self.state == U_CONNECTING:
             if events & (EPOLLOUT | EPOLLERR | EPOLLHUP):
-                return self.connected()
+                return self.connected(events)
             return 0
         downstream = <Downstream>self.x.connection
         if events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR):
@@ -87,15 +89,21 @@ cdef class UpstreamConnection(Connection):
 
     # -- connecting and sending ---------------------------------------------------------------------------------------
 
-    cdef int connected(self) except -1:
+    cdef int connected(self, uint32_t events) except -1:
+        cdef Downstream downstream = <Downstream>self.x.connection
         if cw_socket_error(self.fd):
             self.engine.slot.counters[C_UPSTREAM_CONNECT_FAILURES] += 1
             return self.connect_failed(503, b"upstream-unreachable",
                                        b"no endpoint of the upstream accepts connections; the request was not sent")
+        if events & (EPOLLIN | EPOLLRDHUP) and not cw_silent(self.fd):
+            # What speaks before it is asked, or leaves at once, says nothing about this request.
+            self.engine.slot.counters[C_UPSTREAM_BAD] += 1
+            return self.connect_failed(502, b"upstream-bad-answer", b"the upstream spoke or left before it was asked; the request was not sent")
         self.state = U_HEAD
         self.writable = True
         self.endpoint.down_until = 0
-        return self.send_request()
+        self.send_request()
+        return downstream.advance()
 
     cdef int connect_failed(self, int status, bytes slug, bytes detail) except -1:
         """Nothing was sent: another endpoint may have it, once."""
@@ -502,6 +510,7 @@ cdef class UpstreamConnection(Connection):
     cdef int lost(self, int error) except -1:
         """The connection ended (error 0) or broke before the answer was complete. Returns 0: the exchange is over here."""
         cdef Exchange x = self.x
+        cdef Downstream downstream = <Downstream>x.connection
         self.ended = True
         if self.state == U_BODY:
             if x.answer.mode == BODY_CLOSE and error == 0:
@@ -513,7 +522,8 @@ cdef class UpstreamConnection(Connection):
         if self.reused and x.replayable and x.tries == 0 and x.informational == 0 and self.inb.end == self.inb.start and \
                 x.body.mode == BODY_NONE and x.head.method in (M_GET, M_HEAD, M_OPTIONS):
             # The keep-alive race: safe methods without a body may be sent again (RFC 9110 9.2.2), once.
-            return self.retry()
+            self.retry()
+            return downstream.advance()
         return self.fail(502, b"upstream-closed",
                          b"the upstream closed the connection before it answered; the request may have been executed")
 
