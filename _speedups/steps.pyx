@@ -491,9 +491,10 @@ cdef class AuditStep(Step):
 
 cdef str outcome(Exchange x):
     """answered (by the upstream), refused (by a policy), failed (the upstream's or our side), aborted (the client left)."""
-    if x.status == 499 or (x.side == SIDE_DOWNSTREAM and x.status < 500 and x.slug is None):
+    if x.side == SIDE_DOWNSTREAM and x.slug is None:
         return "aborted"
-    if x.side == SIDE_UPSTREAM or x.status == 500 and x.side == SIDE_GATEWAY:
+    # 499 without the client's doing: the end of a drain, or an error of ours, cut it off.
+    if x.side == SIDE_UPSTREAM or x.status == 499 or x.status == 500 and x.side == SIDE_GATEWAY:
         return "failed"
     return "refused" if x.side != SIDE_NONE else "answered"
 

@@ -203,14 +203,13 @@ def _route(config: Config, number: int, route: Route, document: Document) -> Non
                 f"the first is at line {document.spot(first[policy.kind]).line}; keep one",
             )
         first.setdefault(policy.kind, at)
-    hooked = "python" in first  # a hook may be what identifies the caller
-    identified = "jwt" in first or "api_key" in first or hooked
+    identified = "jwt" in first or "api_key" in first
     for at, policy in used:
         if policy.kind == "scopes" and not identified:
             document.report(
                 at, "scopes without a policy that says who calls", "add a jwt or api_key policy to this route"
             )
-        if policy.kind == "claims" and not ("jwt" in first or hooked):
+        if policy.kind == "claims" and "jwt" not in first:
             document.report(at, "claims without a token to carry them", "add a jwt policy to this route")
         if policy.rate_limit is not None and policy.rate_limit.key == "client" and not identified:
             document.report(

@@ -13,7 +13,20 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from tests.integration.echo import ISSUER, Echo, Told, bearer, client, config, exchange, fields_of, jwks, metric, problem, token
+from tests.integration.echo import (
+    ISSUER,
+    Echo,
+    Told,
+    bearer,
+    client,
+    config,
+    exchange,
+    fields_of,
+    jwks,
+    metric,
+    problem,
+    token,
+)
 from tests.integration.processes import Gateway, eventually
 
 LISTENERS = "listeners: {public: {bind: 127.0.0.1:0}, behind: {bind: 127.0.0.1:0, trusted_proxies: [127.0.0.1]}}\n"

@@ -15,7 +15,21 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.integration.echo import ISSUER, Echo, Told, bearer, client, config, exchange, fields_of, jwks, metric, problem, raw, token
+from tests.integration.echo import (
+    ISSUER,
+    Echo,
+    Told,
+    bearer,
+    client,
+    config,
+    exchange,
+    fields_of,
+    jwks,
+    metric,
+    problem,
+    raw,
+    token,
+)
 from tests.integration.processes import PATIENCE, ROOT, Gateway, eventually
 
 MODULE = '''
@@ -228,8 +242,7 @@ def route(name: str, *uses: str, match: str = "") -> str:
 
 
 RULES = f"policies:\n  {BANK}\nroutes:\n" + "".join([
-    "  - {name: contract, match: {path: /v1/payments, methods: [POST]}, upstream: origin,\n"
-    "     policies: [bank, {python: {class: 'policy:HighValue', ceiling: 1000}}]}\n",
+    route("contract", "bank", "'policy:HighValue', ceiling: 1000", match="path: /v1/payments, methods: [POST]"),
     route("denies", "rules:Denies"),
     route("responds", "rules:Responds"),
     route("tells", "rules:Tells"),

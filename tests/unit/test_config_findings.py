@@ -317,7 +317,7 @@ def test_python_policies(tmp_path: Path, settings: str, message: str, hint: str)
     path = write(
         tmp_path,
         "routes:\n"
-        + route("r", "prefix: /", f"{{python: {{{settings}}}}}, {{rate_limit: {{key: client, rate: 1/s}}}}"),
+        + route("r", "prefix: /", f"{{python: {{{settings}}}}}, {{rate_limit: {{key: ip, rate: 1/s}}}}"),
     )
     before = list(sys.path)
     problems = found(path)

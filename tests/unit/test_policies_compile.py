@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from gateway.config.policies import AUDIT_FIELDS as CONFIGURED_FIELDS
 from gateway.config.policies import KINDS, Audit
 from gateway.errors import ConfigError
 from gateway.policies import COMPILERS, PHASES
-from gateway.snapshot import build
+from gateway.snapshot import build, check
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Names:
@@ -83,7 +86,19 @@ def test_the_names_of_descriptors(tmp_path: Path, written: str, meant: str) -> N
     assert str(inline.settings.file) == meant.replace("BASE", str(tmp_path))
 
 
-def test_a_claim_s_header_is_checked_at_its_place(tmp_path: Path) -> None:
-    (tmp_path / "jwks.json").write_text('{"keys": []}')
-    found = problems(tmp_path, "[{jwt: {issuer: a, audience: b, keys: jwks.json, algorithms: [RS256], headers: {x_user: sub}}}]")
-    assert any("x_user" in text and ":8:" in text for text in found), found
+def test_a_claims_header_is_checked_at_its_place(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "tests/data/contract/jwks.json", tmp_path)
+    (found,) = check(load(configuration(
+        tmp_path, "[{jwt: {issuer: a, audience: b, keys: jwks.json, algorithms: [RS256, ES256, EdDSA], headers: {x_user: sub}}}]"
+    )))
+    assert (found.severity, found.line) == ("error", 8)
+    assert "cannot be put into the header 'x_user'" in found.message
+
+
+@pytest.mark.parametrize("policy", ["{scopes: [a]}", "{claims: {a: b}}", "{rate_limit: {key: client, rate: 1/s}}"])
+def test_a_hook_identifies_nobody(tmp_path: Path, policy: str) -> None:
+    """It runs after these, and has no way to say who calls."""
+    (tmp_path / "hook_that_looks.py").write_text("class Looks:\n    def on_request(self, request): ...\n")
+    (found,) = problems(tmp_path, f"[{{python: {{class: 'hook_that_looks:Looks'}}}}, {policy}]")
+    assert ":8:" in found
+    assert "without a" in found
