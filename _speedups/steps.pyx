@@ -478,7 +478,7 @@ cdef class AuditStep(Step):
             p = number(p, b'"bytes_out":', x.answer.bytes)
         if f & A_TRACE:
             p = text(p, b'"trace":"', x.trace + 3, 32)
-        if p[-1] == 44:
+        if (p - 1)[0] == 44:
             p -= 1
         p[0] = 125
         p += 1

@@ -44,6 +44,8 @@ routes:
   - {{name: grown, match: {{host: grown.test, prefix: /}}, policies: [{{rewrite: {{prefix: /below}}}}], upstream: origin}}
   - {{name: app, match: {{prefix: /app}}, policies: [browser, bank, {{scopes: [pay]}}], upstream: origin}}
   - {{name: app-post, match: {{path: /post, methods: [POST]}}, policies: [browser], upstream: origin}}
+  - {{name: api-post, match: {{host: api.test, path: /pay, methods: [POST]}}, policies: [browser], upstream: origin}}
+  - {{name: api-rest, match: {{host: api.test, prefix: /}}, upstream: origin}}
   - {{name: app-all, match: {{prefix: /all}}, policies: [anybody], upstream: origin}}
   - {{name: office, match: {{prefix: /office}}, policies: [{{ip: {{allow: [198.51.100.0/24, "2001:db8::/32"], deny: [198.51.100.7]}}}}], upstream: origin}}
   - {{name: local, match: {{prefix: /local}}, policies: [{{ip: {{allow: [127.0.0.1]}}}}], upstream: origin}}
@@ -172,6 +174,16 @@ def test_a_preflight_for_a_route_without_options_is_answered(http: httpx.Client)
     assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (204, APP)
     answer = http.options("/post", headers={**PREFLIGHT, "Access-Control-Request-Method": "POST", "Origin": "https://evil.test"})
     problem(answer, 403, "origin-not-allowed")
+
+
+def test_a_preflight_asks_for_the_route_of_the_method_to_come(http: httpx.Client) -> None:
+    """Although another route would take the OPTIONS itself."""
+    answer = http.options("/pay", headers={**PREFLIGHT, "Host": "api.test", "Access-Control-Request-Method": "POST"})
+    assert (answer.status_code, answer.headers.get("access-control-allow-origin")) == (204, APP)
+    for more in ({"Access-Control-Request-Method": "PUT"}, {"Origin": ""}):
+        asked = {**PREFLIGHT, "Host": "api.test", "Access-Control-Request-Method": "POST", **more}
+        told = Told(http.options("/pay", headers={name: value for name, value in asked.items() if value}))
+        assert (told.method, told.target) == ("OPTIONS", "/pay")
 
 
 def test_a_request_for_a_preflight_without_an_origin_is_none(http: httpx.Client) -> None:
