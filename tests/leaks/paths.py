@@ -1,0 +1,330 @@
+"""One process with an engine, its client and its origin, and every way in which an exchange can fail, many times over.
+
+Strategy: the engine is polled directly, so an exchange costs its system calls and nothing else, and nothing runs that could
+hide a leak. Run as a module it goes one path COUNT times and prints what was held before and after, as JSON; see
+test_leaks.py for what is expected.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import json
+import os
+import random
+import select
+import socket
+import struct
+import sys
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import uvloop
+
+from gateway._speedups.engine import Engine
+from gateway.config import load
+from gateway.snapshot import build
+from gateway.telemetry.shared import SharedState
+
+CONFIG = """
+version: 1
+workers: 1
+admin: {{bind: 127.0.0.1:0}}
+listeners:
+  public: {{bind: 127.0.0.1:0, timeouts: {{head: 1ms, body: 1ms}}, limits: {{requests: 100000000}}}}
+  proxied: {{bind: 127.0.0.1:0, proxy_protocol: required}}
+upstreams:
+  origin: {{targets: [127.0.0.1:{origin}], timeouts: {{head: 1ms}}}}
+  gone: {{targets: [127.0.0.1:{gone}]}}
+policies:
+  raises: {{python: {{class: "leaky:Raises"}}}}
+  waits: {{python: {{class: "leaky:Waits"}}}}
+  reads: {{python: {{class: "leaky:Reads"}}}}
+  inside: {{ip: {{allow: [10.0.0.0/8]}}}}
+routes:
+  - {{name: x, match: {{path: /x}}, upstream: origin}}
+  - {{name: gone, match: {{path: /gone}}, upstream: gone}}
+  - {{name: only, match: {{path: /only, methods: [GET]}}, upstream: origin}}
+  - {{name: raises, match: {{path: /raises}}, upstream: origin, policies: [raises]}}
+  - {{name: waits, match: {{path: /waits}}, upstream: origin, policies: [waits]}}
+  - {{name: reads, match: {{path: /reads}}, upstream: origin, policies: [reads]}}
+  - {{name: inside, match: {{path: /inside}}, upstream: origin, policies: [inside]}}
+"""
+POLICY = """
+import asyncio
+import contextlib
+from gateway import Policy, deny
+
+class Raises(Policy):
+    def on_request(self, request):
+        raise RuntimeError(request.path)
+
+class Waits(Policy):
+    async def on_request(self, request):
+        await asyncio.sleep(3600)
+
+class Reads(Policy):
+    body_limit = 1024
+    def on_request(self, request):
+        return deny(403, "no", str(request.json()))
+"""
+HOST = b"host: b\r\n"
+RST = struct.pack("ii", 1, 0)
+
+
+class Lab:
+    """The engine and both of its sides."""
+
+    def __init__(self, folder: Path) -> None:
+        self.loop = uvloop.new_event_loop()
+        asyncio.set_event_loop(self.loop)
+        self.origin = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        gone = socket.socket()
+        gone.bind(("127.0.0.1", 0))
+        self.gone = gone  # bound, not listening: connects are refused
+        path = folder / "leaks.yaml"
+        path.write_text(CONFIG.format(origin=self.origin.getsockname()[1], gone=gone.getsockname()[1]))
+        (folder / "leaky.py").write_text(POLICY)
+        shared = SharedState(1)
+        self.shared = shared
+        self.engine = Engine(0, shared.slot(0), shared.buckets)
+        self.engine.apply(build(load(path), names=shared.names, seed=1, version=1))
+        self.ports = {}
+        for name in ("public", "proxied"):
+            listening = socket.create_server(("127.0.0.1", 0), backlog=1024)
+            listening.setblocking(False)
+            self.ports[name] = listening.getsockname()[1]
+            self.engine.listen(name, listening.fileno())
+            listening.close()
+        self.engine.start(self.loop)
+
+    def client(self, data: bytes, name: str = "public") -> socket.socket:
+        sock = socket.create_connection(("127.0.0.1", self.ports[name]))
+        if data:
+            sock.send(data)
+        self.engine.poll()
+        return sock
+
+    def upstream(self) -> socket.socket:
+        """The connection that the engine has opened, and the request that it sent."""
+        self.poll_for(self.origin)
+        sock, _ = self.origin.accept()
+        self.poll_for(sock)
+        sock.recv(65536)
+        return sock
+
+    def poll_for(self, sock: socket.socket) -> None:
+        """Poll the engine, whose turns are bounded, until there is something to read."""
+        for _ in range(100_000):
+            if select.select([sock], [], [], 0)[0]:
+                return
+            self.engine.poll()
+        raise AssertionError("nothing came")
+
+    def turn(self, seconds: float = 0) -> None:
+        self.loop.run_until_complete(asyncio.sleep(seconds))
+
+
+def answered(lab: Lab, sock: socket.socket, status: bytes) -> None:
+    lab.poll_for(sock)
+    got = sock.recv(65536)
+    assert got[9:12] == status, got
+
+
+def reset(sock: socket.socket) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RST)
+    sock.close()
+
+
+REFUSED = [
+    (b"GET / HTTP/1.1\r\nhost: a b\r\n\r\n", b"400"),
+    (b"GET /%2e%2e/%2e%2e HTTP/1.1\r\n" + HOST + b"\r\n", b"400"),
+    (b"POST /x HTTP/1.1\r\n" + HOST + b"content-length: 1\r\ntransfer-encoding: chunked\r\n\r\n", b"400"),
+    (b"GET /unknown HTTP/1.1\r\n" + HOST + b"\r\n", b"404"),
+    (b"POST /only HTTP/1.1\r\n" + HOST + b"content-length: 0\r\n\r\n", b"405"),
+    (b"POST /x HTTP/1.1\r\n" + HOST + b"content-length: 99999999\r\n\r\n", b"413"),
+    (b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\n" + HOST + b"\r\n", b"414"),
+    (b"GET /x HTTP/1.1\r\n" + HOST + b"x-a: 1\r\n" * 101 + b"\r\n", b"431"),
+    (b"GET /x HTTP/2.0\r\n" + HOST + b"\r\n", b"505"),
+    (b"GET /inside HTTP/1.1\r\n" + HOST + b"\r\n", b"403"),
+    (b"GET /raises HTTP/1.1\r\n" + HOST + b"\r\n", b"500"),
+    (b'POST /reads HTTP/1.1\r\n' + HOST + b'content-length: 2\r\n\r\n{}', b"403"),
+    (b'POST /reads HTTP/1.1\r\n' + HOST + b'content-length: 2000\r\n\r\n', b"413"),
+]
+
+
+def refused(lab: Lab, turn: int) -> None:
+    data, status = REFUSED[turn % len(REFUSED)]
+    sock = lab.client(data)
+    answered(lab, sock, status)
+    sock.close()
+    lab.engine.poll()
+
+
+def client_leaves(lab: Lab, turn: int) -> None:
+    kind = turn % 6
+    if kind == 0:
+        sock = lab.client(b"GET /x HT")
+    elif kind == 1:
+        sock = lab.client(b"POST /reads HTTP/1.1\r\n" + HOST + b"content-length: 9\r\n\r\n{")
+    elif kind == 2:
+        sock = lab.client(b"")
+    elif kind == 3:
+        sock = lab.client(b"GET /waits HTTP/1.1\r\n" + HOST + b"\r\n")
+    elif kind == 4:
+        sock = lab.client(b"POST /x HTTP/1.1\r\n" + HOST + b"content-length: 9\r\n\r\n{")
+        lab.upstream().close()
+    else:
+        sock = lab.client(b"GET /x HTTP/1.1\r\n" + HOST + b"\r\n")
+        upstream = lab.upstream()
+        upstream.send(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nabc")
+        lab.engine.poll()
+        reset(sock)
+        lab.engine.poll()
+        upstream.close()
+        return
+    reset(sock) if turn % 2 else sock.close()
+    lab.engine.poll()
+    if turn % 32 == 0:
+        lab.turn()  # cancelled tasks end in the loop
+
+
+ANSWERS = [
+    (b"", b"502"),
+    (b"HTTP/1.1 2x0\r\n\r\n", b"502"),
+    (b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\n", b"502"),
+    (b"HTTP/1.1 101 Switching\r\n\r\n", b"502"),
+    (b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nabc", b"200"),
+    (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\nz", b"502"),
+    (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n", b"200"),
+    (b"HTTP/1.1 200 OK\r\n\r\nabc", b"200"),
+    (b"HTTP/1.1 100 Continue\r\n\r\n", b"502"),
+]
+
+
+def upstream_fails(lab: Lab, turn: int) -> None:
+    data, status = ANSWERS[turn % len(ANSWERS)]
+    sock = lab.client(b"POST /x HTTP/1.1\r\n" + HOST + b"content-length: 2\r\n\r\nab")
+    upstream = lab.upstream()
+    if data:
+        upstream.send(data)
+        lab.engine.poll()
+    reset(upstream) if turn % 2 else upstream.close()
+    lab.engine.poll()
+    got = b""
+    with contextlib.suppress(ConnectionError):  # a cut answer
+        while got[9:12] not in (b"502", status):
+            lab.poll_for(sock)
+            piece = sock.recv(65536)
+            if not piece:
+                break
+            got += piece
+    assert got[9:12] in (status, b""), got
+    sock.close()
+    lab.engine.poll()
+
+
+def unreachable(lab: Lab, turn: int) -> None:
+    sock = lab.client(b"GET /gone HTTP/1.1\r\n" + HOST + b"\r\n")
+    lab.engine.poll()
+    answered(lab, sock, b"503")
+    sock.close()
+    lab.engine.poll()
+
+
+def pooled(lab: Lab, turn: int) -> None:
+    """A kept connection that speaks unasked, or ends, in its pool."""
+    sock = lab.client(b"GET /x HTTP/1.1\r\n" + HOST + b"\r\n")
+    upstream = lab.upstream()
+    upstream.send(b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nabc")
+    lab.engine.poll()
+    answered(lab, sock, b"200")
+    if turn % 2:
+        upstream.send(b"HTTP/1.1 408 Too late\r\n\r\n")
+        lab.engine.poll()
+    upstream.close()
+    sock.close()
+    lab.engine.poll()
+
+
+def garbage(lab: Lab, turn: int) -> None:
+    sock = lab.client(random.Random(turn).randbytes(turn % 3000), "proxied" if turn % 2 else "public")
+    sock.close()
+    lab.engine.poll()
+
+
+def late(lab: Lab, turn: int) -> None:
+    """Deadlines pass for a hundred exchanges at a time: heads, bodies, answers."""
+    if turn % 100:
+        return
+    socks = []
+    for number in range(100):
+        kind = number % 3
+        if kind == 0:
+            socks.append((lab.client(b"GET /x HT"), None, b"408"))
+        elif kind == 1:
+            sock = lab.client(b"POST /x HTTP/1.1\r\n" + HOST + b"content-length: 9\r\n\r\n{")
+            socks.append((sock, lab.upstream(), b"408"))
+        else:
+            sock = lab.client(b"GET /x HTTP/1.1\r\n" + HOST + b"\r\n")
+            socks.append((sock, lab.upstream(), b"504"))
+    lab.turn(0.22)  # two ticks
+    for sock, upstream, status in socks:
+        answered(lab, sock, status)
+        sock.close()
+        if upstream is not None:
+            upstream.close()
+    lab.engine.poll()
+
+
+PATHS: dict[str, Callable[[Lab, int], None]] = {
+    path.__name__: path for path in (refused, client_leaves, upstream_fails, unreachable, pooled, garbage, late)
+}
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def held(lab: Lab) -> dict[str, int]:
+    lab.turn()
+    lab.engine.poll()
+    gc.collect()
+    return {**lab.engine.live(), "files": len(os.listdir("/proc/self/fd")), "tasks": len(asyncio.all_tasks(lab.loop))}
+
+
+def measure(path: Callable[[Lab, int], None], count: int, folder: Path) -> dict[str, object]:
+    """What is held before and after `count` turns, resident bytes after each quarter, and what Python allocated meanwhile."""
+    lab = Lab(folder)
+    turns = iter(range(10_000_000))
+
+    def go(times: int) -> None:
+        for _ in range(times):
+            path(lab, next(turns))
+
+    before = held(lab)
+    go(count // 10)
+    sizes = [resident()]
+    for _ in range(4):
+        go(count // 5)
+        gc.collect()
+        sizes.append(resident())
+    tracemalloc.start()
+    go(count // 20)
+    held(lab)
+    first = tracemalloc.get_traced_memory()[0]
+    go(count // 20)
+    after = held(lab)
+    second = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    lab.engine.close()
+    return {"before": before, "after": after, "sizes": sizes, "traced": second - first}
+
+
+if __name__ == "__main__":
+    import logging
+
+    logging.disable(logging.CRITICAL)  # what a policy raises is logged with its traceback, which is not the subject here
+    print(json.dumps(measure(PATHS[sys.argv[1]], int(sys.argv[2]), Path(sys.argv[3]))))
