@@ -755,6 +755,22 @@ cdef class Downstream(Connection):
             self.engine.log.error("recording an exchange failed", exc_info=error)
         self.engine.give_exchange(x)
 
+    cdef void close_now(self):
+        """Our doing, not the client's: an answer under way is cut by a reset, never ended; the exchange is recorded."""
+        cdef Exchange x = self.x
+        if self.fd < 0:
+            return
+        if x is not None and self.state == D_ACTIVE:
+            if x.status == 0:
+                x.status = 500
+            if x.side == SIDE_NONE:
+                x.side = SIDE_GATEWAY
+            self.abort(True)
+            return
+        if self.out.end > self.out.start:
+            cw_reset_on_close(self.fd)
+        self.close()
+
     cdef void close(self):
         cdef Exchange x
         if self.fd < 0:
