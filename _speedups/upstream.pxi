@@ -148,7 +148,9 @@ cdef class UpstreamConnection(Connection):
         cdef uint64_t counted = x.body.bytes
         cdef int result
         if n < 0:
-            return self.fail(500, b"head-too-large", b"the request head is too large after the policies' changes")
+            self.detach()
+            self.close()
+            return downstream.refuse(500, b"head-too-large", b"the request head is too large after the policies' changes")
         if x.collected is not None:
             result = self.put(out, n)
             if result == 0:
@@ -501,6 +503,7 @@ cdef class UpstreamConnection(Connection):
                                 head.base[head.fields[i].value:head.fields[i].value + head.fields[i].value_len])
                                for i in range(head.count)]
         self.held = True
+        (<Downstream>x.connection).arm(T_TOTAL, x.route.total_us)       # it is the policy that is waited for
         x.parked = <Step>x.route.response_hooks[x.answer_hook]
         self.engine.parked.append((x, x.generation))
         return 1
