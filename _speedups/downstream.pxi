@@ -38,8 +38,11 @@ cdef class Downstream(Connection):
             return self.settle()
         if self.x is not None and self.x.upstream_connection is not None:
             upstream = <UpstreamConnection>self.x.upstream_connection
-            self.arm(T_UP_IDLE, self.x.route.idle_us)
-            upstream.pump_answer()
+            if upstream.state == U_BODY:
+                self.arm(T_UP_IDLE, self.x.route.idle_us)
+                upstream.pump_answer()
+            elif upstream.state == U_HEAD and not upstream.held:        # a 1xx had to wait
+                self.arm(T_UP_HEAD if self.x.body.done else T_BODY, self.x.route.head_us if self.x.body.done else self.listener.body_us)
         return 0
 
     cdef int on_timeout(self) except -1:
@@ -64,6 +67,12 @@ cdef class Downstream(Connection):
         cdef UpstreamConnection upstream
         cdef uint64_t* counters = self.engine.slot.counters
         if why == T_BODY:
+            upstream = x.upstream_connection
+            if upstream is not None and upstream.out.end > upstream.out.start:
+                counters[C_UPSTREAM_TIMEOUTS] += 1
+                x.side = SIDE_UPSTREAM
+                return self.abort(True) if x.answer_started else \
+                    self.refuse(504, b"upstream-write-timeout", b"the upstream stopped reading the request")
             counters[C_TIMEOUTS_BODY] += 1
             x.side = SIDE_DOWNSTREAM
             return self.abort(True) if x.answer_started else self.refuse(408, b"body-timeout", b"the request body stopped arriving")
@@ -295,6 +304,7 @@ cdef class Downstream(Connection):
         cdef Head* head = x.head
         cdef const char* host = head.base + head.host_at
         cdef uint32_t n = head.host_len
+        cdef uint32_t allowed
         cdef int result
         # Host was validated: at most one colon outside brackets.
         if n and host[0] == 91:
@@ -303,6 +313,7 @@ cdef class Downstream(Connection):
             n = <uint32_t>(<const char*>memchr(host, 58, n) - host)
         x.host_len = n
         result = self.listener.trie.match(head, host, n, x.path(), x.path_len, &x.match)
+        allowed = x.match.allowed                   # preflight() matches again
         if result == 1:
             x.route = <RouteEntry>x.match.route
         elif head.method == M_OPTIONS and head.first[F_ACR_METHOD] >= 0 and self.preflight(host, n):
@@ -310,7 +321,7 @@ cdef class Downstream(Connection):
         elif result == 0:
             return self.refuse(404, b"no-route", b"no route matches this host and path")
         else:
-            self.drop_upstream()
+            x.match.allowed = allowed
             x.refuse(405, b"method-not-allowed", b"the resource does not offer this method")
             x.reply_headers = b"allow: " + self.listener.trie.allow(&x.match) + b"\r\n"
             return self.reply()
@@ -754,6 +765,22 @@ cdef class Downstream(Connection):
         except BaseException as error:
             self.engine.log.error("recording an exchange failed", exc_info=error)
         self.engine.give_exchange(x)
+
+    cdef void close_now(self):
+        """Our doing, not the client's: an answer under way is cut by a reset, never ended; the exchange is recorded."""
+        cdef Exchange x = self.x
+        if self.fd < 0:
+            return
+        if x is not None and self.state == D_ACTIVE:
+            if x.status == 0:
+                x.status = 500
+            if x.side == SIDE_NONE:
+                x.side = SIDE_GATEWAY
+            self.abort(True)
+            return
+        if self.out.end > self.out.start:
+            cw_reset_on_close(self.fd)
+        self.close()
 
     cdef void close(self):
         cdef Exchange x

@@ -138,6 +138,7 @@ cdef class UpstreamConnection(Connection):
     cdef bint broken                # writing failed; an answer may still be there to read
     cdef bint pending               # bytes behind an informational answer are not parsed yet
     cdef bint terminated            # the last chunk went out with the head
+    cdef uint32_t seen              # bytes of an incomplete head that hold no empty line
     cdef int head_length            # of the answer, still in `inb`
     cdef bint held                  # a response hook has the answer
 

@@ -430,7 +430,10 @@ cdef class Engine:
     cdef void report(self, Connection connection, object error):
         """An error of ours while handling a connection costs that connection, never the worker."""
         self.log.error("internal error on a connection", exc_info=error)
-        connection.close_now()
+        if isinstance(connection, ListenSocket):
+            (<ListenSocket>connection).pause()      # it goes on a little later
+        else:
+            connection.close_now()
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             self.loop.call_soon(raise_it, error)
 
@@ -580,13 +583,14 @@ cdef class Engine:
                 continue
             try:
                 result = x.parked.park_answer(x) if x.answer_fields is not None else x.parked.park(x)
+                if hasattr(result, "__await__"):
+                    self.spawn(x, result)
+                    continue
             except BaseException as error:
-                self.resume(x, None, error)
+                if x.generation == generation and x.parked is not None and x.task is None:
+                    self.resume(x, None, error)
                 continue
-            if hasattr(result, "__await__"):
-                self.spawn(x, result)
-            else:
-                self.resume(x, result, None)
+            self.resume(x, result, None)
 
     def spawn(self, Exchange x, awaitable) -> None:
         """Let an awaitable of a parked exchange run as a task; on_task() takes the exchange up again."""
@@ -680,7 +684,11 @@ cdef class Engine:
         connection.upstream = x.upstream
         connection.born = self.now
         connection.state = U_CONNECTING if result < 0 else U_HEAD
-        self.register(connection, fd, WATCH)
+        try:
+            self.register(connection, fd, WATCH)
+        except OSError as error:                    # closed already; as good as unreachable
+            self.log.error("cannot watch a connection", exc_info=error)
+            return None
         self.upstreams += 1
         self.slot.counters[C_UPSTREAM_CONNECTS] += 1
         return connection

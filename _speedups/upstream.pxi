@@ -5,6 +5,20 @@
 # docs/architecture.md). An answer's head is parsed into Engine.answer_head and written on in the same event.
 
 
+cdef bint empty_line(const char* data, uint32_t seen, uint32_t length) noexcept nogil:
+    """Whether an empty line (a LF, then CR LF or LF) ends in data[seen:length)."""
+    cdef uint32_t at = seen - 2 if seen > 2 else 0
+    cdef const char* found
+    while at < length:
+        found = <const char*>memchr(data + at, 10, length - at)
+        if found == NULL:
+            return False
+        at = <uint32_t>(found - data) + 1
+        if at < length and (data[at] == 10 or (data[at] == 13 and at + 1 < length and data[at + 1] == 10)):
+            return True
+    return False
+
+
 cdef class UpstreamConnection(Connection):
     """A connection to an endpoint."""
 
@@ -134,7 +148,9 @@ cdef class UpstreamConnection(Connection):
         cdef uint64_t counted = x.body.bytes
         cdef int result
         if n < 0:
-            return self.fail(500, b"head-too-large", b"the request head is too large after the policies' changes")
+            self.detach()
+            self.close()
+            return downstream.refuse(500, b"head-too-large", b"the request head is too large after the policies' changes")
         if x.collected is not None:
             result = self.put(out, n)
             if result == 0:
@@ -262,10 +278,17 @@ cdef class UpstreamConnection(Connection):
             if n < room and not self.ended:
                 self.readable = False
         self.pending = False
+        # A head that comes in pieces is parsed at its first and at its last, so that dripping bytes costs linear work.
+        if self.seen and self.inb.end - self.inb.start < HEAD_MAX and \
+                not empty_line(self.inb.base + self.inb.start, self.seen, self.inb.end - self.inb.start):
+            self.seen = self.inb.end - self.inb.start
+            return 1
         head_reset(head)
         result = parse_response(self.inb.base + self.inb.start, self.inb.end - self.inb.start, head, &ANSWER_LIMITS)
         if result == 0:
+            self.seen = self.inb.end - self.inb.start
             return 1
+        self.seen = 0
         if result < 0:
             self.engine.slot.counters[C_UPSTREAM_BAD] += 1
             return self.fail(502, b"upstream-bad-answer", b"the upstream's answer is malformed; the request may have been executed")
@@ -480,6 +503,7 @@ cdef class UpstreamConnection(Connection):
                                 head.base[head.fields[i].value:head.fields[i].value + head.fields[i].value_len])
                                for i in range(head.count)]
         self.held = True
+        (<Downstream>x.connection).arm(T_TOTAL, x.route.total_us)       # it is the policy that is waited for
         x.parked = <Step>x.route.response_hooks[x.answer_hook]
         self.engine.parked.append((x, x.generation))
         return 1

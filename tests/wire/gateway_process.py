@@ -27,6 +27,7 @@ ROOT = Path(next(iter(find_spec("gateway").submodule_search_locations or []))).p
 CONFIGS = Path(__file__).parent / "configs"
 DEATHS = ("AddressSanitizer", "runtime error:", "Fatal Python error", "Traceback (most recent call last)")
 START_AFTER = 15.0  # seconds; a sanitizer build starts slowly
+TROUBLE = ("AddressSanitizer", "runtime error:", "internal error on a connection", "worker died", "Traceback")
 ADDRESS = re.compile(r"(?P<name>[\w-]+) +http://(?P<host>127\.0\.0\.1):(?P<port>\d+)")
 
 WORKER = re.compile(r'"event":"worker started".*"child":(\d+)')
@@ -48,6 +49,7 @@ class GatewayProcess:
         for module in CONFIGS.glob("*.py"):  # Python policies are found beside the configuration
             shutil.copy(module, folder)
         self.output: list[str] = []
+        self._checked = 0
         self._ready = threading.Condition()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "gateway", "run", "-c", str(self.path)],
@@ -106,6 +108,12 @@ class GatewayProcess:
         held = sum(now.values()) - sum(self.idle.values()) - pooled
         return f"{held} descriptors more than at the start" if held > 0 else ""
 
+    def await_line(self, part: str) -> None:
+        """Return once the gateway has printed a line with `part` in it."""
+        with self._ready:
+            if not self._ready.wait_for(lambda: any(part in line for line in self.output), FAILURE_AFTER):
+                raise RuntimeError(f"the gateway did not say {part}:\n{self.tail()}")
+
     def tail(self) -> str:
         """The last lines that the gateway printed."""
         return "".join(self.output[-60:])
@@ -114,6 +122,9 @@ class GatewayProcess:
         """Raise when the process that was started has ended."""
         if self.process.poll() is not None:
             raise RuntimeError(f"the gateway died with {self.process.returncode}:\n{self.tail()}")
+        fresh, self._checked = self.output[self._checked :], len(self.output)
+        if any(sign in line for line in fresh for sign in TROUBLE):  # a worker that crashed has a successor already
+            raise RuntimeError(f"the gateway is in trouble:\n{self.tail()}")
         if any(sign in line for line in self.output for sign in DEATHS):
             raise RuntimeError(f"a sanitizer or a dying worker spoke up:\n{self.tail()}")
 

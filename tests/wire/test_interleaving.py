@@ -128,7 +128,7 @@ def test_what_an_upstream_says_before_it_is_asked_is_no_answer(gateway: GatewayP
     accepted: list[socket.socket] = []
     try:
         client = socket.create_connection(world.listeners["public"], FAILURE_AFTER)
-        client.sendall(b"POST /1 HTTP/1.1\r\n" + HEAD + b"Content-Length: 2\r\n\r\nhi")
+        client.sendall(b"POST /patient HTTP/1.1\r\n" + HEAD + b"Content-Length: 2\r\n\r\nhi")
         world_client = world.clients[1] = End("client", client)
         client.setblocking(False)
         probe = world.connect("public", "probe")  # answered by the gateway itself once the connect is under way

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from gateway import Policy, Request, deny
+from gateway import InvalidBody, Policy, Request, deny
 
 
 class Reads(Policy):
@@ -15,6 +15,15 @@ class Reads(Policy):
 
     def on_request(self, request: Request) -> None:
         request.set_header("X-Body-Length", len(request.body))
+
+
+class Quotes(Policy):
+    """Refuse every body, in the client's own words."""
+
+    body_limit = 1024
+
+    def on_request(self, request: Request) -> None:
+        raise InvalidBody(f"not understood: {request.body.decode('latin-1')}")
 
 
 class Names(Policy):
