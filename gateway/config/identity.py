@@ -16,7 +16,7 @@ from pydantic.json_schema import WithJsonSchema
 from gateway.config.base import Model, listed, needed, part, setting
 from gateway.config.keyfile import read_api_keys
 from gateway.config.values import Deadline, Duration, Flag, Secret, Size, Text, fault, parse_name
-from gateway.config.web import EditName, FieldName, KeySource
+from gateway.config.web import ClaimHeader, FieldName, KeySource
 
 ALGORITHMS = (
     "RS256",
@@ -70,7 +70,7 @@ class Jwt(Model):
     cooldown: Deadline = setting("30s", "least time between two fetches because of an unknown key id")
     token_size: Size = setting("8KiB", "longest token that is decoded at all")
     require: tuple[Text, ...] = setting(["exp"], "claims that must be present")
-    headers: dict[EditName, Text] = setting({"x-auth-subject": "sub"}, "headers for the upstream, each from a claim")
+    headers: dict[ClaimHeader, Text] = setting({"x-auth-subject": "sub"}, "headers for the upstream, each from a claim")
     forward_token: Flag = setting(True, "forward the Authorization header to the upstream")
     cache: TokenCache = part(TokenCache, "the cache of verified tokens")
     realm: Text | None = setting(None, "realm named in WWW-Authenticate")

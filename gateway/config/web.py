@@ -23,6 +23,13 @@ _UNRESERVED = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz012
 _PLAIN = _UNRESERVED | frozenset("!$&'()*+,=:@")  # RFC 3986 pchar without ";", which servers read in two ways
 
 # Names that say how a message is framed or that live for one hop; a gateway decides them itself (RFC 9110 7.6.1).
+# Names under which identities are asserted are deleted from requests in every folded spelling: hence no _ and its like.
+CLAIM_HEADER = re.compile(r"[a-z0-9-]{1,64}")
+NOT_FOR_CLAIMS = frozenset(
+    "host connection content-length content-type content-encoding transfer-encoding te trailer upgrade keep-alive expect"
+    " proxy-authorization proxy-connection authorization cookie forwarded x-forwarded-for x-forwarded-proto x-forwarded-host"
+    " x-request-id traceparent tracestate date via".split()
+)
 FRAMING_NAMES = frozenset(
     [
         "connection",
@@ -305,6 +312,16 @@ def parse_edit_name(raw: Any) -> str:
     return name
 
 
+def parse_claim_header(raw: Any) -> str:
+    """Return the name of a header in which a policy asserts something about the caller."""
+    name = parse_edit_name(raw)
+    if not CLAIM_HEADER.fullmatch(name):
+        raise fault("a header for a claim has letters, digits and - only", "such as x-auth-subject; at most 64 characters")
+    if name in NOT_FOR_CLAIMS:
+        raise fault("a header with a meaning of its own cannot carry a claim", "choose a name such as x-auth-subject")
+    return name
+
+
 def parse_field_value(raw: Any) -> str:
     """Return a header field's value: printable ASCII, no space at either end."""
     if isinstance(raw, int) and not isinstance(raw, bool):
@@ -377,6 +394,7 @@ Template = Annotated[str, PlainValidator(parse_template), described("path templa
 Prefix = Annotated[str, PlainValidator(parse_prefix), described("path", pattern="^/")]
 FieldName = Annotated[str, PlainValidator(parse_field_name), described("header name")]
 EditName = Annotated[str, PlainValidator(parse_edit_name), described("header name")]
+ClaimHeader = Annotated[str, PlainValidator(parse_claim_header), described("header name")]
 FieldValue = Annotated[str, PlainValidator(parse_field_value), described("header value")]
 MatchValue = Annotated[str, PlainValidator(parse_match_value), described("text")]
 Method = Annotated[str, PlainValidator(parse_method), described("method")]

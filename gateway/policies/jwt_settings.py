@@ -5,21 +5,14 @@ reason (a slug, for logs and metrics) and a description that is safe in WWW-Auth
 without quotes (RFC 6750 3), never a part of the token.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from gateway.config.web import CLAIM_HEADER, NOT_FOR_CLAIMS
 from gateway.policies.jwt_keys import KEY_TYPES, secret_keys
 
 MAX_TOKEN = 8 << 10             # bytes; the request head is 32 KiB at most
-
-_HEADER_NAME = re.compile(r"[a-z0-9-]{1,64}")
-_NOT_OURS = frozenset({
-    "host", "connection", "content-length", "content-type", "content-encoding", "transfer-encoding", "te", "trailer",
-    "upgrade", "keep-alive", "expect", "proxy-authorization", "proxy-connection", "authorization", "cookie", "forwarded",
-    "x-forwarded-for", "x-forwarded-proto", "x-forwarded-host", "x-request-id", "traceparent", "tracestate", "date", "via",
-})
 
 
 class TokenError(Exception):
@@ -74,7 +67,7 @@ class JwtSettings:
         if not 64 <= self.token_size <= 64 << 10:
             raise ValueError("token_size must be 64 bytes to 64 KiB")
         for name in self.headers:
-            if not _HEADER_NAME.fullmatch(name) or name in _NOT_OURS:
+            if not CLAIM_HEADER.fullmatch(name) or name in NOT_FOR_CLAIMS:
                 raise ValueError(f"a claim cannot be put into the header {name!r}: use a lower-case name like x-auth-subject")
         if not 0 <= self.seed < 1 << 64:
             raise ValueError("seed must be a 64-bit number")

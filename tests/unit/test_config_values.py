@@ -276,3 +276,22 @@ def test_key_sources(text: str, good: bool) -> None:
     else:
         with pytest.raises(ValidationError):
             Holder.model_validate({"keys": text})
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("x_user", "letters, digits and - only"),
+    ("x.user", "letters, digits and - only"),
+    ("x" * 65, "letters, digits and - only"),
+    ("Authorization", "a meaning of its own"),
+    ("x-forwarded-for", "a meaning of its own"),
+    ("content_length", "frames the message"),
+    ("host", "is not edited here"),
+])
+def test_headers_that_cannot_carry_a_claim(name: str, message: str) -> None:
+    with pytest.raises(PydanticCustomError) as caught:
+        web.parse_claim_header(name)
+    assert message in str(caught.value)
+
+
+def test_a_header_for_a_claim_is_lower_case() -> None:
+    assert web.parse_claim_header("X-Auth-Subject") == "x-auth-subject"
