@@ -23,7 +23,7 @@ RULE = re.compile(r"\s*(?P<metric>[a-z0-9.]+)\s*(?P<how>>=|<=|>|<)\s*(?P<sign>[+
 
 
 def metric(document: Document, name: str) -> float | None:
-    """A run's metric: microseconds, a rate a second, microseconds of generator CPU a request, or the share of errors."""
+    """A run's metric: microseconds, a rate a second, microseconds of the server's CPU a request, or the share of errors."""
     if name in PERCENTILES:
         value = document["latency"]["percentiles"][name]["us"]
     elif name == "max":
@@ -31,7 +31,7 @@ def metric(document: Document, name: str) -> float | None:
     elif name == "rate":
         value = document["result"]["achieved_rate"]
     elif name == "cpu":
-        value = document["result"]["generator"]["us_per_request"]
+        value = document["result"]["server_us_per_request"]
     else:
         value = document["result"]["errors_share"] * 100
     return None if value is None else float(value)
@@ -40,7 +40,7 @@ def metric(document: Document, name: str) -> float | None:
 def shown(name: str, value: float | None) -> str:
     """A metric's value for people."""
     if value is None:
-        return "too few samples"
+        return "not measured" if name == "cpu" else "too few samples"
     if name == "rate":
         return f"{value:,.1f}/s"
     return f"{value:.4g} %" if name == "errors" else duration(value)
@@ -80,7 +80,9 @@ class Rule:
         """Return (failed, why) for runs A and B."""
         before, after = metric(a, self.metric), metric(b, self.metric)
         if after is None or (self.relative and before is None):
-            return True, f"{self.metric} is not known: too few samples"
+            return True, f"{self.metric}: {'watch the server with --pid' if self.metric == 'cpu' else 'too few samples'}"
+        if self.relative and a["loop"] != b["loop"] and self.metric not in ("cpu", "errors"):
+            return True, f"{self.metric} of a closed loop cannot be compared with that of an open one"
         value = after
         if self.relative and before is not None:
             if self.percent and before == 0:

@@ -99,23 +99,19 @@ def facts(document: Document) -> list[tuple[str, str]]:
     failures = ", ".join(f"{number:,} {kind}" for kind, number in result["errors"].items() if number)
     answers = ", ".join(f"{number:,} x {status}" for status, number in result["statuses"].items())
     reached = "" if result["achieved_share"] is None else f" ({result['achieved_share']:.2%} of what was scheduled)"
-    cost = "" if generator["us_per_request"] is None else f", {generator['us_per_request']:.1f} us a request"
     rows = [
         ("request", f"{config['method']} {config['url']}"),
         ("load", f"{label(document)}, {config['duration_s']:g} s after {config['warmup_s']:g} s"),
         ("answers", f"{result['answered']:,} of {result['requests']:,} requests: {answers or 'none'}"),
         ("rate", f"{result['achieved_rate']:,.1f}/s{reached}"),
         ("errors", failures or "none"),
-        ("generator", f"{generator['core_share']:.0%} of a core{cost}"),
+        ("generator", f"{generator['core_share']:.0%} of a core, {generator['us_per_request']:.1f} us a request"),
     ]
+    if result["server_us_per_request"] is not None:
+        rows.append(("server", f"{result['server_us_per_request']:.1f} us of CPU a request"))
     if document["loop"] == "open":
-        rows.append(
-            (
-                "schedule",
-                f"at most {result['backlog_max']:,} requests waited for a connection; the generator was at most "
-                f"{generator['late_max_ms']:.1f} ms late",
-            )
-        )
+        waited = f"at most {result['backlog_max']:,} requests waited for a connection"
+        rows.append(("schedule", f"{waited}; the generator was at most {generator['late_max_ms']:.1f} ms late"))
     return rows
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 from html import escape
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from gateway.bench.chart import Point, decades, page, svg, table
 from gateway.bench.formats import facts, label
@@ -90,13 +92,11 @@ def write_png(document: Document, path: Path) -> None:
     plot.close(figure)
 
 
-def import_pyplot():  # type: ignore[no-untyped-def]
+def import_pyplot() -> Any:
     """matplotlib's pyplot, without a display. Raises UsageError when it is not installed."""
     try:
-        import matplotlib
+        matplotlib = import_module("matplotlib")
     except ImportError:
         raise UsageError("--png needs matplotlib: pip install 'crossway[plot]'") from None
     matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
+    return import_module("matplotlib.pyplot")

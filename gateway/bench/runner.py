@@ -15,7 +15,7 @@ from typing import Any
 
 import gateway
 from gateway._speedups.load import Load, monotonic_ns
-from gateway.bench.machine import machine
+from gateway.bench.machine import cpu_seconds, machine
 from gateway.bench.percentiles import summary
 from gateway.bench.settings import Settings, statuses
 
@@ -39,10 +39,14 @@ class Usage:
 
     cpu: float
     wall: float
+    server: float | None  # of the watched processes
 
 
-def run(settings: Settings, show: Show | None = None, measured: Callable[[], None] | None = None) -> Document:
-    """Run and return the document. `measured` is called at the end of the window, while the connections are open.
+def run(
+    settings: Settings, show: Show | None = None, measured: Callable[[], None] | None = None, watch: int | None = None
+) -> Document:
+    """Run and return the document. `measured` is called at the end of the window, while the connections are open;
+    `watch` is the process whose CPU time, with that of everything below it, is the server's.
 
     Raises UsageError for impossible settings, CannotConnect when the server is not there.
     """
@@ -52,9 +56,11 @@ def run(settings: Settings, show: Show | None = None, measured: Callable[[], Non
     start, end = load.start(int(settings.warmup * 1e9), int(settings.duration * 1e9))
     began = datetime.now(UTC)
     _work(load, start, settings, start, show)
+    served = None if watch is None else cpu_seconds(watch)
     cpu, wall = time.process_time(), monotonic_ns()
     _work(load, end, settings, start, show)
-    usage = Usage(time.process_time() - cpu, (monotonic_ns() - wall) / 1e9)
+    cpu, wall = time.process_time() - cpu, monotonic_ns() - wall
+    usage = Usage(cpu, wall / 1e9, None if watch is None or served is None else cpu_seconds(watch) - served)
     if measured is not None:
         measured()
     # A request may wait in the backlog first and then take its whole time.
@@ -118,8 +124,8 @@ def _line(load: Load, settings: Settings, start: int) -> str:
 def _document(settings: Settings, load: Load, usage: Usage) -> Document:
     counted, errors = load.counters(), load.error_counts()
     failed = sum(errors.values())
-    offered = counted["measured"]
-    share = counted["in_window"] / offered if offered else 0.0
+    offered, answered = counted["measured"], counted["in_window"]
+    share = answered / offered if offered else 0.0
     core = usage.cpu / usage.wall
     closed = settings.rate is None
     reasons, warnings = judge(settings, offered, share, core, failed), []
@@ -146,7 +152,7 @@ def _document(settings: Settings, load: Load, usage: Usage) -> Document:
         "result": {
             "requests": offered,
             "answered": load.latency.count,
-            "achieved_rate": counted["in_window"] / settings.duration,
+            "achieved_rate": answered / settings.duration,
             "achieved_share": None if closed else share,
             "errors": errors,
             "errors_total": failed,
@@ -158,10 +164,11 @@ def _document(settings: Settings, load: Load, usage: Usage) -> Document:
             "refused_reconnects": counted["refused"],
             "closed_while_idle": counted["idle_closed"],
             "received_bytes": counted["received_bytes"],
+            "server_us_per_request": None if usage.server is None else usage.server / max(answered, 1) * 1e6,
             "generator": {
                 "cpu_s": usage.cpu,
                 "core_share": core,
-                "us_per_request": usage.cpu / counted["in_window"] * 1e6 if counted["in_window"] else None,
+                "us_per_request": usage.cpu / max(answered, 1) * 1e6,
                 "late_max_ms": None if closed else counted["late_max"] / 1e6,
             },
         },

@@ -154,16 +154,10 @@ def _bisect(plan: Plan, count: Count, measure: Callable[[float], Point]) -> None
 
 def _point(plan: Plan, gateway: MeasuredGateway, settings: Settings, rate: float, say: Callable[[str], None]) -> Point:
     say(f"{gateway.workers} workers: {rate:,.0f}/s")
-    seen: list[tuple[float, list[int]]] = []
-    # Warm-up separately, so that the CPU time is that of the measured requests alone.
-    if settings.warmup:
-        run(replace(settings, rate=rate, duration=settings.warmup, warmup=0.0))
-    before = gateway.cpu_seconds()
+    connections: list[int] = []
     document = run(
-        replace(settings, rate=rate, warmup=0.0),
-        measured=lambda: seen.append((gateway.cpu_seconds() - before, gateway.connections())),
+        replace(settings, rate=rate), measured=lambda: connections.extend(gateway.connections()), watch=gateway.pid
     )
-    spent, connections = seen[0]
     result, percentiles = document["result"], document["latency"]["percentiles"]
     judged = percentiles[plan.objective.name]["us"]
     holds, why = _holds(document, judged, plan.objective)
@@ -176,7 +170,7 @@ def _point(plan: Plan, gateway: MeasuredGateway, settings: Settings, rate: float
         p99=percentiles["p99"]["us"],
         p999=percentiles["p99.9"]["us"],
         judged=judged,
-        gateway_us=spent / max(result["answered"], 1) * 1e6,
+        gateway_us=result["server_us_per_request"],
         generator_share=result["generator"]["core_share"],
         connections=tuple(connections),
     )

@@ -40,6 +40,7 @@ def _register_run(commands: Subparsers) -> None:
     parser.add_argument("--rate", required=True, help="requests a second; `max`: closed loop, as fast as answers come")
     _request_arguments(parser)
     parser.add_argument("--cpu", type=int, metavar="N", help="run on this processor only")
+    parser.add_argument("--pid", type=int, metavar="PID", help="the server's process, to report its CPU time (and children's)")
     parser.add_argument("--json", metavar="FILE", type=Path, help="everything, for programs and `compare`")
     parser.add_argument("--hgrm", metavar="FILE", type=Path, help="latencies in HdrHistogram's percentile format")
     parser.add_argument("--html", metavar="FILE", type=Path, help="a page with a plot, in one file")
@@ -183,12 +184,14 @@ def run(parsed: argparse.Namespace) -> int:
     settings.check()
     if parsed.png:
         pages.import_pyplot()
+    if parsed.pid is not None and not Path(f"/proc/{parsed.pid}").is_dir():
+        raise UsageError(f"--pid {parsed.pid}: there is no such process")
     if parsed.cpu is not None:
         if parsed.cpu not in os.sched_getaffinity(0):
             raise UsageError(f"--cpu {parsed.cpu} is none of {sorted(os.sched_getaffinity(0))}")
         os.sched_setaffinity(0, {parsed.cpu})
     with _progress(parsed.quiet) as show:
-        document = runner.run(settings, show)
+        document = runner.run(settings, show, watch=parsed.pid)
     formats.show(document, _console())
     if parsed.json:
         formats.write_json(document, parsed.json)
