@@ -47,6 +47,8 @@ cdef extern from *:
     }
     /* Sleep to the nanosecond that was asked for; the default lets the kernel be 50 us late. */
     static inline void cw_exact_timers(void) { (void)prctl(PR_SET_TIMERSLACK, 1UL, 0, 0, 0); }
+    /* A pacing congestion control (BBR) sets a timer for each request and delays some: the load would not be ours to time. */
+    static inline void cw_unpaced(int fd) { (void)setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, "reno", 4); }
     static inline uint64_t cw_next_random(uint64_t *s) {
         uint64_t z = (*s += 0x9e3779b97f4a7c15ULL);          /* SplitMix64 */
         z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ULL;
@@ -58,6 +60,7 @@ cdef extern from *:
     int64_t cw_monotonic_ns() nogil
     int cw_epoll_wait_ns(int epoll, epoll_event* events, int count, int64_t wait) nogil
     void cw_exact_timers() nogil
+    void cw_unpaced(int fd) nogil
     uint64_t cw_next_random(uint64_t* state) nogil
     int cw_top_bit(uint64_t value) nogil
 
@@ -271,6 +274,7 @@ cdef class Load:
         if fd < 0:
             return -errno
         cw_nodelay(fd)
+        cw_unpaced(fd)
         if cw_connect(fd, <sockaddr*>&self.address, self.address_length) < 0 and errno != EINPROGRESS:
             error = -errno
             cw_close(fd)

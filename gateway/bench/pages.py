@@ -97,6 +97,6 @@ def import_pyplot() -> Any:
     try:
         matplotlib = import_module("matplotlib")
     except ImportError:
-        raise UsageError("--png needs matplotlib: pip install 'crossway[plot]'") from None
+        raise UsageError("--png needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     return import_module("matplotlib.pyplot")

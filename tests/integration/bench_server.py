@@ -7,6 +7,8 @@ stdout and ends with its stdin.
 from __future__ import annotations
 
 import asyncio
+import http.client
+import json
 import socket
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import time
 from types import TracebackType
 from typing import Self
 
-GOOD = b'HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok'
+GOOD = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 ANSWERS = {
     b"/chunked": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n3;x=y\r\nfin\r\n0\r\n\r\n",
     b"/early": b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" + GOOD,
@@ -29,6 +31,7 @@ ANSWERS = {
     b"/never": b"",
     b"/large": b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n" + bytes(1_000_000),
 }
+ANSWERED: list[int] = []  # when each request for / was answered: ns, CLOCK_MONOTONIC, which is one clock for all processes
 CLOSES = {b"/eof", b"/closing", b"/short"}
 
 
@@ -57,7 +60,13 @@ class Serve(asyncio.Protocol):
             self.transport.abort()
         elif path == b"/pieces":
             asyncio.ensure_future(self.drip(GOOD))
+        elif path == b"/answered":
+            body = json.dumps(ANSWERED).encode()
+            ANSWERED.clear()
+            self.transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
         else:
+            if path == b"/":
+                ANSWERED.append(time.monotonic_ns())
             self.transport.write(ANSWERS.get(path, GOOD))
             if path in CLOSES:
                 self.transport.close()
@@ -68,13 +77,17 @@ class Serve(asyncio.Protocol):
             await asyncio.sleep(0.001)
 
 
+def freeze(until: float) -> None:
+    time.sleep(max(0.0, until - time.monotonic()))
+
+
 async def stalls(period: float, stall: float) -> None:
     """Stop everything for `stall` seconds at the end of each `period`, on a clock that does not drift."""
     at = time.monotonic()
     while True:
         at += period
         await asyncio.sleep(max(0.0, at - stall - time.monotonic()))
-        time.sleep(max(0.0, at - time.monotonic()))
+        freeze(at)
 
 
 async def serve(period: float, stall: float) -> None:
@@ -110,6 +123,14 @@ class BenchServer:
         for stream in (self.process.stdin, self.process.stdout):
             assert stream is not None
             stream.close()
+
+    def answered(self) -> list[int]:
+        """When it answered each request for / since the last time it was asked this."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        connection.request("GET", "/answered")
+        times = json.loads(connection.getresponse().read())
+        connection.close()
+        return list(times)
 
     def url(self, path: str = "/") -> str:
         return f"http://127.0.0.1:{self.port}{path}"

@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from gateway._speedups.load import Load
 from gateway.bench.runner import CannotConnect, run
 from gateway.bench.settings import Allowance, Settings
 from gateway.cli import main
@@ -44,20 +45,33 @@ def analytic(q: float) -> float:
 
 
 def test_a_stalling_server_looks_as_bad_as_it_is() -> None:
+    rate, seconds = 500.0, 4
     with BenchServer(PERIOD, STALL) as stalling:
-        settings = Settings(url=stalling.url(), rate=500.0, connections=8, duration=4.0, warmup=0.5, max_errors=MANY)
-        opened = run(settings)
+        request = Settings(url=stalling.url(), rate=rate).request()
+        load = Load("127.0.0.1", stalling.port, request, connections=8, rate=rate)
+        assert load.connect() == 8
+        start, end = load.start(0, seconds * 10**9)
+        while not load.run(end + 10**9):
+            pass
+        answered = stalling.answered()
+    assert load.counters()["measured"] == load.latency.count == len(answered) == rate * seconds
+    # The server's own clock is the oracle: on a busy machine it stalls longer than it means to, never shorter.
+    truth = sorted(at - (start + int(i * 1e9 / rate)) for i, at in enumerate(sorted(answered)))
+    for q in (0.90, 0.95, 0.99):
+        measured = load.latency.value_at(q) / 1e9
+        assert measured == pytest.approx(truth[int(q * len(truth)) - 1] / 1e9, abs=0.03), q
+        assert measured > analytic(q) - 0.02, q
+    # Eight requests are all that a stall finds under way, so the service times look fine where it hurts.
+    assert load.service.value_at(0.95) / 1e9 < analytic(0.95) / 2
+    assert load.counters()["backlog_max"] >= 0.5 * STALL * rate
+
+
+def test_a_closed_loop_does_not_see_the_stall_and_says_so() -> None:
+    with BenchServer(PERIOD, STALL) as stalling:
         closed = run(Settings(url=stalling.url(), rate=None, connections=8, duration=2.0, warmup=0.2))
-    assert opened["result"]["answered"] == opened["result"]["requests"] == 2000
-    for name, q in (("p90", 0.90), ("p95", 0.95), ("p99", 0.99)):
-        measured = opened["latency"]["percentiles"][name]["us"] / 1e6
-        assert measured == pytest.approx(analytic(q), abs=0.03), name
-    # Eight requests a stall are all that meet it, so the service times and the closed loop look fine where it hurts.
-    assert opened["service"]["percentiles"]["p95"]["us"] / 1e6 < analytic(0.95) / 2
     assert closed["loop"] == "closed"
     assert closed["latency"]["percentiles"]["p99"]["us"] / 1e6 < analytic(0.99) / 2
     assert any("closed loop" in warning for warning in closed["warnings"])
-    assert opened["result"]["backlog_max"] >= 0.5 * STALL * 500
 
 
 # -- what is counted
@@ -148,14 +162,14 @@ def test_a_valid_run_writes_every_file_and_exits_0(server: BenchServer, tmp_path
     files = {kind: tmp_path / f"run.{kind}" for kind in ("json", "hgrm", "html")}
     words = [word for kind, path in files.items() for word in (f"--{kind}", str(path))]
     secret = "Authorization: Bearer very-secret"
-    assert command("run", server.url(), "--rate", "100", "-H", secret, *TIMES, *words) == 0
+    assert command("run", server.url(), "--rate", "100", "-H", secret, *TIMES, "--duration", "3s", *words) == 0
     document = json.loads(files["json"].read_text())
     assert document["valid"] is True and document["schema"] == "crossway-bench-run" and document["version"] == 1
     assert document["config"]["header_names"] == ["Authorization"]
     assert document["machine"]["cpu"] and document["machine"]["kernel"] == os.uname().release
-    assert "50" in capsys.readouterr().out
+    assert "300 of 300 requests" in capsys.readouterr().out
     rows = [line.split() for line in files["hgrm"].read_text().splitlines()[2:] if not line.startswith("#")]
-    assert rows[-1][1:] == ["1.000000000000", "50", "inf"]
+    assert rows[-1][1:] == ["1.000000000000", "300", "inf"]
     assert [float(row[0]) for row in rows] == sorted(float(row[0]) for row in rows)
     page = files["html"].read_text()
     for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
@@ -214,13 +228,15 @@ def test_a_sweep_finds_a_rate_and_says_what_to_use(server: BenchServer, tmp_path
     config = write_config(tmp_path / "edge.yaml", server.port)
     path, page = tmp_path / "sweep.json", tmp_path / "sweep.html"
     words = ("--workers", "1", "--slo", "p50=500ms", "--rates", "100,150", "--json", str(path), "--html", str(page))
-    code = command("sweep", "/x", "-c", str(config), *words, *TIMES)
+    code = command("sweep", "/x", "-c", str(config), *words, *TIMES, "--duration", "2s")
     document = json.loads(path.read_text())
     enough = document["machine"]["cpus_available"] >= 2
     assert code == (0 if enough else 3)
     [count] = document["counts"]
     assert [point["rate"] for point in count["points"]] == [100, 150]
-    assert count["best"]["rate"] == 150 and count["best"]["gateway_us"] > 1
+    # A busy machine may fail one of them; what holds is found, and its highest is the answer.
+    assert count["best"]["rate"] == max(point["rate"] for point in count["points"] if point["holds"])
+    assert count["best"]["gateway_us"] > 1
     assert count["best"]["connections"] == [4] and count["best"]["imbalance"] == 1.0
     assert count["efficiency"] == 1.0
     assert ("Use 1 worker" if enough else "too small") in document["recommendation"]

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway._speedups.load import Load, LatencyHistogram
+from gateway._speedups.load import LatencyHistogram, Load
 from gateway.bench.chart import decades, linear, svg
 from gateway.bench.compare import Rule, differences
 from gateway.bench.formats import hgrm, read_json
