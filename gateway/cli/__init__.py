@@ -22,6 +22,7 @@ COMMANDS = {
     "routes": ("list the routes of a configuration", "gateway.cli.routes"),
     "explain": ("say which route takes a request, and why the next ones do not", "gateway.cli.explain"),
     "demo": ("show a small bank behind the gateway", "gateway.cli.demo"),
+    "bench": ("measure an HTTP service, compare two measurements, choose the workers", "gateway.cli.bench"),
     "schema": ("print the JSON Schema of the configuration", "gateway.cli.schema"),
     "reload": ("make the running gateway read its configuration again", "gateway.cli.reload"),
     "workers": ("show the workers: pid, rps, connections, CPU, configuration", "gateway.cli.workers"),

@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
     {"telemetry"},
     {"policies", "snapshot"},
     {"edge", "mesh", "openbanking"},
-    {"server", "dashboard", "demo"},
+    {"server", "dashboard", "demo", "bench"},
     {"cli"},
 ]
 # Of one layer, but not of each other's business.
