@@ -44,13 +44,11 @@ class Load:
 
 @dataclass(frozen=True)
 class Latency:
-    """What the open-loop generator counted: answers in the window, and percentiles from the intended time of sending.
-
-    A percentile that too few samples carry is None.
+    """What the open-loop generator counted in its window: the program's CPU time per request, and latencies counted from the
+    intended time of sending. A percentile that too few samples carry is None.
     """
 
-    rate: float
-    requests: int
+    us_per_request: float
     p50_us: float | None
     p99_us: float | None
     p999_us: float | None
@@ -58,7 +56,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class FixedRun:
-    """One interval at a fixed rate. `us_per_request` is CPU time over every request of it, those of the warm-up too."""
+    """One interval of one program at a fixed rate."""
 
     round: int
     rate: int
@@ -141,7 +139,7 @@ def read_bench(document: Mapping[str, Any]) -> Latency:
             raise InvalidRun("; ".join(document["reasons"]) or "the generator gave no reason")
         percentiles = document["latency"]["percentiles"]
         p50, p99, p999 = (percentiles[name]["us"] for name in ("p50", "p99", "p99.9"))
-        return Latency(document["result"]["achieved_rate"], document["latency"]["count"], p50, p99, p999)
+        return Latency(float(document["result"]["server_us_per_request"]), p50, p99, p999)
     except (KeyError, TypeError) as error:
         raise InvalidRun(f"the result of `crossway bench run` has no {error}") from None
 

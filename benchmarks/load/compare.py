@@ -14,6 +14,7 @@ import argparse
 import os
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -90,11 +91,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def planned(options: argparse.Namespace) -> Plan:
     """Return the plan that the options ask for."""
     base = QUICK if options.quick else FULL
-    plan = Plan(
+    plan = replace(
+        base,
         rounds=base.rounds if options.rounds is None else options.rounds,
         seconds=base.seconds if options.seconds is None else options.seconds,
-        warm_up=base.warm_up,
-        fixed_seconds=base.fixed_seconds,
         most=base.most if options.minutes is None else options.minutes * 60,
     )
     if plan.seconds < 1 or (plan.rounds is not None and plan.rounds < 1):

@@ -11,7 +11,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import median
 
 from rich.markup import escape
@@ -45,12 +45,13 @@ FAULTS = (Unusable, InvalidRun, OSError, subprocess.SubprocessError, http.client
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how often. Seconds are whole: wrk counts in them. `most` bounds the whole run, in seconds."""
+    """How long and how often. `seconds` and `warm_up` are whole: wrk counts in them. `most` bounds the whole run, in seconds."""
 
     rounds: int | None  # None: as scenarios.yaml says
     seconds: int
     warm_up: int
-    fixed_seconds: int
+    fixed_seconds: float
+    fixed_warm_up: float
     most: float
 
     def due(self, scenario: Scenario) -> int:
@@ -66,8 +67,8 @@ class Plan:
         return self.due(scenario) == 1 and scenario.name in QUICK_LATENCY
 
 
-FULL = Plan(rounds=None, seconds=2, warm_up=1, fixed_seconds=2, most=20 * 60)
-QUICK = Plan(rounds=1, seconds=1, warm_up=1, fixed_seconds=2, most=4.5 * 60)
+FULL = Plan(rounds=None, seconds=2, warm_up=1, fixed_seconds=2, fixed_warm_up=0.5, most=20 * 60)
+QUICK = Plan(rounds=1, seconds=1, warm_up=1, fixed_seconds=2, fixed_warm_up=0.5, most=4.5 * 60)
 
 
 class Reading:
@@ -115,10 +116,11 @@ class Comparison:
     def estimate(self) -> float:
         """Return how many seconds the visits take when nothing fails."""
         total = 0.0
+        fixed_seconds = GENERATOR_START + self.plan.fixed_warm_up + self.plan.fixed_seconds
         for _, cell, saturates, fixed in self.visits():
             if not self.reasons[cell.name]:
                 total += START + saturates * (self.plan.warm_up + self.plan.seconds)
-                total += (fixed and not self.open_loop) * (GENERATOR_START + self.plan.warm_up + self.plan.fixed_seconds)
+                total += (fixed and not self.open_loop) * fixed_seconds
         return total
 
     def run(self, say: Callable[[str], None]) -> None:
@@ -215,16 +217,13 @@ class Comparison:
             self.no_latency[cell.name] = self.open_loop or "no program could be saturated"
             return
         try:
-            before = cpu_clocks(tree(started.pid))
-            seconds, warm_up = self.plan.fixed_seconds, self.plan.warm_up
-            latency = bench_run(self.bench, cell.scenario, port, rate, seconds, warm_up)
-            cpu = spent(before, cpu_clocks(tree(started.pid)))
+            length = (self.plan.fixed_seconds, self.plan.fixed_warm_up)
+            latency = bench_run(self.bench, cell.scenario, started, port, rate, *length)
         except (InvalidRun, subprocess.SubprocessError) as error:
             self.no_latency[cell.name] = f"at {rate}/s: {str(error).splitlines()[0][:200]}"
             say(f"[yellow]round {number}  {cell.name}: {escape(self.no_latency[cell.name])}[/]")
             return
-        cost = cpu / (rate * (seconds + warm_up)) * 1e6
-        run = FixedRun(number, rate, cost, latency.p50_us, latency.p99_us, latency.p999_us)
+        run = FixedRun(number, rate, **asdict(latency))
         self.fixed.setdefault(cell.name, []).append(run)
         p99 = f"{run.p99_us:,.0f} us" if run.p99_us is not None else "-"
         say(f"round {number}  {cell.name:<24} {run.us_per_request:8.2f} us/request at {rate:,}/s, p99 {p99}")
@@ -256,6 +255,7 @@ class Comparison:
                 "seconds": self.plan.seconds,
                 "warm_up": self.plan.warm_up,
                 "fixed_seconds": self.plan.fixed_seconds,
+                "fixed_warm_up": self.plan.fixed_warm_up,
                 "proxy_core": self.bench.proxy_core,
                 "load_core": self.bench.load_core,
             },

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.load.arithmetic import InvalidRun, Latency, Load, read_bench, read_wrk
-from benchmarks.load.processes import program
+from benchmarks.load.processes import Program, program
 from benchmarks.load.programs import Bench
 from benchmarks.load.scenarios import HERE, ROOT, Scenario
 
@@ -68,7 +68,9 @@ def wrk(bench: Bench, scenario: Scenario, port: int, seconds: int) -> Load:
     return read_wrk(done.stdout)
 
 
-def bench_run(bench: Bench, scenario: Scenario, port: int, rate: int, seconds: int, warm_up: int) -> Latency:
+def bench_run(
+    bench: Bench, scenario: Scenario, proxy: Program, port: int, rate: int, seconds: float, warm_up: float
+) -> Latency:
     """Send requests at a fixed rate, open loop; raise InvalidRun when the generator says that the run is not valid.
 
     Parameterised routes are asked for the one in the middle: the generator repeats one request.
@@ -78,8 +80,8 @@ def bench_run(bench: Bench, scenario: Scenario, port: int, rate: int, seconds: i
     found.unlink(missing_ok=True)
     command = [
         *(program("taskset"), "-c", str(bench.load_core), *GENERATOR, f"http://127.0.0.1:{port}{path}"),
-        *("--rate", str(rate), "--connections", str(scenario.connections), "--json", str(found)),
-        *("--duration", f"{seconds}s", "--warmup", f"{warm_up}s", "--method", scenario.method),
+        *("--rate", str(rate), "--connections", str(scenario.connections), "--json", str(found), "--quiet", "--pid", str(proxy.pid)),
+        *("--duration", f"{seconds:g}s", "--warmup", f"{warm_up:g}s", "--method", scenario.method),
     ]
     body = body_file(bench, scenario)
     if body is not None:
@@ -87,7 +89,7 @@ def bench_run(bench: Bench, scenario: Scenario, port: int, rate: int, seconds: i
     if scenario.bearer:
         command += ["-H", f"Authorization: Bearer {bench.token}"]
     if scenario.close:
-        command.append("--no-keep-alive")
+        command.append("--no-keepalive")
     limit = seconds + warm_up + PATIENCE
     done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environment(), check=False)
     try:

@@ -21,9 +21,9 @@ from pathlib import Path
 
 from benchmarks.load import machine
 from benchmarks.load.arithmetic import memory_row
-from benchmarks.load.results import write_result
 from benchmarks.load.processes import Program, Unusable, raise_descriptor_limit, require_programs, rollup, tree
 from benchmarks.load.programs import Bench
+from benchmarks.load.results import write_result
 from benchmarks.load.scenarios import ANSWER, PATH, ROOT, configuration_hash, declared
 
 PROGRAMS = ("crossway", "nginx")

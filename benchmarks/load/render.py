@@ -55,7 +55,7 @@ def rps(cell: Mapping[str, Any]) -> str:
 def titled(result: Mapping[str, Any], name: str) -> str:
     """Return a program's title with its version."""
     version = result["versions"].get(name, "")
-    return result["programs"][name] + (f" {version}" if version else "")
+    return f"{result['programs'][name]} {version}".rstrip()
 
 
 def reasons(result: Mapping[str, Any], names: Sequence[str]) -> str:

@@ -5,12 +5,13 @@ configuration in peers/ or the reason why there is none, so that an empty place 
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from benchmarks.load.processes import Unusable
 
@@ -56,7 +57,7 @@ class Scenario:
     connections: int = 64
     rounds: int = 3
     latency: int = 1
-    only: tuple[str, ...] = ()
+    only: Sequence[str] = field(default=(), hash=False)
 
     @property
     def method(self) -> str:
@@ -150,10 +151,7 @@ def parse(document: Mapping[str, Any]) -> Catalogue:
     """Return the catalogue of a parsed declaration; raise Unusable when it names what does not exist."""
     try:
         software = {name: Software(name, **one) for name, one in document["programs"].items()}
-        scenarios = {
-            name: Scenario(name, **{key: tuple(value) if key == "only" else value for key, value in one.items()})
-            for name, one in document["scenarios"].items()
-        }
+        scenarios = {name: Scenario(name, **one) for name, one in document["scenarios"].items()}
         requirements = tuple(Requirement(**one) for one in document["ratios"])
     except (KeyError, TypeError, AttributeError) as error:
         raise Unusable(f"{DECLARATION.name}: {error}") from error
