@@ -12,6 +12,7 @@ the reason; it never ends the benchmark (comparison.py). The time is bounded and
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 from dataclasses import replace
@@ -135,6 +136,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Command line: 0 measured (the ratios may be missed: they are in the result), 2 the benchmark could not run."""
     console = Console(width=None if sys.stdout.isatty() else 140)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended from outside: stop what was started, keep the result
     try:
         return run(parse(argv), console)
     except (Unusable, InvalidRun) as error:
