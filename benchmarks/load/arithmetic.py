@@ -7,7 +7,11 @@ taken inside a round, where both programs met the same machine, and the median i
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import floor, log10
 from statistics import median
+from typing import Any
+
+from benchmarks.load.scenarios import BEST, Requirement
 
 RESULT_PREFIX = "result "
 # A share of a core used by strangers. On the proxy's core they spoil its caches; on the load's core they starve wrk and the
@@ -15,7 +19,10 @@ RESULT_PREFIX = "result "
 FOREIGN_LIMIT = 0.03
 # The kernel counts a process's time in ticks too; more than this between the two clocks means that one of them is wrong.
 CLOCK_TOLERANCE = 0.05
-QUOTABLE_ROUNDS = 5
+# Medians over rounds survive a few disturbed runs, not many.
+NOISY_SHARE = 0.1
+# The fixed rate is this share of what the slowest program can carry.
+FIXED_SHARE = 0.5
 IDLE_WORKER_BYTES = 40 * 2**20
 CONNECTION_BYTES = 8 * 2**10
 
@@ -36,10 +43,35 @@ class Load:
 
 
 @dataclass(frozen=True)
+class Latency:
+    """What the open-loop generator counted in its window: the program's CPU time per request, and latencies counted from the
+    intended time of sending. A percentile that too few samples carry is None.
+    """
+
+    us_per_request: float
+    p50_us: float | None
+    p99_us: float | None
+    p999_us: float | None
+
+
+@dataclass(frozen=True)
+class FixedRun:
+    """One interval of one program at a fixed rate."""
+
+    round: int
+    rate: int
+    us_per_request: float
+    p50_us: float | None
+    p99_us: float | None
+    p999_us: float | None
+
+
+@dataclass(frozen=True)
 class Run:
     """One measured interval of one program. Times are seconds; `cpu` is that of its whole process tree.
 
-    `load_cpu` is that of wrk and the origin together; the `busy` fields are what the kernel counted on the two cores.
+    `load_cpu` is that of wrk and the origin together; the `busy` fields are what the kernel counted on the two cores. `pss`
+    is the memory of the tree right after the load, in bytes. Percentiles are those of a closed loop at saturation.
     """
 
     round: int
@@ -53,6 +85,7 @@ class Run:
     processes: int
     p50_us: int
     p99_us: int
+    pss: int = 0
 
     @property
     def us_per_request(self) -> float:
@@ -80,25 +113,6 @@ class Run:
         return {key: round(value, 6) for key, value in {**asdict(self), **derived}.items()}
 
 
-@dataclass(frozen=True)
-class Requirement:
-    """A ratio of CPU time per request between two scenarios; without `required` it is reported and judged by nobody."""
-
-    scenario: str
-    against: str
-    required: float | None = None
-    aim: float | None = None
-    note: str = ""
-
-
-REQUIREMENTS = (
-    Requirement("crossway-bare", "haproxy", required=1.0, aim=0.85),
-    Requirement("crossway-edge", "crossway-bare", required=1.2),
-    Requirement("crossway-edge", "haproxy-jwt", required=0.35),
-    Requirement("crossway-edge", "crossway-bare-post", note="the same POST with the same token on both sides"),
-)
-
-
 def read_wrk(output: str) -> Load:
     """Return what load.lua printed at the end of wrk's output.
 
@@ -116,6 +130,27 @@ def read_wrk(output: str) -> Load:
     if not counts["requests"]:
         raise InvalidRun("wrk got no answer at all")
     return Load(counts["requests"], counts["microseconds"] / 1e6, errors, counts["p50_us"], counts["p99_us"])
+
+
+def read_bench(document: Mapping[str, Any]) -> Latency:
+    """Return what a document of `crossway bench run --json` says; raise InvalidRun when it calls itself invalid."""
+    try:
+        if not document["valid"]:
+            raise InvalidRun("; ".join(document["reasons"]) or "the generator gave no reason")
+        percentiles = document["latency"]["percentiles"]
+        p50, p99, p999 = (percentiles[name]["us"] for name in ("p50", "p99", "p99.9"))
+        return Latency(float(document["result"]["server_us_per_request"]), p50, p99, p999)
+    except (KeyError, TypeError) as error:
+        raise InvalidRun(f"the result of `crossway bench run` has no {error}") from None
+
+
+def fixed_rate(saturations: Iterable[float]) -> int:
+    """Return one rate below everyone's saturation: half of the lowest, rounded down to two digits; 0 when there is none."""
+    lowest = min(saturations, default=0.0) * FIXED_SHARE
+    if lowest < 1:
+        return 0
+    step: int = 10 ** max(0, floor(log10(lowest)) - 1)
+    return int(lowest // step) * step
 
 
 def spent(before: Mapping[int, float], after: Mapping[int, float]) -> float:
@@ -141,65 +176,105 @@ def ratios(over: Iterable[Run], under: Iterable[Run]) -> list[float]:
     return [run.us_per_request / base[run.round] for run in over if run.round in base]
 
 
-def verdict(value: float, required: float | None, aim: float | None) -> str:
-    """Return 'aim met', 'met', 'missed', or '-' where nothing is required. A value equal to the bound meets it."""
-    if required is None:
+def verdict(value: float, at_most: float | None) -> str:
+    """Return 'met', 'missed', or '-' where nothing is required. A value equal to the bound meets it."""
+    if at_most is None:
         return "-"
-    if aim is not None and value <= aim:
-        return "aim met"
-    return "met" if value <= required else "missed"
+    return "met" if value <= at_most else "missed"
+
+
+def middle(values: Iterable[float | None], digits: int = 1) -> float | None:
+    """Return the median of the values that there are; None when there is none."""
+    known = [value for value in values if value is not None]
+    return round(median(known), digits) if known else None
 
 
 def summarise(runs: Sequence[Run]) -> dict[str, object]:
-    """Return the medians and the spread of one scenario, with its runs, as they stand in a result file."""
-    costs = [run.us_per_request for run in runs]
+    """Return the medians and the ranges of one cell at saturation, with its runs, as they stand in a result file."""
+    costs, rates = [run.us_per_request for run in runs], [run.rps for run in runs]
     return {
         "median_us": round(median(costs), 3),
         "min_us": round(min(costs), 3),
         "max_us": round(max(costs), 3),
-        "median_rps": round(median(run.rps for run in runs), 1),
+        "median_rps": round(median(rates), 1),
+        "min_rps": round(min(rates), 1),
+        "max_rps": round(max(rates), 1),
         "median_utilisation": round(median(run.utilisation for run in runs), 3),
-        "median_p50_us": round(median(run.p50_us for run in runs)),
-        "median_p99_us": round(median(run.p99_us for run in runs)),
+        "pss_mib": round(median(run.pss for run in runs) / 2**20, 2),
         "processes": max(run.processes for run in runs),
         "runs": [run.as_json() for run in runs],
     }
 
 
-def judge(runs: Mapping[str, Sequence[Run]]) -> list[dict[str, object]]:
-    """Return one row for each requirement whose two scenarios were both measured."""
+def summarise_fixed(runs: Sequence[FixedRun]) -> dict[str, object]:
+    """Return the medians of one cell at the fixed rate, with its runs, as they stand in a result file."""
+    p99s = [run.p99_us for run in runs if run.p99_us is not None]
+    return {
+        "rate": runs[-1].rate,
+        "us_per_request": middle(run.us_per_request for run in runs),
+        "p50_us": middle(run.p50_us for run in runs),
+        "p99_us": middle(p99s),
+        "p999_us": middle(run.p999_us for run in runs),
+        "p99_range_us": [round(min(p99s), 1), round(max(p99s), 1)] if p99s else None,
+        "runs": [asdict(run) for run in runs],
+    }
+
+
+def cpu_ratios(requirement: Requirement, runs: Mapping[str, Sequence[Run]]) -> list[float]:
+    """Return the ratios of CPU time per request, one for each round that both cells have."""
+    return ratios(runs.get(requirement.of, ()), runs.get(requirement.to, ()))
+
+
+def p99_ratios(requirement: Requirement, fixed: Mapping[str, Sequence[FixedRun]]) -> list[float]:
+    """Return the one ratio of median p99 at the fixed rate; `SCENARIO/best` is the best of the other HTTP programs."""
+    medians = {name: value for name, runs in fixed.items() if (value := middle(run.p99_us for run in runs))}
+    scenario, _, program = requirement.to.partition("/")
+    if program == BEST:
+        outside = {requirement.of, f"{scenario}/passthrough"}
+        others = [value for name, value in medians.items() if name.startswith(f"{scenario}/") and name not in outside]
+    else:
+        others = [medians[requirement.to]] if requirement.to in medians else []
+    return [medians[requirement.of] / min(others)] if others and requirement.of in medians else []
+
+
+def judge(
+    requirements: Iterable[Requirement], runs: Mapping[str, Sequence[Run]], fixed: Mapping[str, Sequence[FixedRun]]
+) -> list[dict[str, object]]:
+    """Return one row for each requirement whose two cells were both measured."""
     rows: list[dict[str, object]] = []
-    for requirement in REQUIREMENTS:
-        if requirement.scenario not in runs or requirement.against not in runs:
+    for requirement in requirements:
+        found = p99_ratios(requirement, fixed) if requirement.figure == "p99" else cpu_ratios(requirement, runs)
+        if not found:
             continue
-        per_round = ratios(runs[requirement.scenario], runs[requirement.against])
-        if not per_round:
-            continue
-        value = median(per_round)
+        value = median(found)
         rows.append(
             asdict(requirement)
             | {
+                "title": requirement.title,
                 "ratio": round(value, 4),
-                "per_round": [round(ratio, 4) for ratio in per_round],
-                "verdict": verdict(value, requirement.required, requirement.aim),
+                "per_round": [round(ratio, 4) for ratio in found],
+                "verdict": verdict(value, requirement.at_most),
             }
         )
     return rows
 
 
-def caveats(runs: Mapping[str, Sequence[Run]], clean_tree: bool) -> list[str]:
-    """Return why these figures must not be quoted, one sentence each; an empty list means that they may."""
+def caveats(runs: Mapping[str, Sequence[Run]], due: Mapping[str, int], clean_tree: bool) -> list[str]:
+    """Return why these figures must not be quoted, one sentence each; an empty list means that they may.
+
+    `due` is how many rounds each measured cell should have.
+    """
     found: list[str] = []
-    fewest = min((len(of_one) for of_one in runs.values()), default=0)
-    if fewest < QUOTABLE_ROUNDS:
-        found.append(f"only {fewest} rounds; {QUOTABLE_ROUNDS} are needed")
+    short = sorted(name for name, rounds in due.items() if len(runs.get(name, ())) < rounds)
+    if short:
+        found.append(f"{len(short)} cells have fewer rounds than scenarios.yaml asks for: {', '.join(short[:3])}...")
     every = [run for of_one in runs.values() for run in of_one]
     noisy = sum(run.foreign > FOREIGN_LIMIT for run in every)
-    if noisy:
+    if noisy > NOISY_SHARE * len(every):
         found.append(f"in {noisy} of {len(every)} runs other programs used more than {FOREIGN_LIMIT:.0%} of a core")
-    stolen = max((run.steal / run.seconds for run in every), default=0.0)
+    stolen = median([run.steal / run.seconds for run in every]) if every else 0.0
     if stolen > FOREIGN_LIMIT:
-        found.append(f"the hypervisor took up to {stolen:.0%} of the proxy's core")
+        found.append(f"the hypervisor took {stolen:.0%} of the proxy's core")
     if not clean_tree:
         found.append("the working tree had changes that are not in the commit")
     return found
@@ -229,6 +304,6 @@ def memory_row(
         "silent_kib": round(per_silent / 1024, 3),
         "served_kib": round(per_served / 1024, 3),
         "closed_pss_mib": round(after["pss"] / 2**20, 2),
-        "idle_verdict": verdict(idle["pss"], IDLE_WORKER_BYTES, None),
-        "connection_verdict": verdict(max(per_silent, per_served), CONNECTION_BYTES, None),
+        "idle_verdict": verdict(idle["pss"], IDLE_WORKER_BYTES),
+        "connection_verdict": verdict(max(per_silent, per_served), CONNECTION_BYTES),
     }

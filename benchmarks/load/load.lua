@@ -1,13 +1,42 @@
--- The request that wrk repeats, given after `--` as METHOD, a Content-Type with its body, and a bearer token; and one line
--- of JSON with the counts at the end. wrk formats the request once: no Lua runs while the load is on.
+-- The request that wrk repeats, given after `--` as key=value words, and one line of JSON with the counts at the end.
+--
+--   method=POST   body=FILE   token=TEXT   close=1   paths=FILE (one a line, asked for in turn)
+--
+-- wrk formats a request once. With `paths` they are all formatted before the load, and each call only picks the next.
+local function lines_of(name)
+   local found = {}
+   for line in io.lines(name) do found[#found + 1] = line end
+   return found
+end
+
 function init(args)
-   wrk.method = args[1] or "GET"
-   if args[2] and args[2] ~= "" then
-      wrk.headers["Content-Type"] = "application/json"
-      wrk.body = args[2]
+   local paths
+   for _, word in ipairs(args) do
+      local key, value = word:match("^(%a+)=(.*)$")
+      if key == "method" then
+         wrk.method = value
+      elseif key == "body" then
+         local file = assert(io.open(value, "rb"))
+         wrk.body = file:read("*a")
+         wrk.headers["Content-Type"] = "application/json"
+         file:close()
+      elseif key == "token" then
+         wrk.headers["Authorization"] = "Bearer " .. value
+      elseif key == "close" then
+         wrk.headers["Connection"] = "close"
+      elseif key == "paths" then
+         paths = lines_of(value)
+      else
+         error("load.lua does not know " .. word)
+      end
    end
-   if args[3] and args[3] ~= "" then
-      wrk.headers["Authorization"] = "Bearer " .. args[3]
+   if paths then
+      local ready, last, at = {}, #paths, 0
+      for index, path in ipairs(paths) do ready[index] = wrk.format(nil, path) end
+      request = function()
+         at = at % last + 1
+         return ready[at]
+      end
    end
 end
 

@@ -11,33 +11,41 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from benchmarks.load.processes import find_program
+import gateway
+from benchmarks.load.programs import locate
 from benchmarks.load.scenarios import ROOT
 
 ASKED = {
-    "haproxy": (["haproxy", "-v"], r"version (\S+)"),
-    "nginx": (["nginx", "-v"], r"nginx/(\S+)"),
-    "wrk": (["wrk", "-v"], r"wrk (?:debian/)?(\S+)"),
-    "openssl": (["openssl", "version"], r"OpenSSL (\S+)"),
-    "cc": (["cc", "--version"], r"(\d+\.\d+\.\d+)"),
+    "haproxy": (["-v"], r"version (\d[\d.]*)"),
+    "haproxy-lts": (["-v"], r"version (\d[\d.]*)"),
+    "nginx": (["-v"], r"nginx/(\S+)"),
+    "envoy": (["--version"], r"/(\d+\.\d+\.\d+)/"),
+    "caddy": (["version"], r"v(\d\S*)"),
+    "traefik": (["version"], r"Version:\s+(\S+)"),
+    "wrk": (["-v"], r"wrk (?:debian/)?(\S+)"),
+    "openssl": (["version"], r"OpenSSL (\S+)"),
+    "cc": (["--version"], r"(\d+\.\d+\.\d+)"),
 }
 PACKAGES = ("uvloop", "cython", "pyjwt", "cryptography")
 
 
 def printed(command: list[str]) -> str:
-    """Return what a program prints, on either stream; empty when it is not there."""
-    path = find_program(command[0])
+    """Return what a program prints, on either stream; empty when it is not there or cannot be run."""
+    path = locate(command[0])
     if path is None:
         return ""
-    done = subprocess.run([path, *command[1:]], capture_output=True, text=True, cwd=ROOT, check=False)
+    try:
+        done = subprocess.run([path, *command[1:]], capture_output=True, text=True, cwd=ROOT, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
     return done.stdout + done.stderr
 
 
 def versions() -> dict[str, str]:
     """Return the version of each program and package that takes part."""
-    found = {"python": platform.python_version()}
-    for name, (command, pattern) in ASKED.items():
-        match = re.search(pattern, printed(command))
+    found = {"python": platform.python_version(), "crossway": gateway.__version__}
+    for name, (words, pattern) in ASKED.items():
+        match = re.search(pattern, printed([name, *words]))
         found[name] = match.group(1) if match else "unknown"
     for name in PACKAGES:
         try:

@@ -21,29 +21,16 @@ from pathlib import Path
 
 from benchmarks.load import machine
 from benchmarks.load.arithmetic import memory_row
-from benchmarks.load.compare import write_result
-from benchmarks.load.processes import Program, Unusable, raise_descriptor_limit, require_programs, tree
-from benchmarks.load.scenarios import ANSWER, BY_NAME, PATH, ROOT, Bench, configuration_hash, template_path
+from benchmarks.load.processes import Program, Unusable, raise_descriptor_limit, require_programs, rollup, tree
+from benchmarks.load.programs import Bench
+from benchmarks.load.results import write_result
+from benchmarks.load.scenarios import ANSWER, PATH, ROOT, configuration_hash, declared
 
-PROGRAMS = ("crossway-bare", "nginx")
+PROGRAMS = ("crossway", "nginx")
 PER_ADDRESS = 20_000  # connections from one source address: below the kernel's range of 28,231 ports
 REQUEST = f"GET {PATH} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode()
 SPARE_DESCRIPTORS = 200
 ESTABLISHED = "01"
-
-
-def rollup(pid: int) -> dict[str, int]:
-    """Return PSS, RSS and private memory of a process in bytes."""
-    words = {
-        line.split()[0].rstrip(":"): line.split()
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
-    }
-    kib = {name: int(words[name][1]) for name in ("Pss", "Rss", "Private_Clean", "Private_Dirty")}
-    return {
-        "pss": kib["Pss"] * 1024,
-        "rss": kib["Rss"] * 1024,
-        "uss": (kib["Private_Clean"] + kib["Private_Dirty"]) * 1024,
-    }
 
 
 def kernel_bytes() -> dict[str, int]:
@@ -136,7 +123,8 @@ def warm(port: int) -> None:
 
 def measure(bench: Bench, name: str, count: int) -> dict[str, object]:
     """Return the figures of one program: idle, with silent connections, with connections that were served once."""
-    with bench.proxy(BY_NAME[name]) as (started, port):
+    cell = declared().cell(f"plain/{name}")
+    with bench.proxy(cell) as (started, port):
         worker = find_worker(started, port)
         idle = rollup(worker)
         others = {pid: rollup(pid)["pss"] for pid in tree(started.pid) if pid != worker}
@@ -152,7 +140,7 @@ def measure(bench: Bench, name: str, count: int) -> dict[str, object]:
         after = rollup(worker)
     growth = {key: kernel_after[key] - kernel[key] for key in kernel}
     return memory_row(count, idle, base, silent, served, after) | {
-        "title": BY_NAME[name].title,
+        "title": cell.software.title,
         "other_processes_pss": sum(others.values()),
         "kernel_growth_both_ends": growth,
     }
@@ -185,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
         names = [name for name in options.only.split(",") if name]
         if not set(names) <= set(PROGRAMS):
             raise Unusable(f"--only takes {', '.join(PROGRAMS)}")
-        require_programs(["nginx", "taskset"])
+        require_programs(["nginx", "taskset", "cc"])
         granted = raise_descriptor_limit(2 * options.connections)
         if granted < options.connections + SPARE_DESCRIPTORS:
             raise Unusable(
@@ -200,11 +188,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"memory: {error}", file=sys.stderr)
         return 2
     show(rows)
-    hashes = {BY_NAME[name].template: configuration_hash(template_path(BY_NAME[name])) for name in names}
+    templates = [declared().cell(f"plain/{name}").template for name in names]
+    hashes = {template.name: configuration_hash(template) for template in templates}
     result = facts | {"format": 1, "connections": options.connections, "configurations": hashes, "programs": rows}
     name = options.name or f"{str(facts['date'])[:10]}-{facts['commit']}"
     print(f"written: {write_result(name + '-memory', result).relative_to(ROOT)}")
-    ours = rows.get("crossway-bare", {})
+    ours = rows.get("crossway", {})
     return int("missed" in (ours.get("idle_verdict"), ours.get("connection_verdict")))
 
 

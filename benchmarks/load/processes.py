@@ -125,6 +125,31 @@ def core_times(core: int) -> tuple[float, float]:
     raise Unusable(f"core {core} does not exist; this machine has {os.cpu_count()} (--proxy-core, --load-core)")
 
 
+def rollup(pid: int) -> dict[str, int]:
+    """Return PSS, RSS and private memory of a process in bytes."""
+    words = {
+        line.split()[0].rstrip(":"): line.split()
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    }
+    kib = {name: int(words[name][1]) for name in ("Pss", "Rss", "Private_Clean", "Private_Dirty")}
+    return {
+        "pss": kib["Pss"] * 1024,
+        "rss": kib["Rss"] * 1024,
+        "uss": (kib["Private_Clean"] + kib["Private_Dirty"]) * 1024,
+    }
+
+
+def pss(pids: Sequence[int]) -> int:
+    """Return the proportional set size of some processes together, in bytes; one that has ended counts as nothing."""
+    total = 0
+    for pid in pids:
+        try:
+            total += rollup(pid)["pss"]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return total
+
+
 class Program:
     """A program on one core, in a session of its own, with its output in a file.
 

@@ -1,7 +1,7 @@
 """Put the figures of a result file into README.md and docs/benchmarks.md.
 
 Strategy: the prose is written by hand; what stands between the two markers is replaced as a whole, so that no figure in the
-documentation is typed. A result with caveats is refused unless asked for, and then the caveats are printed with it.
+documentation is typed. The plots go to docs/images. A result with caveats is refused unless asked for, and then the caveats are printed with it.
 
     python -m benchmarks.load.render benchmarks/results/NAME.json
 """
@@ -13,10 +13,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.load.plots import cost_plot, latency_plot
+from benchmarks.load.results import FORMAT
 from benchmarks.load.scenarios import ROOT
 
 START = "<!-- benchmarks:start -->"
 END = "<!-- benchmarks:end -->"
+# Below this share of its core a program was waiting for the load, and could have done more.
+SATURATED = 0.95
+HEADLINE = ("plain", "token", "routes-1000", "connect", "download-16k", "download-1m", "upload-1m")  # of the README
+COST, LATENCY = "benchmarks-cpu.svg", "benchmarks-latency.svg"
+PLOTS = {
+    COST: (cost_plot, "CPU time per request by scenario and program"),
+    LATENCY: (latency_plot, "latency percentiles at a fixed rate by scenario and program"),
+}
 DOCUMENTS = {"README.md": False, "docs/benchmarks.md": True}  # path: whether it gets everything
 
 
@@ -30,41 +40,104 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(["| " + " | ".join(headings) + " |", line, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def cost_table(scenarios: Mapping[str, Any], group: str, full: bool) -> str:
-    """Return the table of one group: everybody in it does the same job, and is divided by the same baseline."""
-    headings = ["program", "us CPU / request", "of HAProxy"]
-    if full:
-        headings += ["min-max", "requests/s", "core used", "p50 / p99 us", "processes"]
+def figure(value: float | None) -> str:
+    """Return a figure with as many digits as it carries."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def rps(cell: Mapping[str, Any]) -> str:
+    """Return the requests a second; at least that many where the load was spent before the program's core was."""
+    return ("" if cell["median_utilisation"] >= SATURATED else ">= ") + f"{cell['median_rps']:,.0f}"
+
+
+def titled(result: Mapping[str, Any], name: str) -> str:
+    """Return a program's title with its version."""
+    version = result["versions"].get(name, "")
+    return f"{result['programs'][name]} {version}".rstrip()
+
+
+def reasons(result: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Return why cells of these scenarios are empty, one list item each."""
+    lines = []
+    for name in names:
+        scenario = result["scenarios"][name]
+        for program, cell in scenario["cells"].items():
+            if "reason" in cell:
+                lines.append(f"- {result['programs'][program]}, {scenario['title']}: {cell['reason']}")
+    return "\n".join(lines)
+
+
+def short_table(result: Mapping[str, Any]) -> str:
+    """Return the README's table: CPU time per request of every program in the headline scenarios, and one p99."""
+    scenarios = {name: result["scenarios"][name] for name in HEADLINE if name in result["scenarios"]}
+    rate = scenarios.get("plain", {}).get("rate")
+    headings = ["us CPU / request", *(one["title"] for one in scenarios.values())]
+    headings += [f"p99 us, plain proxy at {rate:,}/s"] if rate else []
     rows = []
-    for one in scenarios.values():
-        if one["group"] != group:
-            continue
-        base = scenarios.get(one["baseline"])
-        ratio = f"{one['median_us'] / base['median_us']:.2f}" if base else "-"
-        row = [one["title"], f"{one['median_us']:.1f}", ratio]
-        if full:
-            row += [
-                f"{one['min_us']:.1f}-{one['max_us']:.1f}",
-                f"{one['median_rps']:,.0f}",
-                f"{one['median_utilisation']:.0%}",
-                f"{one['median_p50_us']:,} / {one['median_p99_us']:,}",
-                str(one["processes"]),
-            ]
+    for program in result["programs"]:
+        cells = [one["cells"].get(program, {}) for one in scenarios.values()]
+        row = [titled(result, program), *(figure(cell.get("median_us")) for cell in cells)]
+        if rate:
+            row.append(figure(scenarios["plain"]["cells"].get(program, {}).get("fixed", {}).get("p99_us")))
         rows.append(row)
-    return table(headings, rows) if rows else ""
+    return table(headings, rows)
+
+
+def scenario_table(result: Mapping[str, Any], scenario: Mapping[str, Any]) -> str:
+    """Return everything of one scenario: cost, saturation, memory, and latency at its fixed rate."""
+    cells = scenario["cells"]
+    base = cells.get("haproxy", {}).get("median_us")
+    headings = ["program", "us CPU / request", "min-max", "of HAProxy", "requests/s, one core", "min-max", "core used", "MiB PSS"]
+    if scenario["rate"]:
+        headings += [f"us CPU at {scenario['rate']:,}/s", "p50 us", "p99 us", "p99.9 us"]
+    rows = []
+    for program, cell in cells.items():
+        if "reason" in cell:
+            rows.append([titled(result, program), *["-"] * (len(headings) - 1)])
+            continue
+        row = [titled(result, program), figure(cell["median_us"])]
+        row.append(f"{figure(cell['min_us'])}-{figure(cell['max_us'])}")
+        row.append(f"{cell['median_us'] / base:.2f}" if base else "-")
+        row += [rps(cell), f"{cell['min_rps']:,.0f}-{cell['max_rps']:,.0f}"]
+        row += [f"{cell['median_utilisation']:.0%}", figure(cell["pss_mib"])]
+        if scenario["rate"]:
+            fixed = cell.get("fixed", {})
+            row += [figure(fixed.get(key)) for key in ("us_per_request", "p50_us", "p99_us", "p999_us")]
+        rows.append(row)
+    return table(headings, rows)
+
+
+def latency_reasons(scenario: Mapping[str, Any], programs: Mapping[str, str]) -> str:
+    """Return why measured cells have no latency; programs with the same reason stand together."""
+    found: dict[str, list[str]] = {}
+    for program, cell in scenario["cells"].items():
+        if "reason" in cell.get("fixed", {}):
+            found.setdefault(cell["fixed"]["reason"], []).append(programs[program])
+    return "\n".join(f"- no latency of {', '.join(names)}: {reason}" for reason, names in found.items())
+
+
+def full_tables(result: Mapping[str, Any]) -> list[str]:
+    """Return the scenarios of docs/benchmarks.md, each with its table and the reasons of its empty cells."""
+    parts = []
+    for name, scenario in result["scenarios"].items():
+        rounds = f"{scenario['rounds']} round" + ("s" if scenario["rounds"] > 1 else "")
+        parts.append(f"### {scenario['title']}\n\n{scenario['detail']}; {rounds}.")
+        parts.append(scenario_table(result, scenario))
+        why = "\n".join(filter(None, [reasons(result, [name]), latency_reasons(scenario, result["programs"])]))
+        if why:
+            parts.append(why)
+    return parts
 
 
 def ratio_table(result: Mapping[str, Any]) -> str:
-    """Return what issue 2 requires beside what was measured."""
+    """Return what is asked for beside what was measured."""
     rows = []
     for row in result["ratios"]:
-        bound = "-" if row["required"] is None else f"<= {row['required']:.2f}"
-        aim = "-" if row["aim"] is None else f"<= {row['aim']:.2f}"
-        name = f"{row['scenario']} / {row['against']}" + (f" ({row['note']})" if row["note"] else "")
-        rows.append([name, f"{row['ratio']:.3f}", bound, aim, row["verdict"]])
-    return (
-        table(["CPU per request", "median of the rounds' ratios", "required", "aim", "verdict"], rows) if rows else ""
-    )
+        bound = "-" if row["at_most"] is None else f"<= {row['at_most']:.2f}"
+        rows.append([row["title"] + (f" ({row['note']})" if row["note"] else ""), f"{row['ratio']:.3f}", bound, row["verdict"]])
+    return table(["ratio", "measured", "asked for", "verdict"], rows) if rows else ""
 
 
 def memory_table(memory: Mapping[str, Any], full: bool) -> str:
@@ -87,11 +160,11 @@ def provenance(result: Mapping[str, Any]) -> str:
     """Return one paragraph: when, where, with what."""
     machine, versions, options = result["machine"], result["versions"], result["options"]
     kind = "virtual machine" if machine["virtual"] else "machine"
-    programs = ", ".join(f"{name} {versions[name]}" for name in ("haproxy", "nginx", "wrk", "python", "uvloop"))
+    programs = ", ".join(f"{name} {versions[name]}" for name in ("wrk", "python", "uvloop"))
     return (
         f"{result['date'][:10]}, commit {result['commit']}: {machine['cores']}-core {kind} ({machine['cpu']}), "
-        f"Linux {machine['kernel']}; {programs}. Median of {options['rounds']} interleaved rounds of {options['seconds']:g} s, "
-        f"{options['connections']} keep-alive connections, the proxy on one core, wrk and the origin on another."
+        f"Linux {machine['kernel']}; {programs}. Medians over interleaved rounds of {options['seconds']:g} s, the program on "
+        "one core, the load and the origin on another. CPU time is that of the whole process tree."
     )
 
 
@@ -100,23 +173,30 @@ def block(result: Mapping[str, Any], memory: Mapping[str, Any] | None, full: boo
     parts = [provenance(result)]
     if result["caveats"]:
         parts.append("**Not for quoting:** " + "; ".join(result["caveats"]) + ".")
-    scenarios = result["scenarios"]
-    plain, token = cost_table(scenarios, "plain", full), cost_table(scenarios, "token", full)
-    if plain:
-        parts += ["Plain proxying:", plain]
-    if token:
-        parts += ["One route with a token, a scope, a limit and a log line:", token]
-    ratios = ratio_table(result) if full else ""
-    if ratios:
-        parts += ["What is required, and what was measured:", ratios]
+    ratios = ratio_table(result)
+    if full:
+        if ratios:
+            parts += ["### What is asked for, and what was measured", ratios]
+        parts += [f"![{words}](images/{name})" for name, (_, words) in PLOTS.items() if PLOTS[name][0](result)]
+        parts += full_tables(result)
+    else:
+        parts.append(short_table(result))
+        empty = reasons(result, [name for name in HEADLINE if name in result["scenarios"] and name != "plain"])
+        parts += ["Empty cells:\n\n" + empty] if empty else []
+        parts += [f"![{PLOTS[COST][1]}](docs/images/{COST})"] if cost_plot(result) else []
     if memory is not None:
-        parts += [f"Memory, with {memory['connections']:,} idle client connections:", memory_table(memory, full)]
+        heading = f"Memory with {memory['connections']:,} idle client connections"
+        parts += [f"### {heading}" if full else f"{heading}:", memory_table(memory, full)]
     if full:
         hashes = {**result["configurations"], **(memory["configurations"] if memory else {})}
-        parts.append(
-            "Configurations: " + ", ".join(f"`{name}` {digest}" for name, digest in sorted(hashes.items())) + "."
-        )
+        told = ", ".join(f"`{name}` {digest}" for name, digest in sorted(hashes.items()))
+        parts.append(f"Configurations, with the start of their SHA-256: {told}.")
     return "\n\n".join(parts)
+
+
+def draw(result: Mapping[str, Any]) -> dict[Path, str]:
+    """Return the pictures of a result by the path that they belong at."""
+    return {ROOT / "docs" / "images" / name: drawn for name, (plot, _) in PLOTS.items() if (drawn := plot(result))}
 
 
 def replace_between(text: str, new: str, where: str) -> str:
@@ -134,8 +214,8 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Return a result and, when NAME-memory.json lies beside it, its memory figures."""
     try:
         result: dict[str, Any] = json.loads(path.read_text())
-        if "scenarios" not in result:
-            raise Unrenderable(f"{path} is no result of benchmarks.load.compare")
+        if "scenarios" not in result or result.get("format") != FORMAT:
+            raise Unrenderable(f"{path} is no result of benchmarks.load.compare in format {FORMAT}: measure again")
         beside = path.with_name(f"{path.stem}-memory.json")
         memory: dict[str, Any] | None = json.loads(beside.read_text()) if beside.exists() else None
     except (OSError, json.JSONDecodeError) as error:
@@ -176,7 +256,10 @@ def main(argv: list[str] | None = None) -> int:
     except Unrenderable as error:
         print(f"render: {error}", file=sys.stderr)
         return 2
+    if not options.only:
+        written |= draw(result)
     for path, text in written.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
         print(f"written: {path.relative_to(ROOT)}")
     return 0

@@ -51,14 +51,17 @@ class Issuer:
         key = self.stranger if forged else self.key
         return jwt.encode(payload | claims, key, algorithm="RS256", headers={"kid": KEY_ID})
 
-    def refused(self) -> list[tuple[str, str, int]]:
-        """Return tokens that must not pass, as (what is wrong, token, status that is due)."""
+    def refused(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        """Return tokens that must not pass, as (what is wrong, token, statuses that are a refusal of it).
+
+        Envoy calls a token for somebody else forbidden, the others unauthenticated: either refuses it.
+        """
         past = int(time.time()) - 3600
         return [
-            ("no token", "", 401),
-            ("a forged token", self.token(forged=True), 401),
-            ("an expired token", self.token(exp=past, iat=past - 60, nbf=past - 60), 401),
-            ("another audience", self.token(aud="accounts"), 401),
-            ("another issuer", self.token(iss="https://elsewhere.test"), 401),
-            ("a missing scope", self.token(scope="payments:read"), 403),
+            ("no token", "", (401,)),
+            ("a forged token", self.token(forged=True), (401,)),
+            ("an expired token", self.token(exp=past, iat=past - 60, nbf=past - 60), (401,)),
+            ("another audience", self.token(aud="accounts"), (401, 403)),
+            ("another issuer", self.token(iss="https://elsewhere.test"), (401,)),
+            ("a missing scope", self.token(scope="payments:read"), (403,)),
         ]

@@ -1,0 +1,100 @@
+"""The two load generators: wrk for saturation, `crossway bench run` for latency at a fixed rate.
+
+Strategy: both run on the load's core, one thread each, and are believed only when not one answer was wrong. A closed loop
+(wrk) shows what a request costs and how many a core can carry; latency is only taken from the open loop.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.load.arithmetic import InvalidRun, Latency, Load, read_bench, read_wrk
+from benchmarks.load.processes import Program, program
+from benchmarks.load.programs import Bench
+from benchmarks.load.scenarios import HERE, ROOT, Scenario
+
+PATIENCE = 30.0  # seconds that a generator may take beyond its duration
+GENERATOR = [sys.executable, "-m", "gateway", "bench", "run"]
+
+
+def environment() -> dict[str, str]:
+    """Return the environment in which this checkout's gateway is found."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path}
+
+
+def open_loop_missing() -> str:
+    """Return why `crossway bench run` cannot be used; empty when it can."""
+    done = subprocess.run([*GENERATOR, "--help"], capture_output=True, text=True, env=environment(), check=False)
+    return "" if done.returncode == 0 else "this checkout has no working `crossway bench run`"
+
+
+def body_file(bench: Bench, scenario: Scenario) -> Path | None:
+    """Write the request's body once and return its path; None without a body."""
+    body = scenario.payload()
+    if body is None:
+        return None
+    path = bench.directory / f"{scenario.name}.body"
+    if not path.exists():
+        path.write_bytes(body)
+    return path
+
+
+def wrk(bench: Bench, scenario: Scenario, port: int, seconds: int) -> Load:
+    """Load the program from one thread, closed loop; raise InvalidRun when anything but a success came back."""
+    words = [f"method={scenario.method}"]
+    body = body_file(bench, scenario)
+    if body is not None:
+        words.append(f"body={body}")
+    if scenario.bearer:
+        words.append(f"token={bench.token}")
+    if scenario.close:
+        words.append("close=1")
+    if scenario.routes:
+        paths = bench.directory / f"{scenario.name}.paths"
+        paths.write_text("\n".join(scenario.paths()) + "\n")
+        words.append(f"paths={paths}")
+    command = [
+        *(program("taskset"), "-c", str(bench.load_core), program("wrk")),
+        *("-t1", f"-c{scenario.connections}", f"-d{seconds}s", "-s", str(HERE / "load.lua")),
+        *(f"http://127.0.0.1:{port}{scenario.paths()[0]}", "--", *words),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + PATIENCE, check=False)
+    if done.returncode:
+        raise InvalidRun(f"wrk ended with status {done.returncode}:\n{done.stdout}{done.stderr}")
+    return read_wrk(done.stdout)
+
+
+def bench_run(
+    bench: Bench, scenario: Scenario, proxy: Program, port: int, rate: int, seconds: float, warm_up: float
+) -> Latency:
+    """Send requests at a fixed rate, open loop; raise InvalidRun when the generator says that the run is not valid.
+
+    Parameterised routes are asked for the one in the middle: the generator repeats one request.
+    """
+    path = scenario.paths()[len(scenario.paths()) // 2]
+    found = bench.directory / "latency.json"
+    found.unlink(missing_ok=True)
+    command = [
+        *(program("taskset"), "-c", str(bench.load_core), *GENERATOR, f"http://127.0.0.1:{port}{path}"),
+        *("--rate", str(rate), "--connections", str(scenario.connections), "--json", str(found), "--quiet", "--pid", str(proxy.pid)),
+        *("--duration", f"{seconds:g}s", "--warmup", f"{warm_up:g}s", "--method", scenario.method),
+    ]
+    body = body_file(bench, scenario)
+    if body is not None:
+        command += ["--body", str(body), "-H", "Content-Type: application/json"]
+    if scenario.bearer:
+        command += ["-H", f"Authorization: Bearer {bench.token}"]
+    if scenario.close:
+        command.append("--no-keepalive")
+    limit = seconds + warm_up + PATIENCE
+    done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environment(), check=False)
+    try:
+        document: dict[str, Any] = json.loads(found.read_text())
+    except (OSError, ValueError):
+        said = (done.stdout + done.stderr).strip()[-1000:]
+        raise InvalidRun(f"`crossway bench run` ended with status {done.returncode} and no result:\n{said}") from None
+    return read_bench(document)
