@@ -18,7 +18,7 @@ import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks.instructions.profile import costs, top
+from benchmarks.instructions.callgrind import costs, top
 from benchmarks.instructions.record import SCENARIOS, Function, Row, added, comparison, read, report, write
 from benchmarks.load.machine import commit, printed
 

@@ -74,14 +74,12 @@ def comparison(last: Row | None, new: Row) -> str:
 
 def report(row: Row, functions: Mapping[str, Sequence[Function]]) -> str:
     """Return the page beside the table: where the instructions of one commit are spent."""
-    lines = [
-        "# Instructions per request, by function",
-        "",
-        f"Commit {row.commit}, {row.date}, Python {row.python}, {row.compiler}. Written by `script/instructions`; what is counted "
-        "is said in docs/micro-benchmarks.md. Own instructions of each function, inlined ones included.",
-    ]
+    taken = f"Commit {row.commit}, {row.date}, Python {row.python}, {row.compiler}."
+    rule = "What is counted is said in docs/micro-benchmarks.md. Own instructions of each function, inlined ones included."
+    lines = ["# Instructions per request, by function", "", f"{taken} Written by `script/instructions`. {rule}"]
     for name, title in SCENARIOS.items():
         total = getattr(row, name)
-        lines += ["", f"## {name}: {total:,.0f}", "", f"{title}.", "", "| function | in | instructions | share |", "| --- | --- | ---: | ---: |"]
+        lines += ["", f"## {name}: {total:,.0f}", "", f"{title}.", ""]
+        lines += ["| function | in | instructions | share |", "| --- | --- | ---: | ---: |"]
         lines += [f"| `{function}` | {path} | {count:,.0f} | {count / total:.1%} |" for function, path, count in functions[name]]
     return "\n".join(lines) + "\n"
