@@ -13,7 +13,7 @@ from libc.string cimport memcmp, memcpy
 from gateway._speedups.exchange cimport BODY_CHUNKED, BODY_CLOSE, BODY_LENGTH, BODY_NONE, Edits, Exchange
 from gateway._speedups.headers cimport *
 from gateway._speedups.pool cimport HOST_LITERAL, HOST_PRESERVE
-from gateway._speedups.wire cimport cw_equals_name, cw_hex, cw_put_decimal
+from gateway._speedups.wire cimport cw_fold_name, cw_hex, cw_put_decimal
 
 cdef extern from "<sys/random.h>" nogil:
     ssize_t getrandom(void* out, size_t n, unsigned int flags)
@@ -186,14 +186,68 @@ cdef void drop_named(Head* head, object names):
 
 
 cdef void drop_folded(Head* head, tuple names):
-    """Marks every field whose name folds to one of `names` (lower case, '-'), however it is spelled."""
+    """Marks every field whose name folds as one of `names` does (lower case), however it is spelled."""
     cdef bytes name
     cdef int i
     for name in names:
         for i in range(head.count):
             if head.fields[i].name_len == PyBytes_GET_SIZE(name) and \
-                    cw_equals_name(head.base + head.fields[i].name, PyBytes_AS_STRING(name), PyBytes_GET_SIZE(name)):
+                    same_folded(head.base + head.fields[i].name, PyBytes_AS_STRING(name), PyBytes_GET_SIZE(name)):
                 head.fields[i].flags |= FIELD_DROP
+
+
+cdef bint same_folded(const char* a, const char* b, Py_ssize_t n) noexcept nogil:
+    """Whether an application server may take the two names for one: X_User, X-User and x.user."""
+    cdef Py_ssize_t i
+    for i in range(n):
+        if cw_fold_name(<uint8_t>a[i]) != cw_fold_name(<uint8_t>b[i]):
+            return False
+    return True
+
+
+# Lines of a request that the gateway writes itself and a policy may replace, by name.
+cdef enum:
+    OWN_FOR = 1
+    OWN_PROTO = 1 << 1
+    OWN_HOST = 1 << 2
+    OWN_FORWARDED = 1 << 3
+    OWN_ID = 1 << 4
+    OWN_TRACE = 1 << 5
+    OWN_VIA = 1 << 6
+
+cdef dict OWN_LINES = {b"x-forwarded-for": OWN_FOR, b"x-forwarded-proto": OWN_PROTO, b"x-forwarded-host": OWN_HOST,
+                       b"forwarded": OWN_FORWARDED, b"x-request-id": OWN_ID, b"traceparent": OWN_TRACE, b"via": OWN_VIA}
+
+
+cdef int own_removed(Edits edits, list removed):
+    """Which of our own lines the policies of this request replace or take away."""
+    cdef int found = 0
+    if edits is not None:
+        for name in edits.remove:
+            found |= <int>OWN_LINES.get(name, 0)
+    if removed is not None:
+        for name in removed:
+            found |= <int>OWN_LINES.get(name, 0)
+    return found
+
+
+cdef void put_principal(cw_out* o, bytes lines, Edits edits, list removed):
+    """The identity's lines, but for those that a policy replaces: two values of one identity would be none."""
+    if not mentions(lines, None if edits is None else edits.remove) and not mentions(lines, removed):
+        put_bytes(o, lines)
+        return
+    for line in lines.splitlines(keepends=True):
+        name = line.partition(b":")[0]
+        if (edits is None or name not in edits.remove) and (removed is None or name not in removed):
+            put_bytes(o, line)
+
+
+cdef bint mentions(bytes lines, names):
+    if names is not None:
+        for name in names:
+            if name in lines:
+                return True
+    return False
 
 
 cdef void put_edits(cw_out* o, Edits edits, list lines):
@@ -278,18 +332,35 @@ cdef void put_single(cw_out* o, Exchange x, int known, const char* name, const c
     cw_lit(o, b"\r\n")
 
 
-cdef void put_identity(cw_out* o, Exchange x):
-    """Who sent it, how, to which host: RFC 7239 and its X- forerunners, then the ids."""
+cdef void put_identity(cw_out* o, Exchange x, int without):
+    """Who sent it, how, to which host: RFC 7239 and its X- forerunners, then the ids; all but the lines in `without`."""
     cdef const char* host = x.head.base + x.head.host_at
-    put_received(o, x, F_X_FORWARDED_FOR, b"x-forwarded-for: ")
-    cw_put(o, x.peer_text, x.peer_len)
-    cw_lit(o, b"\r\n")
-    if x.secure:
-        put_single(o, x, F_X_FORWARDED_PROTO, b"x-forwarded-proto: ", b"https", 5)
-    else:
-        put_single(o, x, F_X_FORWARDED_PROTO, b"x-forwarded-proto: ", b"http", 4)
-    if x.head.host_len:
+    if not without & OWN_FOR:
+        put_received(o, x, F_X_FORWARDED_FOR, b"x-forwarded-for: ")
+        cw_put(o, x.peer_text, x.peer_len)
+        cw_lit(o, b"\r\n")
+    if not without & OWN_PROTO:
+        if x.secure:
+            put_single(o, x, F_X_FORWARDED_PROTO, b"x-forwarded-proto: ", b"https", 5)
+        else:
+            put_single(o, x, F_X_FORWARDED_PROTO, b"x-forwarded-proto: ", b"http", 4)
+    if x.head.host_len and not without & OWN_HOST:
         put_single(o, x, F_X_FORWARDED_HOST, b"x-forwarded-host: ", host, x.head.host_len)
+    if not without & OWN_FORWARDED:
+        put_forwarded(o, x, host)
+    if not without & OWN_ID:
+        cw_lit(o, b"x-request-id: ")
+        cw_put(o, x.request_id, 36)
+        cw_lit(o, b"\r\n")
+    if not without & OWN_TRACE:
+        cw_lit(o, b"traceparent: ")
+        cw_put(o, x.trace, 55)
+        cw_lit(o, b"\r\n")
+    if not without & OWN_VIA:
+        cw_lit(o, b"via: 1.1 crossway\r\n")
+
+
+cdef void put_forwarded(cw_out* o, Exchange x, const char* host):
     put_received(o, x, F_FORWARDED, b"forwarded: ")
     if is_v6(x):
         cw_lit(o, b"for=\"[")
@@ -303,13 +374,16 @@ cdef void put_identity(cw_out* o, Exchange x):
         cw_put(o, host, x.head.host_len)
         cw_lit(o, b"\"")
     if x.secure:
-        cw_lit(o, b";proto=https\r\nx-request-id: ")
+        cw_lit(o, b";proto=https\r\n")
     else:
-        cw_lit(o, b";proto=http\r\nx-request-id: ")
-    cw_put(o, x.request_id, 36)
-    cw_lit(o, b"\r\ntraceparent: ")
-    cw_put(o, x.trace, 55)
-    cw_lit(o, b"\r\nvia: 1.1 crossway\r\n")
+        cw_lit(o, b";proto=http\r\n")
+
+
+cdef bint trace_continued(Exchange x) noexcept:
+    """Whether the trace is the received one: what travels with it means nothing in another (W3C trace context 3.3)."""
+    cdef int i = x.head.first[F_TRACEPARENT]
+    return x.trusted and i >= 0 and x.head.fields[i].value_len >= 55 and \
+        memcmp(x.head.base + x.head.fields[i].value + 3, x.trace + 3, 32) == 0
 
 
 cdef inline bint is_v6(Exchange x) noexcept:
@@ -323,6 +397,7 @@ cdef inline bint is_v6(Exchange x) noexcept:
 cdef int compose_request(Exchange x, char* out, int room) except -2:
     cdef Head* head = x.head
     cdef cw_out o
+    cdef bint traced = trace_continued(x)
     cdef int i
     o.at = out
     o.end = out + room
@@ -332,7 +407,7 @@ cdef int compose_request(Exchange x, char* out, int room) except -2:
         # Ours replace them, or extend what a trusted proxy said, which put_identity() copies.
         if (head.fields[i].flags & FIELD_IDENTITY) or head.fields[i].id in (F_HOST, F_X_REQUEST_ID, F_TRACEPARENT):
             head.fields[i].flags |= FIELD_DROP
-        elif head.fields[i].id in (F_TRACESTATE, F_BAGGAGE) and not x.trusted:
+        elif (head.fields[i].id == F_TRACESTATE and not traced) or (head.fields[i].id == F_BAGGAGE and not x.trusted):
             head.fields[i].flags |= FIELD_DROP
         elif head.fields[i].id == F_AUTHORIZATION and x.route.strip_authorization:
             head.fields[i].flags |= FIELD_DROP
@@ -340,20 +415,28 @@ cdef int compose_request(Exchange x, char* out, int room) except -2:
             head.fields[i].flags |= FIELD_DROP
     if x.snapshot.identity_names:
         drop_folded(head, x.snapshot.identity_names)
-    drop_edited(head, x.route.request_edits, x.request_removed)
+    if x.route.request_edits is not None:
+        drop_folded(head, x.route.request_edits.remove)
+    if x.request_removed is not None:
+        drop_folded(head, tuple(x.request_removed))
     cw_put(&o, head.base + head.method_at, head.method_len)
     cw_lit(&o, b" ")
     put_path(&o, x)
     cw_lit(&o, b" HTTP/1.1\r\n")
     put_host(&o, x)
     put_fields(&o, head)
-    put_identity(&o, x)
+    put_identity(&o, x, own_removed(x.route.request_edits, x.request_removed))
     if x.principal is not None:
-        put_bytes(&o, x.principal.headers)
+        put_principal(&o, x.principal.headers, x.route.request_edits, x.request_removed)
     put_edits(&o, x.route.request_edits, x.request_set)
-    if x.body.out == BODY_LENGTH:
+    if x.collected is not None and x.body.out != BODY_NONE:
+        # Whatever its framing was: all of it is here, and goes out in one piece.
         cw_lit(&o, b"content-length: ")
-        put_number(&o, x.body.remaining if x.collected is None else len(x.collected))
+        put_number(&o, len(x.collected))
+        cw_lit(&o, b"\r\n")
+    elif x.body.out == BODY_LENGTH:
+        cw_lit(&o, b"content-length: ")
+        put_number(&o, x.body.remaining)
         cw_lit(&o, b"\r\n")
     elif x.body.out == BODY_CHUNKED:
         cw_lit(&o, b"transfer-encoding: chunked\r\n")

@@ -11,7 +11,8 @@ cdef class Downstream(Connection):
     cdef int on_events(self, uint32_t events) except -1:
         cdef int result
         if events & (EPOLLERR | EPOLLHUP):
-            return self.gone()
+            # Both sides have ended: what is unread has to be read, or close() would reset what the client has not got yet.
+            return self.linger() if self.state == D_LINGER else self.gone()
         if events & EPOLLRDHUP:
             self.ended = True
         if events & EPOLLOUT:
@@ -70,6 +71,11 @@ cdef class Downstream(Connection):
             counters[C_TIMEOUTS_WRITE] += 1
             x.side = SIDE_DOWNSTREAM
             return self.abort(True)
+        if why == T_TOTAL and self.waits_for_body():
+            counters[C_TIMEOUTS_BODY] += 1
+            x.side = SIDE_DOWNSTREAM
+            return self.abort(True) if x.answer_started else \
+                self.refuse(408, b"body-timeout", b"the request body did not arrive in the time for this request")
         counters[C_UPSTREAM_TIMEOUTS] += 1
         x.side = SIDE_UPSTREAM
         if x.answer_started:
@@ -79,11 +85,29 @@ cdef class Downstream(Connection):
             return upstream.connect_failed(504, b"upstream-connect-timeout", b"the upstream did not accept a connection in time; the request was not sent")
         if why == T_UP_HEAD:
             return self.refuse(504, b"upstream-head-timeout", b"the upstream did not answer in time; the request may have been executed")
+        if why == T_UP_IDLE and not x.body.done:
+            return self.refuse(504, b"upstream-idle-timeout", b"the upstream stopped taking the request; it did not get all of it")
         if why == T_UP_IDLE:
             return self.refuse(504, b"upstream-idle-timeout", b"the upstream's answer stopped; the request may have been executed")
         if not x.sent:
             return self.refuse(504, b"total-timeout", b"the time for this request is over; it was not sent to the upstream")
         return self.refuse(504, b"total-timeout", b"the time for this request is over; it may have been executed")
+
+    cdef bint waits_for_body(self) noexcept:
+        """Whether the request's next bytes are the client's to send, not the upstream's to take."""
+        cdef UpstreamConnection upstream = self.x.upstream_connection
+        if self.x.body.done:
+            return False
+        if upstream is None:
+            return self.x.collecting
+        return upstream.state != U_CONNECTING and upstream.out.end == upstream.out.start
+
+    cdef void arm_body(self) noexcept:
+        """Sets the deadline for the side that a request body waits for."""
+        if self.waits_for_body():
+            self.arm(T_BODY, self.listener.body_us)
+        else:
+            self.arm(T_UP_IDLE, self.x.route.idle_us)
 
     cdef void arm(self, uint8_t why, int64_t us) noexcept:
         """Sets the deadline for what is waited for now, cut by the exchange's total."""
@@ -94,8 +118,12 @@ cdef class Downstream(Connection):
         self.engine.set_timer(self, why, at)
 
     cdef int advance(self) except -1:
+        cdef int turns = 0
         while self.fd >= 0:
             if self.state == D_IDLE or self.state == D_HEAD:
+                turns += 1
+                if turns > PIECES:                  # requests answered here never wait: others have a turn too
+                    return self.queue_up()
                 if self.read_head() == 0:
                     return 0
             elif self.state == D_ACTIVE:
@@ -105,6 +133,13 @@ cdef class Downstream(Connection):
                 return self.linger()
             else:
                 return 0
+        return 0
+
+    cdef int queue_up(self) except -1:
+        """Goes on after the others of this batch had their turn."""
+        if not self.queued:
+            self.queued = True
+            self.engine.again.append(self)
         return 0
 
     # -- the head -----------------------------------------------------------------------------------------------------
@@ -184,7 +219,7 @@ cdef class Downstream(Connection):
         self.blanks = 0
         self.state = D_HEAD
 
-    cdef int take_proxy_header(self) except -1:
+    cdef int take_proxy_header(self) except -2:
         """PROXY protocol v1/v2. 1 taken (or absent where optional), 0 more bytes needed, -1 refused and closed."""
         cdef sockaddr_storage address
         cdef uint16_t port = 0
@@ -226,7 +261,6 @@ cdef class Downstream(Connection):
         x.wall = cw_wall_us()
         self.state = D_ACTIVE
         self.requests += 1
-        x.first = self.requests == 1
         x.snapshot = engine.snapshot
         x.listener = self.listener
         engine.slot.counters[C_REQUESTS] += 1
@@ -395,6 +429,8 @@ cdef class Downstream(Connection):
         """Begins to gather the body for the parked step; pump_request() parks the exchange once it is complete."""
         cdef Exchange x = self.x
         x.collected = bytearray()
+        if x.body.out == BODY_CHUNKED:
+            x.body.out = BODY_LENGTH                # it leaves in one piece, framed by what was gathered
         if x.body.done:
             self.engine.parked.append((x, x.generation))
             return 0
@@ -508,10 +544,7 @@ cdef class Downstream(Connection):
                 elif not x.answer_started:
                     self.arm(T_UP_HEAD, x.route.head_us)
                 return 0
-        if not self.queued:
-            self.queued = True
-            self.engine.again.append(self)
-        return 0
+        return self.queue_up()
 
     cdef int keep_behind(self, const char* data, uint32_t n) except -1:
         """Keeps bytes that belong to the next request; the head before them may move, so its base is taken anew."""
@@ -561,10 +594,11 @@ cdef class Downstream(Connection):
             if result < 0:
                 upstream.broken = True              # its answer may be there all the same
                 upstream.readable = True
+                x.keep_alive = False                # body_at does not count these bytes: nothing behind it is a request
                 upstream.pump_answer()
                 return 1
         if not x.body.done:
-            self.arm(T_BODY, self.listener.body_us)
+            self.arm_body()
         return 0
 
     cdef int cut(self, int status, bytes slug, bytes detail) except -1:

@@ -93,7 +93,7 @@ cdef class Downstream(Connection):
     cdef int exchange_timeout(self, uint8_t why) except -1
     cdef int parse_head(self) except -1
     cdef void begin_unparsed(self)
-    cdef int take_proxy_header(self) except -1
+    cdef int take_proxy_header(self) except -2
     cdef int route(self) except -1
     cdef bint preflight(self, const char* host, uint32_t n) except -1
     cdef int forwarded_client(self) except -1
@@ -106,6 +106,7 @@ cdef class Downstream(Connection):
     cdef int linger(self) except -1
     cdef int gone(self) except -1
     cdef int advance(self) except -1
+    cdef int queue_up(self) except -1
     cdef int read_head(self) except -1
     cdef int begin(self, int length) except -1
     cdef int identify(self) except -1
@@ -122,6 +123,8 @@ cdef class Downstream(Connection):
     cdef int abort(self, bint reset) except -1
     cdef void drop_upstream(self)
     cdef void finish_exchange(self)
+    cdef bint waits_for_body(self) noexcept
+    cdef void arm_body(self) noexcept
     cdef void arm(self, uint8_t why, int64_t us) noexcept
 
 cdef class UpstreamConnection(Connection):
@@ -140,7 +143,7 @@ cdef class UpstreamConnection(Connection):
 
     cdef void leave_pool(self)
     cdef void detach(self)
-    cdef int connected(self) except -1
+    cdef int connected(self, uint32_t events) except -1
     cdef int connect_failed(self, int status, bytes slug, bytes detail) except -1
     cdef int append_body(self, int n) except -1
     cdef int retry(self) except -1
@@ -184,6 +187,7 @@ cdef class Engine:
     cdef object tick_handle
     cdef bint draining
     cdef bint polling
+    cdef bint crowded               # there may be events that this batch has not seen
     cdef public int connections     # downstream
     cdef public int exchanges
     cdef int tasks                  # parked exchanges' awaitables that run
@@ -201,7 +205,7 @@ cdef class Engine:
     cdef void unlink_timer(self, Connection connection) noexcept
     cdef Exchange take_exchange(self)
     cdef void give_exchange(self, Exchange x)
-    cdef void dispatch(self, uint64_t data, uint32_t events)
+    cdef void dispatch(self, uint64_t data, uint32_t events, bint pooled)
     cdef void expire(self)
     cdef void run_again(self)
     cdef void run_parked(self)

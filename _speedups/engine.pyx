@@ -358,8 +358,13 @@ cdef class Engine:
         try:
             for batch in range(BATCHES):
                 n = epoll_wait(self.epoll, events, EVENTS, 0)
+                # What idle upstream connections have to say comes first, so that no request of this batch goes out on one that
+                # ended or speaks unasked. A full batch may have left some unseen.
+                self.crowded = n == EVENTS
                 for i in range(n):
-                    self.dispatch(events[i].cw_data, events[i].events)
+                    self.dispatch(events[i].cw_data, events[i].events, True)
+                for i in range(n):
+                    self.dispatch(events[i].cw_data, events[i].events, False)
                 self.slot.counters[C_LOOP_EVENTS] += max(n, 0)
                 if self.again:
                     self.run_again()
@@ -392,7 +397,8 @@ cdef class Engine:
         self.slot.gauges[G_BUFFERS] = blocks_live()
         self.slot.gauges[G_DESCRIPTORS] = self.descriptors
 
-    cdef void dispatch(self, uint64_t data, uint32_t events):
+    cdef void dispatch(self, uint64_t data, uint32_t events, bint pooled):
+        """Hands an event to its connection; with `pooled` to one that is idle in a pool only."""
         cdef uint32_t fd = <uint32_t>data                  # the lower half; masking would go through a Python int
         cdef Connection connection
         if fd >= <uint32_t>PyList_GET_SIZE(self.by_fd):
@@ -402,6 +408,8 @@ cdef class Engine:
             return
         connection = <Connection>found
         if connection.generation != <uint32_t>(data >> 32):
+            return
+        if pooled and not (isinstance(connection, UpstreamConnection) and connection.state == U_IDLE):
             return
         try:
             connection.on_events(events)
@@ -609,12 +617,13 @@ cdef class Engine:
     cdef int resume(self, Exchange x, object result, object error) except -1:
         cdef Downstream connection = x.connection
         cdef Step step = x.parked
+        cdef UpstreamConnection upstream = x.upstream_connection        # owned here: it may end below
         cdef int verdict
         x.parked = None
         try:
             verdict = step.resumed(x, result) if error is None else step.failed(x, error)
-            if x.upstream_connection is not None and x.answer_fields is not None:
-                (<UpstreamConnection>x.upstream_connection).answer_hooked(verdict)
+            if upstream is not None and x.answer_fields is not None:
+                upstream.answer_hooked(verdict)
             elif verdict == STEP_ANSWERED:
                 connection.reply()
                 connection.advance()
@@ -638,10 +647,9 @@ cdef class Engine:
         x.endpoint = endpoint
         while not fresh and endpoint.idle:
             connection = <UpstreamConnection>endpoint.idle.pop()
-            # What must not be sent twice travels only on a connection that is alive right now, if it is the first of its
-            # client (nobody behind it could repeat it safely) or has been idle for a while.
+            # What must not be sent twice travels only on a connection that is alive and silent right now.
             if self.now - connection.born > x.upstream.keep_age_us or \
-                    (not safe and (x.first or self.now - connection.idle_since > 1000000) and not cw_silent(connection.fd)):
+                    ((not safe or self.crowded) and not cw_silent(connection.fd)):
                 self.slot.counters[C_UPSTREAM_DISCARDED] += 1
                 connection.close()
                 continue

@@ -138,7 +138,6 @@ cdef class Exchange:
     cdef uint32_t body_at               # offset of unread bytes behind the head, from the head's start
     cdef Body body
     cdef bint keep_alive                # the downstream connection goes on after this exchange
-    cdef bint first                     # first request of its connection
     cdef bint replayable                # what was sent so far can be sent again from the pinned buffer
     cdef char* path_copy                # normalised path when it differs from the received one; NULL else
     cdef uint32_t path_len

@@ -186,9 +186,11 @@ cdef class Snapshot:
         for name, upstream in old.upstreams.items():
             for before in (<Upstream>upstream).endpoints:
                 known.setdefault((name, before.address), before)
+                before.retired = True
         for name, upstream in self.upstreams.items():
             for endpoint in (<Upstream>upstream).endpoints:
                 before = known.pop((name, endpoint.address), None)
+                endpoint.retired = False
                 if before is not None and before is not endpoint:
                     endpoint.idle, before.idle = before.idle, []
                     for connection in endpoint.idle:

@@ -14,10 +14,22 @@ from gateway._speedups.token_cache cimport Principal
 import asyncio
 import json
 import logging
+import traceback
+from types import MappingProxyType
 
 log = logging.getLogger("crossway.policies")
 
 BODY_MAX = 98304            # of respond(): it is sent in one piece with its head
+
+ending = set()              # tasks of on_end: a loop itself keeps no task alive
+
+
+class Stopped(Exception):
+    """A policy tried to end the process, or was cancelled by somebody but the gateway."""
+
+
+class WrongResult(TypeError):
+    """A policy returned what is no answer; the text is ours."""
 
 
 class InvalidBody(ValueError):
@@ -63,44 +75,63 @@ cdef bytes lines_of(headers):
     """Header lines of a mapping; what could end a line or shadow framing is refused."""
     if not headers:
         return None
-    return b"".join(line_of(name, value) for name, value in headers.items())
+    return b"".join([line_of(name, value) for name, value in headers.items()])
 
 
+cdef bytes detail_of(str text, bytes default):
+    """Text as it may stand in a problem's JSON and in a header: visible ASCII without quotes."""
+    cdef bytes safe = text[:DETAIL_MAX].encode("ascii", "replace")
+    safe = bytes([byte if 32 <= byte < 127 and byte not in b'"\\' else 63 for byte in safe])
+    return safe or default
+
+
+DETAIL_MAX = 512
+TOKEN = b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyz"
 FORBIDDEN = frozenset({b"connection", b"content-length", b"transfer-encoding", b"keep-alive", b"upgrade", b"te", b"trailer",
                        b"host", b"proxy-connection"})
+# An application server that folds these reads Content_Length as Content-Length.
+FOLDED = bytes.maketrans(b"!#$%&'*+.^_`|~", b"-" * 14)
 
 
 cdef bytes name_of(name):
     cdef bytes encoded = name.encode("ascii").lower()
-    if not encoded or encoded.strip(b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyz"):
+    if not encoded or encoded.strip(TOKEN):
         raise ValueError(f"not a header name: {name!r}")
-    if encoded in FORBIDDEN:
+    if encoded.translate(FOLDED) in FORBIDDEN:
         raise ValueError(f"the header {name} belongs to the gateway")
     return encoded
 
 
 cdef bytes line_of(name, value):
     cdef bytes encoded = str(value).encode("utf-8")
-    if any(byte < 32 and byte != 9 or byte == 127 for byte in encoded):
+    if any([byte < 32 and byte != 9 or byte == 127 for byte in encoded]):
         raise ValueError(f"control character in the value of {name}")
     return name_of(name) + b": " + encoded.strip() + b"\r\n"
 
 
 def deny(int status, str reason, str detail="", *, headers=None) -> Reply:
     """Refuse with problem+json (RFC 9457): `reason` ends its type and names the cause in logs, `detail` explains it."""
-    safe = detail.encode("ascii", "replace")
-    safe = bytes(byte if 32 <= byte < 127 and byte not in b'"\\' else 63 for byte in safe)
-    if not reason or not all(char.isascii() and (char.isalnum() or char in "-_.") for char in reason):
+    if not reason or not all([char.isascii() and (char.isalnum() or char in "-_.") for char in reason]):
         raise ValueError(f"a reason is a slug such as amount-above-ceiling, not {reason!r}")
-    return Reply(status, slug=reason.encode("ascii"), detail=safe or b"refused by a policy", headers=lines_of(headers))
+    if status < 400:
+        raise ValueError(f"status {status} refuses nothing: use respond()")
+    return Reply(status, slug=reason.encode("ascii"), detail=detail_of(detail, b"refused by a policy"), headers=lines_of(headers))
 
 
 def respond(int status=200, body=b"", *, headers=None, str content_type="text/plain; charset=utf-8") -> Reply:
-    """Answer instead of the upstream. `body` is bytes or str, at most 96 KiB."""
+    """Answer instead of the upstream. `body` is bytes or str, at most 96 KiB; a content-type among `headers` counts."""
+    if not isinstance(body, (str, bytes, bytearray, memoryview)):
+        raise TypeError(f"a body is bytes or str, not {type(body).__name__}")
     encoded = body.encode("utf-8") if isinstance(body, str) else bytes(body)
     if len(encoded) > BODY_MAX:
         raise ValueError(f"a policy's answer is at most {BODY_MAX} bytes")
-    return Reply(status, headers=lines_of(headers), body=encoded, content_type=line_of("content-type", content_type)[14:-2])
+    others = {}
+    for name, value in (headers or {}).items():
+        if name.lower() == "content-type":
+            content_type = value
+        else:
+            others[name] = value
+    return Reply(status, headers=lines_of(others), body=encoded, content_type=line_of("content-type", content_type)[14:-2])
 
 
 class Policy:
@@ -288,7 +319,7 @@ cdef class Response:
     cdef Exchange _x
     cdef uint64_t _generation
     cdef readonly int status
-    cdef readonly dict headers          # lower-case name -> value, repeated fields joined by a comma and a space
+    cdef readonly object headers        # lower-case name -> value, repeated fields joined by a comma and a space; read only
     cdef readonly object duration       # seconds, for on_end; None before
     cdef readonly object reason         # slug of a refusal, for on_end
 
@@ -303,6 +334,32 @@ cdef class Response:
             raise RuntimeError("this answer is over")
         lower = name_of(name)
         self._x.response_removed = [lower] if self._x.response_removed is None else self._x.response_removed + [lower]
+        if self._x.response_set is not None:
+            self._x.response_set = [line for line in self._x.response_set if not line.startswith(lower + b":")]
+
+
+cdef list frames_of(error):
+    """Where an exception came from and through what. Never its text: policies work on bodies and tokens, and what they
+    could not read is what Python quotes."""
+    found = []
+    while error is not None and len(found) < 64:
+        found.append(type(error).__name__)
+        for frame in traceback.extract_tb(error.__traceback__, -16):
+            found.append(f"  {frame.filename}:{frame.lineno} in {frame.name}: {frame.line}")
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return found
+
+
+async def guarded(awaitable):
+    """What a policy awaits, without what would end the worker: asyncio hands SystemExit through the loop."""
+    try:
+        return await awaitable
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise Stopped from error
+    except asyncio.CancelledError as error:
+        if asyncio.current_task().cancelling():
+            raise                       # the gateway's own: a timeout, or the exchange is over
+        raise Stopped from error
 
 
 cdef Request view_of(Exchange x):
@@ -347,11 +404,17 @@ cdef class HookStep(Step):
     cdef int run(self, Exchange x) except -1:
         if self.on_request is None:
             return STEP_GO
+        if x.collected is not None and self.body_limit > 0 and len(x.collected) > self.body_limit:
+            x.keep_alive = False
+            return x.refuse(413, b"body-too-large", b"the request body is larger than the policy's limit")
         return STEP_COLLECT if self.body_limit > 0 else STEP_PARK
 
     cdef object park(self, Exchange x):
         x.slot.counters[C_HOOKS] += 1
-        return self.on_request(view_of(x))
+        return self.called(self.on_request(view_of(x)))
+
+    cdef object called(self, object result):
+        return guarded(result) if hasattr(result, "__await__") else result
 
     cdef object park_answer(self, Exchange x):
         cdef Response response = Response.__new__(Response)
@@ -363,15 +426,15 @@ cdef class HookStep(Step):
         for name, value in x.answer_fields:
             lower, text = name.decode("ascii").lower(), value.decode("latin-1")
             headers[lower] = headers[lower] + ", " + text if lower in headers else text
-        response.headers = headers
-        return self.on_response(view_of(x), response)
+        response.headers = MappingProxyType(headers)
+        return self.called(self.on_response(view_of(x), response))
 
     cdef int resumed(self, Exchange x, object result) except -1:
         cdef Reply reply
         if result is None:
             return STEP_GO
         if not isinstance(result, Reply):
-            return self.failed(x, TypeError(f"{self.name} returned {type(result).__name__}: return None, deny() or respond()"))
+            return self.failed(x, WrongResult(f"it returned {type(result).__name__}: return None, deny() or respond()"))
         reply = <Reply>result
         if reply.slug is not None:
             x.refuse(reply.status, reply.slug, reply.detail)
@@ -382,13 +445,16 @@ cdef class HookStep(Step):
     cdef int failed(self, Exchange x, object error) except -1:
         request_id = x.request_id[:36].decode("ascii")
         if isinstance(error, InvalidBody):
-            return x.refuse(400, b"invalid-body", str(error).encode("ascii", "replace"))
+            return x.refuse(400, b"invalid-body", detail_of(str(error), b"the body is not what the policy needs"))
+        said = {"policy": self.name, "route": x.route.name, "request_id": request_id}
         if isinstance(error, asyncio.CancelledError):
             x.slot.counters[C_HOOK_TIMEOUTS] += 1
-            log.error("policy %s did not answer within %g s (request %s)", self.name, self.timeout, request_id)
+            log.error("a policy did not answer in time", extra={**said, "timeout": self.timeout})
         else:
             x.slot.counters[C_HOOK_ERRORS] += 1
-            log.error("policy %s failed (request %s)", self.name, request_id, exc_info=error)
+            if isinstance(error, WrongResult):
+                said["text"] = str(error)
+            log.error("a policy failed", extra={**said, "error": type(error).__name__, "frames": frames_of(error)})
         if self.go_on:
             return STEP_GO
         return x.refuse(500, b"policy-failed", b"a policy failed; the request was not completed")
@@ -398,17 +464,29 @@ cdef class HookStep(Step):
         cdef Response response = Response.__new__(Response)
         request.keep()
         response.status = x.status
-        response.headers = {}
+        response.headers = MappingProxyType({})
         response.duration = total_us / 1e6
         response.reason = None if x.slug is None else x.slug.decode("ascii")
         x.slot.counters[C_HOOKS] += 1
-        asyncio.get_running_loop().create_task(self.end(request, response))
+        task = asyncio.get_running_loop().create_task(self.end(request, response))
+        ending.add(task)
+        task.add_done_callback(ending.discard)
         return 0
 
     async def end(self, request, response) -> None:
         try:
             result = self.on_end(request, response)
             if hasattr(result, "__await__"):
-                await asyncio.wait_for(result, self.timeout)
-        except Exception as error:
-            log.error("policy %s failed at the end of request %s", self.name, request.request_id, exc_info=error)
+                await asyncio.wait_for(guarded(result), self.timeout)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            log.error("a policy failed at the end of an exchange", extra={
+                "policy": self.name, "route": request.route, "request_id": request.request_id, "error": type(error).__name__,
+                "frames": frames_of(error)})
+
+
+async def settle(double seconds) -> None:
+    """Wait until the on_end calls of finished exchanges have returned, at most `seconds`."""
+    if ending:
+        await asyncio.wait(set(ending), timeout=seconds)

@@ -24,6 +24,7 @@ cdef class Endpoint:
     cdef int64_t down_until             # monotonic us; a failed connect skips the endpoint for a second
     cdef list idle                      # connections, most recent last
     cdef public int active              # connections in use
+    cdef public bint retired            # of a snapshot that was replaced: nobody will draw from its pool
 
 cdef class Upstream:
     cdef readonly str name

@@ -8,7 +8,7 @@ Safety: only data[0:length) is read; the version 2 length is compared with `leng
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t
 from libc.string cimport memchr, memcmp, memcpy, memset
-from gateway._speedups.sockets cimport cw_parse_address, cw_put_address, sockaddr_storage, socklen_t
+from gateway._speedups.sockets cimport AF_INET, AF_INET6, cw_parse_address, cw_put_address, sockaddr_storage, socklen_t
 
 cdef enum:
     V1_MAX = 107
@@ -53,32 +53,58 @@ cdef int version2(const char* data, uint32_t length, sockaddr_storage* address, 
 
 
 cdef int version1(const char* data, uint32_t length, sockaddr_storage* address, int* kind) noexcept nogil:
-    """PROXY TCP4 source destination sport dport, or PROXY UNKNOWN with anything behind it."""
+    """PROXY TCP4|TCP6 source destination source-port destination-port, or PROXY UNKNOWN with anything behind it."""
     cdef uint32_t limit = length if length < V1_MAX else V1_MAX
     cdef const char* end = <const char*>memchr(data, 10, limit)
-    cdef char text[48]
-    cdef uint32_t i, n, at = 6
-    cdef socklen_t size = 0
+    cdef sockaddr_storage destination
+    cdef int family
+    cdef uint32_t n, at = 11
     kind[0] = 3
     if end == NULL:
         return -1 if length >= V1_MAX else 0
-    n = <uint32_t>(end - data)
-    if data[n - 1] != 13:
+    n = <uint32_t>(end - data) - 1              # where CR has to be; `end` is behind "PROXY "
+    if data[n] != 13:
         return -1
-    if n >= 14 and memcmp(data + 6, b"UNKNOWN", 7) == 0:
+    if n >= 13 and memcmp(data + 6, b"UNKNOWN", 7) == 0 and (n == 13 or data[13] == 32):
         kind[0] = 2
-        return <int>n + 1
-    if n < 20 or (memcmp(data + 6, b"TCP4 ", 5) != 0 and memcmp(data + 6, b"TCP6 ", 5) != 0):
+        return <int>n + 2
+    if n < 11 or memcmp(data + 6, b"TCP", 3) != 0 or data[10] != 32:
         return -1
-    at = 11
-    i = at
-    while i < n and data[i] != 32:
-        i += 1
-    if i == n or i - at >= sizeof(text) or i == at:
-        return -1
-    memcpy(text, data + at, i - at)
-    text[i - at] = 0
-    if not cw_parse_address(text, 0, address, &size):
+    family = AF_INET if data[9] == 52 else AF_INET6 if data[9] == 54 else -1
+    if not take_address(data, n, &at, family, address) or not take_address(data, n, &at, family, &destination) or \
+            not take_port(data, n, &at) or not take_port(data, n, &at) or at != n + 1:
         return -1
     kind[0] = 1
-    return <int>n + 1
+    return <int>n + 2
+
+
+cdef uint32_t word_end(const char* data, uint32_t n, uint32_t at) noexcept nogil:
+    while at < n and data[at] != 32:
+        at += 1
+    return at
+
+
+cdef bint take_address(const char* data, uint32_t n, uint32_t* at, int family, sockaddr_storage* address) noexcept nogil:
+    """Reads the word at `at` as an address of the family, and passes over it and the byte behind it."""
+    cdef uint32_t end = word_end(data, n, at[0])
+    cdef char text[48]
+    cdef socklen_t size = 0
+    if end <= at[0] or end - at[0] >= sizeof(text):
+        return False
+    memcpy(text, data + at[0], end - at[0])
+    text[end - at[0]] = 0
+    at[0] = end + 1
+    return cw_parse_address(text, 0, address, &size) and address.ss_family == family
+
+
+cdef bint take_port(const char* data, uint32_t n, uint32_t* at) noexcept nogil:
+    cdef uint32_t end = word_end(data, n, at[0])
+    cdef uint32_t i, port = 0
+    if end <= at[0] or end - at[0] > 5:
+        return False
+    for i in range(at[0], end):
+        if data[i] < 48 or data[i] > 57:
+            return False
+        port = port * 10 + <uint32_t>(data[i] - 48)
+    at[0] = end + 1
+    return port <= 65535

@@ -78,7 +78,6 @@ cdef class JwtStep(Step):
             x.slot.counters[C_TOKEN_HITS] += 1
             x.principal = principal
             return STEP_GO
-        x.slot.counters[C_TOKEN_MISSES] += 1
         return STEP_PARK
 
     cdef bytes token(self, Exchange x):
@@ -86,17 +85,30 @@ cdef class JwtStep(Step):
         return PyBytes_FromStringAndSize(x.head.base + field.value + 7, field.value_len - 7)
 
     cdef object park(self, Exchange x):
-        return self.verifier.check(self.token(x))
+        cdef bytes token = self.token(x)
+        found = self.verifier.check(token)
+        if not isinstance(found, Principal):
+            return self.later(token, found)
+        self.cache.put(token, found)
+        return found
+
+    async def later(self, bytes token, found):
+        """The key has to be fetched first. What is verified then is remembered in the same turn of the loop: had the keys
+        changed between the two, the cache would keep a token of a removed key."""
+        principal = await found
+        self.cache.put(token, principal)
+        return principal
 
     cdef int resumed(self, Exchange x, object result) except -1:
         x.principal = <Principal?>result
-        self.cache.put(self.token(x), x.principal)
+        x.slot.counters[C_TOKEN_MISSES] += 1
         return STEP_GO
 
     cdef int failed(self, Exchange x, object error) except -1:
         reason = getattr(error, "reason", None)
         if reason is None:
-            log.error("token verification failed unexpectedly", exc_info=error)
+            # The type only: an exception's text may quote the token.
+            log.error("token verification failed unexpectedly", extra={"policy": self.name, "error": type(error).__name__})
             return self.refused(x, b"token-invalid", b"the token cannot be verified")
         return self.refused(x, reason.encode("ascii", "replace"), error.description.encode("ascii", "replace"))
 
@@ -111,13 +123,15 @@ cdef class ApiKeyStep(Step):
     """A key in a header -> principal. `keys` maps SHA-256 digests (32 bytes) to principals; digests are compared in constant time."""
 
     cdef TokenCache cache
-    cdef bytes header
+    cdef bytes header, challenge
     cdef tuple keys
 
     def __init__(self, str name, str header, keys, TokenCache cache not None):
         self.phase = PHASE_IDENTIFY
         self.name = name
         self.header = header.lower().encode("ascii")
+        # No scheme is registered for keys in a header, but RFC 9110 15.5.2 wants a challenge in every 401.
+        self.challenge = b'www-authenticate: ApiKey header="' + self.header + b'"\r\n'
         self.keys = tuple(keys)
         self.cache = cache
 
@@ -126,20 +140,24 @@ cdef class ApiKeyStep(Step):
         cdef Field* field
         cdef Principal principal
         if i < 0:
-            return x.refuse(401, b"key-missing", b"an API key is required")
+            return self.refused(x, b"key-missing", b"an API key is required")
         field = &x.head.fields[i]
         if field.value_len == 0 or field.value_len > 512 or \
                 head_find(x.head, self.header, PyBytes_GET_SIZE(self.header), i + 1) >= 0:
-            return x.refuse(401, b"key-malformed", b"exactly one API key is required")
+            return self.refused(x, b"key-malformed", b"exactly one API key is required")
         principal = self.cache.get(x.head.base + field.value, field.value_len, x.wall // 1000000)
         if principal is None:
             principal = self.lookup(x.head.base[field.value:field.value + field.value_len])
             if principal is None:
-                x.slot.counters[C_TOKEN_REFUSED] += 1
-                return x.refuse(401, b"key-invalid", b"the API key is not known")
+                return self.refused(x, b"key-invalid", b"the API key is not known")
         if x.principal is None:
             x.principal = principal
         return STEP_GO
+
+    cdef int refused(self, Exchange x, bytes slug, bytes detail) except -1:
+        x.refuse(401, slug, detail)
+        x.reply_headers = self.challenge
+        return STEP_ANSWERED
 
     cdef Principal lookup(self, bytes key):
         digest = hashlib.sha256(key).digest()
@@ -150,6 +168,13 @@ cdef class ApiKeyStep(Step):
         if found is not None:
             self.cache.put(key, found)
         return found
+
+
+cdef int unidentified(Exchange x) except -1:
+    """Nobody said who calls: a hook was expected to, or the policy that does so let the request pass."""
+    x.refuse(401, b"unauthenticated", b"the caller is not identified")
+    x.reply_headers = b"www-authenticate: Bearer\r\n"
+    return STEP_ANSWERED
 
 
 cdef class ScopesStep(Step):
@@ -168,7 +193,7 @@ cdef class ScopesStep(Step):
     cdef int run(self, Exchange x) except -1:
         cdef str scope
         if x.principal is None:
-            return x.refuse(401, b"unauthenticated", b"the caller is not identified")
+            return unidentified(x)
         for scope in self.required:
             if scope not in <frozenset>x.principal.scopes:
                 x.refuse(403, b"insufficient-scope", b"the caller lacks the scope " + scope.encode("ascii"))
@@ -189,7 +214,7 @@ cdef class ClaimsStep(Step):
 
     cdef int run(self, Exchange x) except -1:
         if x.principal is None:
-            return x.refuse(401, b"unauthenticated", b"the caller is not identified")
+            return unidentified(x)
         for claim, allowed in self.required:
             value = x.principal.claims.get(claim)
             values = value if isinstance(value, (tuple, list)) else (value,)
@@ -331,12 +356,11 @@ cdef class CorsStep(Step):
     cdef int run(self, Exchange x) except -1:
         cdef bytes origin = x.field(F_ORIGIN)
         cdef bytes lines
-        if origin is None:
-            return STEP_GO
-        if not self.any_origin and origin.lower() not in self.origins:
-            if x.head.method == M_OPTIONS and x.head.first[F_ACR_METHOD] >= 0:
+        if origin is None or (not self.any_origin and origin.lower() not in self.origins):
+            if not self.any_origin:             # a cache must not give this answer to an allowed origin
+                x.add_answer_header(b"vary: origin\r\n")
+            if origin is not None and x.head.method == M_OPTIONS and x.head.first[F_ACR_METHOD] >= 0:
                 return x.refuse(403, b"origin-not-allowed", b"this origin may not call")
-            x.add_answer_header(b"vary: origin\r\n")
             return STEP_GO
         lines = b"access-control-allow-origin: *\r\n" if self.any_origin else \
             b"access-control-allow-origin: " + origin + b"\r\nvary: origin\r\n"
@@ -355,31 +379,32 @@ cdef enum:
     LINE_MAX = 32768        # a record; the path is cut to PATH_MAX before escaping, which makes it six times as long at worst
     PATH_MAX = 1024
 
-AUDIT_FIELDS = ("time", "seq", "id", "client", "subject", "issuer", "method", "host", "path", "route", "upstream", "status",
+AUDIT_FIELDS = ("time", "worker", "seq", "id", "client", "subject", "issuer", "method", "host", "path", "route", "upstream", "status",
                 "outcome", "reason", "origin", "duration", "bytes_in", "bytes_out", "trace")
 
 cdef dict FIELD_BITS = {name: 1 << i for i, name in enumerate(AUDIT_FIELDS)}
 
-cdef enum:
+cdef enum:                      # the order of AUDIT_FIELDS
     A_TIME = 1
-    A_SEQ = 1 << 1
-    A_ID = 1 << 2
-    A_CLIENT = 1 << 3
-    A_SUBJECT = 1 << 4
-    A_ISSUER = 1 << 5
-    A_METHOD = 1 << 6
-    A_HOST = 1 << 7
-    A_PATH = 1 << 8
-    A_ROUTE = 1 << 9
-    A_UPSTREAM = 1 << 10
-    A_STATUS = 1 << 11
-    A_OUTCOME = 1 << 12
-    A_REASON = 1 << 13
-    A_ORIGIN = 1 << 14
-    A_DURATION = 1 << 15
-    A_BYTES_IN = 1 << 16
-    A_BYTES_OUT = 1 << 17
-    A_TRACE = 1 << 18
+    A_WORKER = 1 << 1
+    A_SEQ = 1 << 2
+    A_ID = 1 << 3
+    A_CLIENT = 1 << 4
+    A_SUBJECT = 1 << 5
+    A_ISSUER = 1 << 6
+    A_METHOD = 1 << 7
+    A_HOST = 1 << 8
+    A_PATH = 1 << 9
+    A_ROUTE = 1 << 10
+    A_UPSTREAM = 1 << 11
+    A_STATUS = 1 << 12
+    A_OUTCOME = 1 << 13
+    A_REASON = 1 << 14
+    A_ORIGIN = 1 << 15
+    A_DURATION = 1 << 16
+    A_BYTES_IN = 1 << 17
+    A_BYTES_OUT = 1 << 18
+    A_TRACE = 1 << 19
 
 
 cdef class AuditStep(Step):
@@ -410,6 +435,8 @@ cdef class AuditStep(Step):
             p = key(p, b'"time":"')
             p += put_timestamp(p, x.wall)
             p = key(p, b'",')
+        if f & A_WORKER and self.journal.worker >= 0:
+            p = number(p, b'"worker":', <uint64_t>self.journal.worker)
         if f & A_SEQ:
             p = number(p, b'"seq":', self.journal.next_sequence())
         if f & A_ID:
@@ -454,8 +481,7 @@ cdef class AuditStep(Step):
         if p[-1] == 44:
             p -= 1
         p[0] = 125
-        p[1] = 10
-        p += 2
+        p += 1
         if self.journal.append(line, p - line):
             x.slot.counters[C_AUDIT_RECORDS] += 1
         else:
@@ -465,9 +491,10 @@ cdef class AuditStep(Step):
 
 cdef str outcome(Exchange x):
     """answered (by the upstream), refused (by a policy), failed (the upstream's or our side), aborted (the client left)."""
-    if x.status == 499 or (x.side == SIDE_DOWNSTREAM and x.status < 500 and x.slug is None):
+    if x.side == SIDE_DOWNSTREAM and x.slug is None:
         return "aborted"
-    if x.side == SIDE_UPSTREAM or x.status == 500 and x.side == SIDE_GATEWAY:
+    # 499 without the client's doing: the end of a drain, or an error of ours, cut it off.
+    if x.side == SIDE_UPSTREAM or x.status == 499 or x.status == 500 and x.side == SIDE_GATEWAY:
         return "failed"
     return "refused" if x.side != SIDE_NONE else "answered"
 

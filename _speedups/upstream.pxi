@@ -12,13 +12,15 @@ cdef class UpstreamConnection(Connection):
         cdef int result
         cdef Downstream downstream
         if self.state == U_IDLE:
+            if not events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR):
+                return 0                            # its turn of Engine.again, or room to write
             # Closed by the other side, or bytes that nobody asked for: either way it carries no further exchange.
             self.engine.slot.counters[C_UPSTREAM_DISCARDED] += 1
             self.leave_pool()
             return 0
         if self.state == U_CONNECTING:
             if events & (EPOLLOUT | EPOLLERR | EPOLLHUP):
-                return self.connected()
+                return self.connected(events)
             return 0
         downstream = <Downstream>self.x.connection
         if events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR):
@@ -30,7 +32,8 @@ cdef class UpstreamConnection(Connection):
                 if result < 0:
                     self.broken = True
                     self.ended = True
-                elif result == 1 and not self.x.body.done:
+                elif not self.x.body.done:
+                    downstream.arm_body()
                     downstream.advance()
                 elif result == 1 and not self.x.answer_started:
                     downstream.arm(T_UP_HEAD, self.x.route.head_us)
@@ -86,15 +89,21 @@ cdef class UpstreamConnection(Connection):
 
     # -- connecting and sending ---------------------------------------------------------------------------------------
 
-    cdef int connected(self) except -1:
+    cdef int connected(self, uint32_t events) except -1:
+        cdef Downstream downstream = <Downstream>self.x.connection
         if cw_socket_error(self.fd):
             self.engine.slot.counters[C_UPSTREAM_CONNECT_FAILURES] += 1
             return self.connect_failed(503, b"upstream-unreachable",
                                        b"no endpoint of the upstream accepts connections; the request was not sent")
+        if events & (EPOLLIN | EPOLLRDHUP) and not cw_silent(self.fd):
+            # What speaks before it is asked, or leaves at once, says nothing about this request.
+            self.engine.slot.counters[C_UPSTREAM_BAD] += 1
+            return self.connect_failed(502, b"upstream-bad-answer", b"the upstream spoke or left before it was asked; the request was not sent")
         self.state = U_HEAD
         self.writable = True
         self.endpoint.down_until = 0
-        return self.send_request()
+        self.send_request()
+        return downstream.advance()
 
     cdef int connect_failed(self, int status, bytes slug, bytes detail) except -1:
         """Nothing was sent: another endpoint may have it, once."""
@@ -122,12 +131,14 @@ cdef class UpstreamConnection(Connection):
         cdef int n = compose_request(x, out, HEAD_ROOM)
         cdef uint32_t body_at = x.body_at
         cdef int64_t remaining = x.body.remaining
+        cdef uint64_t counted = x.body.bytes
         cdef int result
         if n < 0:
             return self.fail(500, b"head-too-large", b"the request head is too large after the policies' changes")
         if x.collected is not None:
             result = self.put(out, n)
             if result == 0:
+                x.sent = True                       # the head is out: this request is not sent again
                 result = self.put(x.collected, len(x.collected))
         else:
             n = self.append_body(n)
@@ -139,6 +150,7 @@ cdef class UpstreamConnection(Connection):
                 # The kernel took no byte: the request provably never left. Once more, on a new connection.
                 x.body_at = body_at
                 x.body.remaining = remaining
+                x.body.bytes = counted
                 if x.body.mode == BODY_LENGTH:
                     x.body.done = remaining == 0 or x.collected is not None
                 return self.retry()
@@ -148,7 +160,7 @@ cdef class UpstreamConnection(Connection):
         if x.body.done:
             downstream.arm(T_UP_HEAD, x.route.head_us)
         else:
-            downstream.arm(T_BODY, downstream.listener.body_us)
+            downstream.arm_body()
             if not self.broken:
                 downstream.pump_request()
                 return 0
@@ -198,7 +210,8 @@ cdef class UpstreamConnection(Connection):
                 continue
             downstream = <Downstream>self.x.connection
             if downstream.out.end > downstream.out.start:
-                downstream.arm(T_WRITE, downstream.listener.write_us)
+                if downstream.why != T_WRITE:       # more from the upstream is no progress of the client's
+                    downstream.arm(T_WRITE, downstream.listener.write_us)
                 return 0
             there = self.inb.end - self.inb.start
             if there:
@@ -233,23 +246,21 @@ cdef class UpstreamConnection(Connection):
         cdef uint32_t room
         cdef ssize_t n
         cdef Head* head = self.engine.answer_head
-        if not self.readable and not (self.pending and self.inb.end > self.inb.start):
-            return 0
-        if self.readable:
+        if not self.pending:                        # what is here is looked at before more is read
+            if not self.readable:
+                return 0
             if buffer_reserve(&self.inb, 4096) < 0:
                 return self.fail(502, b"upstream-bad-answer", b"out of memory")
             room = self.inb.cap - self.inb.end
             n = cw_recv(self.fd, self.inb.base + self.inb.end, room)
             if n == -EAGAIN:
                 self.readable = False
-                if not self.pending:
-                    return 0
-            elif n <= 0:
+                return 0
+            if n <= 0:
                 return self.lost(<int>-n)
-            else:
-                self.inb.end += <uint32_t>n
-                if n < room and not self.ended:
-                    self.readable = False
+            self.inb.end += <uint32_t>n
+            if n < room and not self.ended:
+                self.readable = False
         self.pending = False
         head_reset(head)
         result = parse_response(self.inb.base + self.inb.start, self.inb.end - self.inb.start, head, &ANSWER_LIMITS)
@@ -304,7 +315,9 @@ cdef class UpstreamConnection(Connection):
         if x.answer.out == BODY_CHUNKED and x.head.minor == 0:
             x.answer.out = BODY_CLOSE
             x.keep_alive = False
-        self.keep = (not head.close if head.minor else head.keep_alive and not head.close) and x.answer.mode != BODY_CLOSE
+        # An answer that begins before its request has left completely makes the connection's next answer doubtful.
+        self.keep = (not head.close if head.minor else head.keep_alive and not head.close) and x.answer.mode != BODY_CLOSE \
+            and x.body.done and self.out.end == self.out.start
         if not x.body.done or self.engine.draining:
             x.keep_alive = False
         if x.answer_hook < len(x.route.response_hooks):
@@ -326,6 +339,8 @@ cdef class UpstreamConnection(Connection):
             take = self.inb.end - self.inb.start
             if take > x.answer.remaining:
                 take = x.answer.remaining
+            if take > COMPOSED - n:
+                take = COMPOSED - n
             memcpy(out + n, self.inb.base + self.inb.start, take)
             n += <int>take
             x.answer.remaining -= take
@@ -434,7 +449,7 @@ cdef class UpstreamConnection(Connection):
         """To the pool, if nothing is owed in either direction, else to its end."""
         cdef Exchange x = self.x
         cdef bint keep = self.keep and x.body.done and not self.broken and not self.ended and \
-            self.out.end == self.out.start and self.inb.end == self.inb.start
+            self.out.end == self.out.start and self.inb.end == self.inb.start and not self.endpoint.retired
         cdef UpstreamConnection oldest
         self.detach()
         # After a short read nothing more is there; after a full one, look.
@@ -495,6 +510,7 @@ cdef class UpstreamConnection(Connection):
     cdef int lost(self, int error) except -1:
         """The connection ended (error 0) or broke before the answer was complete. Returns 0: the exchange is over here."""
         cdef Exchange x = self.x
+        cdef Downstream downstream = <Downstream>x.connection
         self.ended = True
         if self.state == U_BODY:
             if x.answer.mode == BODY_CLOSE and error == 0:
@@ -506,7 +522,8 @@ cdef class UpstreamConnection(Connection):
         if self.reused and x.replayable and x.tries == 0 and x.informational == 0 and self.inb.end == self.inb.start and \
                 x.body.mode == BODY_NONE and x.head.method in (M_GET, M_HEAD, M_OPTIONS):
             # The keep-alive race: safe methods without a body may be sent again (RFC 9110 9.2.2), once.
-            return self.retry()
+            self.retry()
+            return downstream.advance()
         return self.fail(502, b"upstream-closed",
                          b"the upstream closed the connection before it answered; the request may have been executed")
 

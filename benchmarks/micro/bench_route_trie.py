@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from gateway._speedups.route_trie import Route, RouteTrie  # noqa: E402
-from gateway.snapshot.matching import RouteSpec  # noqa: E402
+from gateway._speedups.route_trie import Route, RouteTrie
+from gateway.snapshot.matching import RouteSpec
 
 SIZES = (10, 1_000, 10_000)
 PER_ROUND = 10_000

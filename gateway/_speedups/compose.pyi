@@ -1,1 +1,3 @@
+"""What Python sees of _speedups/compose.pyx."""
+
 def seed_random() -> None: ...

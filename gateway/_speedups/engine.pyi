@@ -1,19 +1,23 @@
-"""The engine: what a worker process sees of it."""
+"""What Python sees of _speedups/engine.pyx."""
 
 import asyncio
 from collections.abc import Awaitable
-from typing import Any, NoReturn
+from typing import Any
 
 from gateway._speedups.exchange import Exchange, Snapshot
 from gateway._speedups.histogram import WorkerSlot
+from gateway._speedups.pool import Endpoint, Upstream
 from gateway._speedups.token_bucket import BucketTable
 
-class Downstream:
+class Connection: ...
+
+class Downstream(Connection):
     def describe(self) -> dict[str, Any]: ...
 
-class UpstreamConnection: ...
+class UpstreamConnection(Connection):
+    def moved(self, endpoint: Endpoint, upstream: Upstream) -> None: ...
 
-class ListenSocket:
+class ListenSocket(Connection):
     @property
     def name(self) -> str: ...
 
@@ -38,5 +42,5 @@ class Engine:
     def spawn(self, x: Exchange, awaitable: Awaitable[Any]) -> None: ...
     def on_task(self, x: Exchange, generation: int, task: asyncio.Task[Any]) -> None: ...
 
-def raise_it(error: BaseException) -> NoReturn: ...
+def raise_it(error: BaseException) -> None: ...
 def start_task(loop: asyncio.AbstractEventLoop, awaitable: Awaitable[Any]) -> asyncio.Task[Any]: ...

@@ -1,14 +1,15 @@
-"""Snapshots and what they are made of: routes, listeners, steps."""
+"""What Python sees of _speedups/exchange.pyx."""
 
 import asyncio
 from collections.abc import Iterable
 from typing import Any
 
-from gateway._speedups.pool import Endpoint, Upstream
+from gateway._speedups.journal import Journal
+from gateway._speedups.pool import Upstream
 from gateway._speedups.route_trie import Route, RouteTrie
 
 class Networks:
-    def __init__(self, networks: Iterable[object] = ()) -> None: ...
+    def __init__(self, networks: Iterable[str] = ()) -> None: ...
     def __contains__(self, address: str) -> bool: ...
 
 class Step:
@@ -75,14 +76,14 @@ class ListenerEntry:
         write: float = 30,
         requests: int = 10000,
         connections: int = 10000,
-        trusted: Iterable[object] = (),
+        trusted: Iterable[str] = (),
         proxy_protocol: str = "off",
     ) -> None: ...
     @property
     def name(self) -> str: ...
 
 class Snapshot:
-    journals: list[Any]
+    journals: list[Journal]
     sources: list[Any]
     identity_names: tuple[bytes, ...]
     unrouted: int
@@ -104,7 +105,7 @@ class Snapshot:
     def upstreams(self) -> dict[str, Upstream]: ...
     @property
     def routes(self) -> list[RouteEntry]: ...
-    def adopt(self, old: Snapshot) -> list[Endpoint]: ...
+    def adopt(self, old: Snapshot) -> list[Any]: ...
     def start(self, loop: asyncio.AbstractEventLoop) -> None: ...
     def stop(self) -> None: ...
 

@@ -1,9 +1,10 @@
-"""Upstreams, their endpoints and the connections kept to them."""
+"""What Python sees of _speedups/pool.pyx."""
 
 from collections.abc import Iterable
 
 class Endpoint:
     active: int
+    retired: bool
     def __init__(self, address: str, weight: int = 1) -> None: ...
     @property
     def address(self) -> str: ...

@@ -1,7 +1,7 @@
 from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, TypeAlias
 
-Outcome = Literal["won", "less specific", "method", "header", "query", "path", "host"]
+Outcome: TypeAlias = Literal["won", "less specific", "method", "header", "query", "path", "host"]
 
 class _Spec(Protocol):
     @property

@@ -1,29 +1,33 @@
-"""The built-in policies as compiled steps."""
+"""What Python sees of _speedups/steps.pyx."""
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Final, Protocol
 
 from gateway._speedups.exchange import Step
 from gateway._speedups.journal import Journal
 from gateway._speedups.token_bucket import RateLimit
-from gateway._speedups.token_cache import TokenCache
+from gateway._speedups.token_cache import Principal, TokenCache
 
-AUDIT_FIELDS: tuple[str, ...]
+AUDIT_FIELDS: Final[tuple[str, ...]]
+
+class _Verifier(Protocol):
+    # An awaitable while the issuer has to be asked, else the verdict itself.
+    def check(self, token: bytes, /) -> object: ...
 
 class JwtStep(Step):
-    def __init__(self, name: str, verifier: Any, cache: TokenCache, realm: str = "crossway") -> None: ...
+    def __init__(self, name: str, verifier: _Verifier, cache: TokenCache, realm: str = "crossway") -> None: ...
 
 class ApiKeyStep(Step):
-    def __init__(self, name: str, header: str, keys: Any, cache: TokenCache) -> None: ...
+    def __init__(self, name: str, header: str, keys: Iterable[tuple[bytes, Principal]], cache: TokenCache) -> None: ...
 
 class ScopesStep(Step):
     def __init__(self, name: str, required: Iterable[str]) -> None: ...
 
 class ClaimsStep(Step):
-    def __init__(self, name: str, required: Any) -> None: ...
+    def __init__(self, name: str, required: Mapping[str, Iterable[str | int | float | bool]]) -> None: ...
 
 class IpStep(Step):
-    def __init__(self, name: str, allow: Iterable[object] = (), deny: Iterable[object] = ()) -> None: ...
+    def __init__(self, name: str, allow: Iterable[str] = (), deny: Iterable[str] = ()) -> None: ...
 
 class RateLimitStep(Step):
     def __init__(self, name: str, rate: RateLimit, key: str, *, window: int, label: str) -> None: ...

@@ -1,13 +1,14 @@
 """`crossway check`: say everything that is wrong with a configuration, and bind nothing.
 
-Strategy: the same `load` that `crossway run` uses, then the warnings; what a person reads and the JSON list go to
-standard output, the exit code says the rest.
+Strategy: the same `load` that `crossway run` uses, then the same build (thrown away), then the warnings; what a person
+reads and the JSON list go to standard output, the exit code says the rest.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 from collections.abc import Sequence
 
 from gateway.errors import ConfigError, Problem
@@ -32,15 +33,19 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Check the file; return 0 for a good one, 1 with --strict for warnings, 2 for errors."""
-    from gateway.config import findings, load  # the schema takes a moment to import: not for `crossway --help`
+    from gateway import snapshot  # these take a moment to import: not for `crossway --help`
+    from gateway.config import findings, load
 
+    # What a policy has to say is among the findings; logging would print it a second time.
+    logging.getLogger("gateway").addHandler(logging.NullHandler())
     summary = ""
     problems: Sequence[Problem]
     try:
         config = load(args.config)
-        problems = findings(config)
+        problems = sorted([*findings(config), *snapshot.check(config)], key=lambda problem: (problem.line, problem.column))
         parts = [_count(len(getattr(config, name)), name) for name in ("listeners", "upstreams", "policies", "routes")]
-        summary = f"{args.config}: ok, {', '.join(parts)}, digest {config.digest[:12]}"
+        if not any(problem.severity == "error" for problem in problems):
+            summary = f"{args.config}: ok, {', '.join(parts)}, digest {config.digest[:12]}"
     except ConfigError as error:
         problems = error.problems
     if args.output == "json":

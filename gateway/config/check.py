@@ -7,14 +7,15 @@ Strategy: small checks over the loaded model, each with its own place in the fil
 from __future__ import annotations
 
 import os
+from difflib import get_close_matches
 from pathlib import Path
 
 from gateway.config.cpus import available_cpus
 from gateway.config.hooks import check_hook
-from gateway.config.keyfile import MAX_JWKS, check_jwks, read_file
+from gateway.config.keyfile import MAX_JWKS, read_file
 from gateway.config.names import check_names
 from gateway.config.overlaps import check_overlaps
-from gateway.config.policies import Jwt, Policy, Python
+from gateway.config.policies import AUDIT_FIELDS, DESCRIPTORS, Audit, Jwt, Policy, Python
 from gateway.config.schema import Config, Route
 from gateway.config.source import Document, Key
 from gateway.config.web import Bind, parameters
@@ -151,11 +152,21 @@ def _folder(path: Path, place: Place, document: Document) -> None:
 def _files(policy: Policy, place: Place, document: Document) -> None:
     settings = policy.settings
     if policy.audit is not None:
-        _folder(policy.audit.file, (*place, "audit", "file"), document)
+        _audit(policy.audit, (*place, "audit"), document)
     elif isinstance(settings, Jwt):
         _keys(settings, (*place, "jwt"), document)
     elif isinstance(settings, Python):
         check_hook(settings, (*place, "python"), document)
+
+
+def _audit(audit: Audit, place: Place, document: Document) -> None:
+    if audit.file not in DESCRIPTORS:
+        _folder(audit.file, (*place, "file"), document)
+    for index, name in enumerate(audit.fields or ()):
+        if name not in AUDIT_FIELDS:
+            close = get_close_matches(name, AUDIT_FIELDS, 1, 0.6)
+            hint = f"did you mean '{close[0]}'?" if close else f"one of {', '.join(AUDIT_FIELDS)}"
+            document.report((*place, "fields", index), "not a field of audit records", hint)
 
 
 def _keys(jwt: Jwt, place: Place, document: Document) -> None:
@@ -174,12 +185,7 @@ def _keys(jwt: Jwt, place: Place, document: Document) -> None:
     except OSError as error:
         document.report(at, f"cannot read the keys: {error.strerror}", f"put the issuer's JWKS there: {path}")
         return
-    document.files[f"file:{path}"] = content
-    errors, warnings = check_jwks(content, jwt.algorithms)
-    for message in errors:
-        document.report(at, f"the key file {message}", "fetch the issuer's JWKS again")
-    for message in warnings:
-        document.warn(at, f"the key file's {message}", "")
+    document.files[f"file:{path}"] = content  # whether its keys can serve is seen when the policy is made
 
 
 # -- routes and their policies
@@ -197,14 +203,13 @@ def _route(config: Config, number: int, route: Route, document: Document) -> Non
                 f"the first is at line {document.spot(first[policy.kind]).line}; keep one",
             )
         first.setdefault(policy.kind, at)
-    hooked = "python" in first  # a hook may be what identifies the caller
-    identified = "jwt" in first or "api_key" in first or hooked
+    identified = "jwt" in first or "api_key" in first
     for at, policy in used:
         if policy.kind == "scopes" and not identified:
             document.report(
                 at, "scopes without a policy that says who calls", "add a jwt or api_key policy to this route"
             )
-        if policy.kind == "claims" and not ("jwt" in first or hooked):
+        if policy.kind == "claims" and "jwt" not in first:
             document.report(at, "claims without a token to carry them", "add a jwt policy to this route")
         if policy.rate_limit is not None and policy.rate_limit.key == "client" and not identified:
             document.report(

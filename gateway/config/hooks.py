@@ -23,7 +23,7 @@ PHASES = ("on_request", "on_response", "on_end")
 def check_hook(settings: Python, place: tuple[Key, ...], document: Document) -> None:
     """Report what keeps a Python policy from being made."""
     at = (*place, "class")
-    with _folder_first(document.base):
+    with folder_first(document.base):
         try:
             module = importlib.import_module(settings.module)
         except Exception as error:  # noqa: BLE001 - the module is the user's: whatever it raises is a finding
@@ -89,8 +89,8 @@ def _remember(name: str | None, document: Document) -> None:
 
 
 @contextmanager
-def _folder_first(folder: Path) -> Iterator[None]:
-    """Make `folder` the first place of imports, and forget afterwards what came from it."""
+def folder_first(folder: Path) -> Iterator[None]:
+    """Make `folder` the first place of imports, write nothing into it, and forget afterwards what came from it."""
     before = dict(sys.modules)
     bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     for name in [name for name, module in before.items() if _inside(module, folder)]:

@@ -8,6 +8,7 @@ kind or a mistake inside one is reported at its own place. What needs the file s
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, GetJsonSchemaHandler, SecretStr, model_validator
@@ -198,8 +199,16 @@ class Cors(Model):
         return self
 
 
+# An inherited descriptor is written to as it is: opening these names again may be refused, or reach another file.
+DESCRIPTORS = {Path("/dev/stdout"): 1, Path("/dev/stderr"): 2}
+
+
+def _audit_file(raw: Any) -> Any:
+    return f"/dev/{raw}" if raw in ("stdout", "stderr") else raw
+
+
 AUDIT_FIELDS = (
-    "time", "seq", "id", "client", "subject", "issuer", "method", "host", "path", "route", "upstream", "status",
+    "time", "worker", "seq", "id", "client", "subject", "issuer", "method", "host", "path", "route", "upstream", "status",
     "outcome", "reason", "origin", "duration", "bytes_in", "bytes_out", "trace",
 )  # fmt: skip
 
@@ -209,7 +218,9 @@ class Audit(Model):
 
     kind: ClassVar[str] = "audit"
 
-    file: FilePath = needed("where the lines go; reopened on SIGUSR1")
+    file: Annotated[FilePath, BeforeValidator(_audit_file)] = needed(
+        "where the lines go, or stdout or stderr; reopened on SIGUSR1"
+    )
     fields: Annotated[tuple[Text, ...], listed("text"), Field(min_length=1)] | None = setting(
         None, "which fields; default: all"
     )

@@ -34,6 +34,7 @@ from gateway.config.web import (
     parse_host_pattern,
 )
 
+MAX_HEAD = 64 << 10  # bytes; the engine composes a head with our own fields in twice the room
 MAX_FIELDS = 256  # the engine's header table has this many rows
 
 
@@ -72,7 +73,7 @@ class ListenerTimeouts(Model):
 class ListenerLimits(Model):
     """How much a client may send."""
 
-    head: Size = setting("32KiB", "whole request head; 431 above it")
+    head: Size = setting("32KiB", "whole request head, at most 64KiB; 431 above it")
     fields: Int = Field(default=100, ge=1, le=MAX_FIELDS, description="header fields in a request; 431 above it")
     target: Size = setting("8KiB", "request target; 414 above it")
     body: Size = setting("1MiB", "request body unless the route says otherwise; 413 above it")
@@ -81,8 +82,12 @@ class ListenerLimits(Model):
 
     @model_validator(mode="after")
     def _bounds(self) -> Self:
-        if not 1024 <= self.head <= 1 << 20:
-            raise fault("a head is between 1KiB and 1MiB", at=("head",))
+        if not 1024 <= self.head <= MAX_HEAD:
+            raise fault(
+                "a head is between 1KiB and 64KiB",
+                "what does not fit there belongs into a body",
+                at=("head",),
+            )
         if not 64 <= self.target <= self.head:
             raise fault(
                 "a target is between 64 bytes and the limit of the head", "raise `head` as well", at=("target",)

@@ -107,6 +107,8 @@ class Document:
         """Note a problem at a path or Spot; with `key`, point at the key rather than at the value."""
         spot = at if isinstance(at, Spot) else self.spot(at)
         line, column, width = spot.key if key and spot.key else spot.mark
+        if not self.lines:  # the text was let go (see server/compiler.py): the file is all that is known
+            line = column = 0
         self._add(line, column, width, message, hint, severity)
 
     def warn(self, at: Path_ | Spot, message: str, hint: str = "", *, key: bool = False) -> None:
@@ -209,6 +211,8 @@ class Document:
         column = min(column, len(source) + 1)
         if "${" in source:
             hint = 'inside { } or [ ] a reference needs quotes: "${env:NAME}"'
+        elif source[column - 1 : column] == "{" and "flow" in message:
+            hint = 'inside { } a value that holds braces needs quotes: path: "/v1/payments/{id}"'
         elif "\t" in source[: len(source) - len(source.lstrip())]:
             message, hint = "a tab cannot indent YAML", "indent with spaces"
         elif "another document" in message:

@@ -4,15 +4,19 @@ Strategy: `compile_policy` looks up the kind's function in one table. Each funct
 is being compiled; what several routes share (verifiers, caches, journals) comes from the Workshop of the snapshot.
 """
 
-from gateway.policies.base import RouteParts, Use, Workshop
+from collections.abc import Callable
+from typing import Any
+
+from gateway._speedups.hooks import settle
 from gateway.policies.authorise import compile_claims, compile_ip, compile_scopes
+from gateway.policies.base import RouteParts, SettingError, Use, Workshop
 from gateway.policies.identify import compile_api_key, compile_jwt
 from gateway.policies.limit import compile_limits, compile_rate_limit
 from gateway.policies.python import compile_python
-from gateway.policies.record import compile_audit
+from gateway.policies.record import close_journals, compile_audit
 from gateway.policies.transform import compile_cors, compile_headers, compile_rewrite
 
-COMPILERS = {
+COMPILERS: dict[str, Callable[[Any, Use, RouteParts], None]] = {
     "jwt": compile_jwt,
     "api_key": compile_api_key,
     "ip": compile_ip,
@@ -29,4 +33,11 @@ COMPILERS = {
 
 PHASES = ("identify", "authorise", "limit", "validate", "transform", "record")
 
-__all__ = ["COMPILERS", "PHASES", "RouteParts", "Use", "Workshop"]
+
+async def end(seconds: float) -> None:
+    """Finish what policies do after the last exchange: on_end calls, then the audit records. Each takes at most `seconds`."""
+    await settle(seconds)
+    close_journals(seconds)
+
+
+__all__ = ["COMPILERS", "PHASES", "RouteParts", "SettingError", "Use", "Workshop", "end"]

@@ -16,6 +16,14 @@ from gateway._speedups.exchange import Step
 Made = TypeVar("Made")
 
 
+class SettingError(ValueError):
+    """A setting that cannot be used. `at` is its place below the policy's kind, such as ("keys",)."""
+
+    def __init__(self, message: str, at: tuple[str | int, ...]) -> None:
+        super().__init__(message)
+        self.at = at
+
+
 @dataclass
 class RouteParts:
     """What the policies of one route add up to."""
@@ -45,14 +53,18 @@ class Use:
     route: str
     parameters: tuple[str, ...]                         # of the route's path template
     workshop: Workshop
+    place: tuple[str | int, ...] = ()                   # in the file, down to the policy's kind
 
 
 class Workshop:
     """What the routes of one snapshot share, made on first use."""
 
-    def __init__(self, base: Path, seed: int) -> None:
+    def __init__(self, base: Path, seed: int, worker: int = -1, *, check: bool = False) -> None:
         self.base = base
+        self.worker = worker                            # index, in audit records; -1 outside of a worker
         self.seed = seed                                # of Principal.key, the same in every worker
+        self.check = check                              # nothing of it will run: leave no trace
+        self.notes: list[tuple[tuple[str | int, ...], str]] = []    # doubts: place in the file, sentence
         self.sources: list[Any] = []                    # background work: start(loop), stop()
         self.journals: dict[Path, Any] = {}
         self.identity_names: set[bytes] = set()

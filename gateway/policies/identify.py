@@ -12,7 +12,8 @@ from typing import Any
 from gateway._speedups.steps import ApiKeyStep, JwtStep
 from gateway._speedups.token_cache import Principal, TokenCache
 from gateway.config.policies import ApiKey, Jwt
-from gateway.policies.base import RouteParts, Use
+from gateway.policies.base import RouteParts, SettingError, Use
+from gateway.policies.jwt_keys import KeysError
 from gateway.policies.jwt_settings import JwtSettings
 from gateway.policies.jwt_source import KeySource, open_source
 from gateway.policies.jwt_verify import Verifier
@@ -34,6 +35,11 @@ class RunningSource:
     def stop(self) -> None:
         self.source.stop()
 
+    async def settled(self) -> None:
+        """Return when there are keys, or the first attempt to get some has ended."""
+        if not self.source.keys.keys:
+            await self.source.refetch()         # joins the attempt that start() began
+
 
 def compile_jwt(settings: Jwt, use: Use, parts: RouteParts) -> None:
     verifier, cache = use.workshop.shared("jwt", use.name, lambda: _verifier(settings, use))
@@ -47,13 +53,16 @@ def _verifier(settings: Jwt, use: Use) -> tuple[Verifier, TokenCache]:
     source: KeySource | None = None
     if settings.keys is not None:
         public = tuple(name for name in settings.algorithms if not name.startswith("HS"))
-        source = open_source(
-            settings.keys, public, base=use.workshop.base, refresh=settings.refresh, cooldown=settings.cooldown,
-            on_change=cache.invalidate,
-        )
+        try:
+            source = open_source(
+                settings.keys, public, base=use.workshop.base, refresh=settings.refresh, cooldown=settings.cooldown,
+                on_change=cache.invalidate,
+            )
+        except ValueError as error:
+            raise SettingError(str(error), at=("keys",)) from None
         previous = _sources.get((settings.keys, public))
         if not (previous is not None and settings.keys_url and source.adopt(previous)):
-            source.load()
+            _load(source, use)
         _sources[(settings.keys, public)] = source
         use.workshop.sources.append(RunningSource(source))
     demands = JwtSettings(
@@ -69,6 +78,15 @@ def _verifier(settings: Jwt, use: Use) -> tuple[Verifier, TokenCache]:
         seed=use.workshop.seed,
     )
     return Verifier(demands, source), cache
+
+
+def _load(source: KeySource, use: Use) -> None:
+    """Read what needs no network; keys that are left out are worth a note, a set without any is an error."""
+    try:
+        source.load()
+    except KeysError as error:
+        raise SettingError(str(error), at=("keys",)) from None
+    use.workshop.notes += [((*use.place, "keys"), f"the key set: {note}; it is not used") for note in source.keys.notes]
 
 
 def compile_api_key(settings: ApiKey, use: Use, parts: RouteParts) -> None:

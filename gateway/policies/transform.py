@@ -33,9 +33,17 @@ def compile_rewrite(settings: Rewrite, use: Use, parts: RouteParts) -> None:
         parts.rewrite_host = settings.host.encode("ascii")
 
 
+# Whether a browser may read an answer is said by the policy alone; an origin's own word would contradict it, or double it.
+CORS_ANSWER = (
+    b"access-control-allow-origin", b"access-control-allow-credentials", b"access-control-expose-headers",
+    b"access-control-allow-methods", b"access-control-allow-headers", b"access-control-max-age",
+)
+
+
 def compile_cors(settings: Cors, use: Use, parts: RouteParts) -> None:
     parts.cors = CorsStep(
         use.name, settings.origins, settings.methods, settings.headers, settings.expose, settings.credentials,
         int(settings.max_age),
     )
+    parts.response_remove.extend(CORS_ANSWER)
     parts.steps.insert(0, parts.cors)           # first of its phase: refusals by the others are marked as well

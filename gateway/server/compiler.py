@@ -50,6 +50,7 @@ def _forget_source(config: Config) -> None:
     """Drop the text of the file and the place of every value: workers never report on them, and would keep them forever."""
     document = Document(config.path)
     document.base = config.base
+    document.secrets = config.document.secrets  # a policy's own words in a worker are redacted as they are here
     config._document = document
 
 

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gateway.config import Config
+from gateway.config.cpus import available_cpus
 from gateway.server import log as logs
 from gateway.server.board import Board
-from gateway.server.cgroup import available_cpus
 from gateway.server.channel import Channel, ChannelClosed, Message
 from gateway.server.children import Child, Condition, Role, Slot
 from gateway.server.drain import Shutdown

@@ -19,6 +19,7 @@ from typing import Any
 
 import uvloop
 
+from gateway import policies
 from gateway._speedups.engine import Engine
 from gateway.errors import ConfigError
 from gateway.server import log as logs
@@ -26,10 +27,11 @@ from gateway.server.channel import ChannelClosed, Message
 from gateway.server.launch import Launch
 from gateway.server.log import log
 from gateway.server.store import problems_of, read_config
-from gateway.snapshot import Snapshot, build
+from gateway.snapshot import Snapshot, build, settled
 
 HEARTBEAT = 0.5  # seconds
 PAGE = os.sysconf("SC_PAGESIZE")
+LAST_WORDS = 2.0  # seconds for what policies do after the last exchange
 DRAIN_CHECK = 0.02  # seconds between two looks at what is still in flight
 
 
@@ -42,6 +44,7 @@ class Prepared:
     snapshot: Snapshot
     listen: dict[str, int]
     unlisten: list[str]
+    waiting: asyncio.Task[None] | None = None  # until the snapshot has settled
 
 
 class Worker:
@@ -56,24 +59,29 @@ class Worker:
         self.engine = Engine(launch.slot, self.gauges, launch.memory.buckets)
         self.snapshot: Snapshot = self._build(launch.config, launch.version)
         self.prepared: Prepared | None = None
+        self.memory = os.open("/proc/self/statm", os.O_RDONLY)  # kept: a worker without free descriptors has to beat too
         self.stop_at: float | None = None  # loop time; None while serving
         self.ended: asyncio.Future[None] = loop.create_future()
 
     def _build(self, config: Any, version: int) -> Snapshot:
-        return build(config, names=self.launch.memory.names, seed=self.launch.seed, version=version)
+        memory, launch = self.launch.memory, self.launch
+        return build(config, names=memory.names, seed=launch.seed, version=version, worker=launch.slot)
 
     async def run(self) -> None:
         """Serve until drained."""
         self.snapshot.start(self.loop)
         self.engine.apply(self.snapshot)
         self.engine.start(self.loop)
+        self.loop.add_signal_handler(signal.SIGUSR1, self._reopen)
+        self._beat()
+        # Connections wait in the backlog meanwhile; a SIGTERM ends a worker that serves nothing yet at once.
+        if not await settled(self.snapshot):
+            log.warning("serving before all upstream names are resolved and all keys are fetched")
+        self.loop.add_signal_handler(signal.SIGTERM, lambda: self._drain(self.deadline))
         for name, fd in self.launch.listeners.items():
             self._listen(name, fd)
         self.loop.add_reader(self.channel.fileno(), self._orders)
-        self.loop.add_signal_handler(signal.SIGTERM, lambda: self._drain(self.deadline))
-        self.loop.add_signal_handler(signal.SIGUSR1, self._reopen)
         self._gauge_start()
-        self._beat()
         self._tell({"type": "ready", "version": self.launch.version})
         try:
             await self.ended
@@ -81,13 +89,14 @@ class Worker:
             self.loop.remove_reader(self.channel.fileno())
             self.snapshot.stop()
             self.engine.close()
+            await policies.end(LAST_WORDS)
 
     def _beat(self) -> None:
         """Tell the watchdog that the loop turns, and the metrics what it costs."""
         self.launch.board.beat(self.launch.slot)
-        self.gauges.set_gauge("cpu_us", time.process_time_ns() // 1000)
-        self.gauges.set_gauge("rss", _resident_bytes())
         self.loop.call_later(HEARTBEAT, self._beat)
+        self.gauges.set_gauge("cpu_us", time.process_time_ns() // 1000)
+        self.gauges.set_gauge("rss", int(os.pread(self.memory, 128, 0).split()[1]) * PAGE)
 
     def _gauge_start(self) -> None:
         self.gauges.set_gauge("pid", os.getpid())
@@ -154,10 +163,18 @@ class Worker:
             self._tell({"type": "refused", "version": version, **answer})
         else:
             listen = dict(zip(message["listen"], sockets, strict=True))
-            self.prepared = Prepared(version, config.drain.deadline, snapshot, listen, message["unlisten"])
-            self._tell({"type": "prepared", "version": version})
+            prepared = Prepared(version, config.drain.deadline, snapshot, listen, message["unlisten"])
+            self.prepared = prepared
+            prepared.waiting = self.loop.create_task(self._confirm(prepared))
         finally:
             os.close(store)
+
+    async def _confirm(self, prepared: Prepared) -> None:
+        """Say that a prepared snapshot can be committed, once its names and keys are there (or cannot be had)."""
+        if not await settled(prepared.snapshot):
+            log.warning("the new configuration is ready before all its names are resolved and all its keys are fetched")
+        if self.prepared is prepared:
+            self._tell({"type": "prepared", "version": prepared.version})
 
     def _commit(self, version: int) -> None:
         """Change to the prepared snapshot; exchanges in flight finish on the one they began with."""
@@ -179,6 +196,8 @@ class Worker:
     def _abort(self) -> None:
         prepared, self.prepared = self.prepared, None
         if prepared is not None:
+            if prepared.waiting is not None:
+                prepared.waiting.cancel()
             prepared.snapshot.stop()
             for fd in prepared.listen.values():
                 os.close(fd)
@@ -211,11 +230,6 @@ class Worker:
         for exchange in self.engine.unfinished():
             log.warning("exchange cut off at the end of the drain", extra={"exchange": exchange})
         self.ended.set_result(None)
-
-
-def _resident_bytes() -> int:
-    with open("/proc/self/statm", "rb") as file:
-        return int(file.read().split()[1]) * PAGE
 
 
 def _report(loop: asyncio.AbstractEventLoop, details: dict[str, Any]) -> None:

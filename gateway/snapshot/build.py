@@ -1,24 +1,26 @@
 """Builds a snapshot: upstreams, routes with their compiled steps, and a trie per set of routes.
 
 Strategy: a pure function of the configuration, but for what policies open (key files, audit files). Everything a request could
-have to look up is resolved here. Nothing runs until Snapshot.start().
+have to look up is resolved here. Nothing runs until Snapshot.start(). What cannot be made is reported at its place in the file;
+check() is the same build, thrown away.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from gateway._speedups.exchange import Edits, ListenerEntry, RouteEntry, Snapshot, Step
 from gateway._speedups.pool import Endpoint, Upstream
-from gateway._speedups.route_trie import RouteTrie
-from gateway.config import Config
-from gateway.config import schema
+from gateway._speedups.route_trie import Route, RouteTrie
+from gateway.config import Config, schema
+from gateway.config.hooks import folder_first
 from gateway.config.policies import Policy
+from gateway.errors import ConfigError, Problem
 from gateway.policies import COMPILERS, RouteParts, Use, Workshop
-from gateway.snapshot.matching import spec_of
+from gateway.snapshot.faults import Faults, Place
+from gateway.snapshot.matching import RouteSpec, spec_of
 from gateway.snapshot.resolve import Resolver
-
 
 UNROUTED = 0                # metric id of the empty name: requests that reached no route
 
@@ -29,23 +31,56 @@ class Names(Protocol):
     def add(self, name: str) -> int: ...
 
 
-def build(config: Config, *, names: Names, seed: int, version: int) -> Snapshot:
+def build(config: Config, *, names: Names, seed: int, version: int, worker: int = -1) -> Snapshot:
     """Compile `config`. `seed` must be the same in every worker; `version` counts up with each reload.
 
-    Raises OSError or ValueError for what a policy cannot open or make.
+    `worker` is the index that audit records name; -1 for a snapshot that is only tried out.
+
+    Raises ConfigError for what cannot be opened or made, all of it, each at its place in the file.
     """
-    workshop = Workshop(config.base, seed)
-    upstreams = {name: _upstream(name, settings, workshop) for name, settings in config.upstreams.items()}
+    workshop = Workshop(config.base, seed, worker)
+    snapshot, problems = _build(config, names, version, workshop)
+    if snapshot is None:
+        raise ConfigError(problem for problem in problems if problem.severity == "error")
+    return snapshot
+
+
+def check(config: Config) -> list[Problem]:
+    """Build `config` as a worker does and throw it away; return what is wrong or doubtful. Starts and creates nothing."""
+    with folder_first(config.base):
+        return _build(config, _Numbers(), 0, Workshop(config.base, 0, check=True))[1]
+
+
+class _Numbers:
+    """Metric names of a build that nobody will measure."""
+
+    def add(self, name: str) -> int:
+        return UNROUTED
+
+
+def _build(config: Config, names: Names, version: int, workshop: Workshop) -> tuple[Snapshot | None, list[Problem]]:
+    faults = Faults(config.document)
+    upstreams: dict[str, Upstream] = {}
+    for name, settings in config.upstreams.items():
+        with faults.at(("upstreams", name), f"upstream '{name}' cannot be used"):
+            upstreams[name] = _upstream(name, settings, workshop)
     routes = [
-        _route(index, route, config, upstreams[route.upstream], names.add(route.name), workshop)
+        _route(index, route, config, upstreams.get(route.upstream), names.add(route.name), workshop, faults)
         for index, route in enumerate(config.routes)
     ]
-    snapshot = Snapshot(version, config.digest, _listeners(config, routes), upstreams, routes)
+    listeners = _listeners(config, routes, faults)
+    for place, sentence in workshop.notes:
+        faults.doubt(place, sentence)
+    problems = faults.problems()
+    if any(problem.severity == "error" for problem in problems):
+        return None, problems
+    whole = [route for route in routes if route is not None]
+    snapshot = Snapshot(version, config.digest, listeners, upstreams, whole)
     snapshot.journals = list(workshop.journals.values())
     snapshot.sources = workshop.sources
     snapshot.identity_names = tuple(sorted(workshop.identity_names))
     snapshot.unrouted = UNROUTED
-    return snapshot
+    return snapshot, problems
 
 
 def _upstream(name: str, settings: schema.Upstream, workshop: Workshop) -> Upstream:
@@ -61,49 +96,86 @@ def _upstream(name: str, settings: schema.Upstream, workshop: Workshop) -> Upstr
     )
 
 
-def _listeners(config: Config, routes: list[RouteEntry]) -> dict[str, ListenerEntry]:
+def _listeners(config: Config, routes: Sequence[RouteEntry | None], faults: Faults) -> dict[str, ListenerEntry]:
     """Listeners that offer the same routes share a trie."""
     tries: dict[tuple[int, ...], RouteTrie] = {}
     listeners = {}
     for name, settings in config.listeners.items():
         offered = tuple(i for i, route in enumerate(config.routes) if route.listeners is None or name in route.listeners)
         if offered not in tries:
-            tries[offered] = RouteTrie([(routes[i], spec_of(config.routes[i].match)) for i in offered])
+            tries[offered] = _trie(config, routes, offered, faults)
         times, limits = settings.timeouts, settings.limits
-        listeners[name] = ListenerEntry(
-            name, tries[offered], head_limit=limits.head, target_limit=limits.target, fields=limits.fields,
-            body_limit=limits.body, head=times.head, body=times.body, keepalive=times.keepalive, write=times.write,
-            requests=limits.requests, connections=limits.connections,
-            trusted=[str(network) for network in settings.trusted_proxies], proxy_protocol=settings.proxy_protocol,
-        )
+        with faults.at(("listeners", name), f"listener '{name}' cannot be used"):
+            listeners[name] = ListenerEntry(
+                name, tries[offered], head_limit=limits.head, target_limit=limits.target, fields=limits.fields,
+                body_limit=limits.body, head=times.head, body=times.body, keepalive=times.keepalive, write=times.write,
+                requests=limits.requests, connections=limits.connections,
+                trusted=[str(network) for network in settings.trusted_proxies], proxy_protocol=settings.proxy_protocol,
+            )
     return listeners
 
 
-def _uses(route: schema.Route, config: Config) -> Iterable[tuple[str, Policy]]:
+def _trie(config: Config, routes: Sequence[RouteEntry | None], offered: Sequence[int], faults: Faults) -> RouteTrie:
+    """Return the trie of the offered routes; when they cannot be built, one of none, and the fault at the route's match."""
+    pairs = [(routes[i] or Route(config.routes[i].name, i), spec_of(config.routes[i].match)) for i in offered]
+    try:
+        return RouteTrie(pairs)
+    except ValueError as error:
+        number, reason = _first_that_fails(pairs, error)
+        faults.note(("routes", offered[number], "match"), "it cannot be matched", reason)
+        return RouteTrie([])
+
+
+def _first_that_fails(pairs: Sequence[tuple[Route, RouteSpec]], error: ValueError) -> tuple[int, ValueError]:
+    """Return the position of the first route with which the trie cannot be built, and why: by bisection."""
+    good, bad = 0, len(pairs)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        try:
+            RouteTrie(pairs[:middle])
+            good = middle
+        except ValueError as found:
+            bad, error = middle, found
+    return bad - 1, error
+
+
+def _uses(index: int, config: Config) -> Iterable[tuple[str, Policy, Place]]:
+    """The policies of a route: the name that is the key of what is shared, the policy, and its place in the file."""
+    route = config.routes[index]
     for number, ref in enumerate(route.policies):
         if ref.use is not None:
-            yield ref.use, config.policies[ref.use]
+            policy = config.policies[ref.use]
+            yield ref.use, policy, ("policies", ref.use, policy.kind)
         elif ref.inline is not None:
-            yield f"{route.name}#{number}:{ref.inline.kind}", ref.inline
+            kind = ref.inline.kind
+            yield f"{route.name}#{number}:{kind}", ref.inline, ("routes", index, "policies", number, kind)
 
 
-def _route(index: int, route: schema.Route, config: Config, upstream: Upstream, metric: int, workshop: Workshop) -> RouteEntry:
+def _route(
+    index: int, route: schema.Route, config: Config, upstream: Upstream | None, metric: int, workshop: Workshop, faults: Faults,
+) -> RouteEntry | None:
+    """Return the compiled route, or None when its upstream or a policy is at fault."""
     parts = RouteParts()
-    for name, policy in _uses(route, config):
-        use = Use(name, route.name, route.match.parameters, workshop)
-        COMPILERS[policy.kind](policy.settings, use, parts)
+    for name, policy, place in _uses(index, config):
+        use = Use(name, route.name, route.match.parameters, workshop, place)
+        with faults.at(place, f"the {policy.kind} policy cannot be used", foreign=policy.kind == "python"):
+            COMPILERS[policy.kind](policy.settings, use, parts)
     parts.steps.sort(key=_phase)                # stable: within a phase the order of the file
     times = route.timeouts
-    return RouteEntry(
-        route.name, index, upstream=upstream, metric=metric, steps=tuple(parts.steps),
-        body_limit=_body_limit(route, parts), head=times.head or 0, idle=times.idle or 0,
-        total=times.total or parts.total or 0,
-        request_edits=_edits(parts.request_remove, parts.request_add),
-        response_edits=_edits(parts.response_remove, parts.response_add),
-        rewrite_prefix=parts.rewrite_prefix, rewrite_path=parts.rewrite_path, rewrite_host=parts.rewrite_host,
-        audits=tuple(parts.audits), response_hooks=tuple(parts.response_hooks), end_hooks=tuple(parts.end_hooks),
-        strip_authorization=parts.strip_authorization, cors=parts.cors,
-    )
+    if upstream is None:
+        return None
+    with faults.at(("routes", index), f"route '{route.name}' cannot be used"):
+        return RouteEntry(
+            route.name, index, upstream=upstream, metric=metric, steps=tuple(parts.steps),
+            body_limit=_body_limit(route, parts), head=times.head or 0, idle=times.idle or 0,
+            total=times.total or parts.total or 0,
+            request_edits=_edits(parts.request_remove, parts.request_add),
+            response_edits=_edits(parts.response_remove, parts.response_add),
+            rewrite_prefix=parts.rewrite_prefix, rewrite_path=parts.rewrite_path, rewrite_host=parts.rewrite_host,
+            audits=tuple(parts.audits), response_hooks=tuple(parts.response_hooks), end_hooks=tuple(parts.end_hooks),
+            strip_authorization=parts.strip_authorization, cors=parts.cors,
+        )
+    return None
 
 
 def _phase(step: Step) -> int:

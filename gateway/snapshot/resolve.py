@@ -25,6 +25,7 @@ class Resolver:
         self.endpoints = endpoints
         self.interval = interval
         self._task: asyncio.Task[None] | None = None
+        self._tried = asyncio.Event()
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         self._task = loop.create_task(self._run(loop))
@@ -33,10 +34,15 @@ class Resolver:
         if self._task is not None:
             self._task.cancel()
 
+    async def settled(self) -> None:
+        """Return when every name was asked for once, whatever came of it."""
+        await self._tried.wait()
+
     async def _run(self, loop: asyncio.AbstractEventLoop) -> None:
         retry = FIRST_RETRY
         while True:
             found = await asyncio.gather(*(self._resolve(loop, endpoint) for endpoint in self.endpoints))
+            self._tried.set()
             if all(found):
                 retry = FIRST_RETRY
                 await asyncio.sleep(self.interval)

@@ -22,7 +22,7 @@ PYTHON_LINES, NATIVE_LINES, FUNCTION_LINES = 400, 700, 40
 
 def files(*suffixes: str) -> list[Path]:
     """The repository's files with these suffixes: as git lists them, else by walking."""
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], check=False, cwd=ROOT, capture_output=True, text=True)
     if listed.returncode == 0:
         found = [ROOT / name for name in listed.stdout.splitlines()]
     else:

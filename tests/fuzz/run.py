@@ -63,7 +63,7 @@ def fuzz(name: str, target: Callable[[bytes], Signature], *, seconds: float, run
             file.truncate()
             try:
                 signature = target(data)
-            except Exception:
+            except Exception:  # noqa: BLE001 - whatever a target raises is a finding
                 traceback.print_exc()
                 return data
             if signature not in seen:

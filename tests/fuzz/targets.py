@@ -8,6 +8,7 @@ what is accepted can be written and read again. Memory errors are the sanitizers
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from itertools import pairwise
 
 import h11
 
@@ -64,7 +65,7 @@ def chunked(data: bytes) -> Signature:
     """A chunked body, whole and in pieces."""
     whole = _outcome(testing.decode_chunked, [data])
     at = [0, *_cuts(data), len(data)]
-    assert whole == _outcome(testing.decode_chunked, [data[a:b] for a, b in zip(at, at[1:])])
+    assert whole == _outcome(testing.decode_chunked, [data[a:b] for a, b in pairwise(at)])
     if isinstance(whole, tuple) and len(whole) == 3:
         payload, consumed, done = whole
         assert len(payload) <= consumed <= len(data)

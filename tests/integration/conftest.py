@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.faults import Bank, open_bank
 from tests.integration.processes import Origin, write_config
 
 
@@ -20,3 +21,17 @@ def origin() -> Iterator[Origin]:
 @pytest.fixture
 def config(tmp_path: Path, origin: Origin) -> Path:
     return write_config(tmp_path / "edge.yaml", origin.port)
+
+
+@pytest.fixture(scope="session")
+def opened_bank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bank]:
+    with open_bank(tmp_path_factory.mktemp("bank")) as bank:
+        yield bank
+
+
+@pytest.fixture
+def bank(opened_bank: Bank) -> Iterator[Bank]:
+    """A gateway between misbehaving ends; after the test it must hold nothing and have lost no worker."""
+    yield opened_bank
+    opened_bank.origin.reset()
+    opened_bank.gateway.calm()

@@ -53,7 +53,7 @@ def read_by_h11(data: bytes) -> tuple[h11.Request, bytes, bytes]:
         elif isinstance(event, h11.EndOfMessage):
             return request, body, connection.trailing_data[0]
         else:
-            raise AssertionError(f"h11 wants more: {event}")
+            pytest.fail(f"h11 wants more: {event}")
 
 
 @COMMON

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from gateway import snapshot
 from gateway.cli import check, schema
 from gateway.config import findings, load
-from gateway.config.cpus import available_cpus
 from gateway.config.document import json_schema, markdown
 from gateway.errors import ConfigError, Problem
 
@@ -40,7 +40,8 @@ def write(folder: Path, routes: str, head: str = HEAD, jwks: object = JWKS) -> P
 def found(path: Path) -> list[Problem]:
     """Return errors and warnings alike."""
     try:
-        return findings(load(path))
+        config = load(path)
+        return [*findings(config), *snapshot.check(config)]
     except ConfigError as error:
         return list(error.problems)
 
@@ -184,19 +185,15 @@ def test_settings_that_are_refused(tmp_path: Path, policy: str, column: int | No
 @pytest.mark.parametrize(
     ("jwks", "severity", "message"),
     [
-        ("<html>", "error", "the key file is not JSON"),
-        ("[]", "error", "the key file is no JWKS"),
-        ({"keys": []}, "error", "the key file is no JWKS"),
-        ({"keys": [{"kty": "RSA", "n": "AQAB", "e": "AQAB"}]}, "error", "key 0 is an RSA key of 17 bits"),
-        (
-            {"keys": [{"kty": "OKP", "crv": "Ed25519", "x": "AAAA"}]},
-            "error",
-            "key 0 has a public key of the wrong length",
-        ),
-        ({"keys": [{"kty": "OKP", "crv": "Ed25519", "x": "!!"}]}, "error", "key 0 x is not base64url"),
-        ({"keys": [{"kty": "OKP", "crv": "Ed25519", "x": KEY, "use": "enc"}]}, "error", "has no key for EdDSA"),
-        ({"keys": [*JWKS["keys"], *JWKS["keys"]]}, "error", "key 1 has the kid of an earlier key"),
-        ({"keys": [{**JWKS["keys"][0], "d": KEY}]}, "warning", "key 0 holds private key material"),
+        ("<html>", "error", "the JWK set is not JSON"),
+        ("[]", "error", "the JWK set is not a JSON object"),
+        ({"keys": []}, "error", "the JWK set has no usable key"),
+        ({"keys": [{"kty": "RSA", "n": "AQAB", "e": "AQAB"}]}, "error", "RSA modulus has 17 bits"),
+        ({"keys": [{"kty": "OKP", "crv": "Ed25519", "x": "AAAA"}]}, "error", "its OKP parameters are invalid"),
+        ({"keys": [{"kty": "OKP", "crv": "Ed25519", "x": "!!"}]}, "error", "its x is not canonical base64url"),
+        ({"keys": [{"kty": "OKP", "crv": "Ed25519", "x": KEY, "use": "enc"}]}, "error", "its use is not sig"),
+        ({"keys": [{**JWKS["keys"][0], "d": KEY}]}, "error", "it holds private members"),
+        ({"keys": [*JWKS["keys"], {"kty": "oct", "k": "AAAA"}]}, "warning", "key 1: its kty is not RSA, EC or OKP"),
     ],
 )
 def test_key_files_that_cannot_serve(tmp_path: Path, jwks: object, severity: str, message: str) -> None:
@@ -250,6 +247,7 @@ def test_api_keys_from_a_file_have_places_in_it(tmp_path: Path) -> None:
         ("workers: 1", "workers: 1\nlog: {file: nowhere/x.log}", "error", "the folder of this file does not exist"),
         ("9001]}", "9001, 127.0.0.1:9001]}", "error", "the same endpoint twice"),
         ("8080}", "8080, limits: {target: 1MiB}}", "error", "limit of the head"),
+        ("8080}", "8080, limits: {head: 65537}}", "error", "a head is between 1KiB and 64KiB"),
     ],
 )
 def test_listeners_admin_and_leftovers(tmp_path: Path, old: str, new: str, severity: str, message: str) -> None:
@@ -319,7 +317,7 @@ def test_python_policies(tmp_path: Path, settings: str, message: str, hint: str)
     path = write(
         tmp_path,
         "routes:\n"
-        + route("r", "prefix: /", f"{{python: {{{settings}}}}}, {{rate_limit: {{key: client, rate: 1/s}}}}"),
+        + route("r", "prefix: /", f"{{python: {{{settings}}}}}, {{rate_limit: {{key: ip, rate: 1/s}}}}"),
     )
     before = list(sys.path)
     problems = found(path)
@@ -341,16 +339,6 @@ def test_changed_code_of_a_policy_is_seen_and_changes_the_digest(tmp_path: Path)
     assert load(path).digest != first
     hook.write_text("class B: ...\n")
     assert "has no A" in found(path)[0].message
-
-
-def test_cpus_follow_the_quota_of_every_group_above(tmp_path: Path) -> None:
-    proc = tmp_path / "cgroup"
-    proc.write_text("0::/a/b\n")
-    (tmp_path / "a" / "b").mkdir(parents=True)
-    (tmp_path / "a" / "b" / "cpu.max").write_text("max 100000\n")
-    (tmp_path / "a" / "cpu.max").write_text("50000 100000\n")
-    assert available_cpus(proc, tmp_path) == 1
-    assert available_cpus(tmp_path / "absent", tmp_path) >= 1
 
 
 def run(path: Path, *, strict: bool = False, output: str = "text") -> int:

@@ -214,6 +214,7 @@ def test_each_problem_has_its_source_line_and_a_caret(tmp_path: Path) -> None:
             "expected ',' or '}'",
             'inside { } or [ ] a reference needs quotes: "${env:NAME}"',
         ),
+        ("a: {path: /v1/{id}}\n", (1, 15), "expected ',' or '}'", 'needs quotes: path: "/v1/payments/{id}"'),
         ("a: [1,\nb: 2\n", (1, 4), "expected ',' or ']'", "it is never closed"),
         ("a: 'x\n", (1, 4), "unexpected end of stream", "it is never closed"),
         ("version: 1\n\tworkers: 1\n", (2, 1), "a tab cannot indent YAML", "indent with spaces"),

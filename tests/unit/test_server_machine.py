@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from gateway.config import cpus
 from gateway.config.web import Bind
-from gateway.server import cgroup, log, systemd
+from gateway.server import log, systemd
 from gateway.server.process import cpu_seconds, exit_reason, spawn
 from gateway.server.sockets import BindError, adopt, match_inherited, open_listener
 
@@ -40,22 +41,22 @@ def test_the_tightest_quota_above_us_counts(proc: Path, tmp_path: Path) -> None:
     quota(root, max="max 100000")
     quota(root / "pod", max="250000 100000")
     quota(root / "pod/app", max="400000 100000")
-    assert cgroup.cpu_quota(proc) == 2.5
+    assert cpus.cpu_quota(proc) == 2.5
 
 
 def test_no_quota_is_none(proc: Path, tmp_path: Path) -> None:
     root = tmp_path / "cg"
     mount(proc, [f"30 1 0:26 / {root} rw - cgroup2 cgroup2 rw"], "0::/app\n")
     quota(root / "app", max="max 100000")
-    assert cgroup.cpu_quota(proc) is None
-    assert cgroup.available_cpus(proc) == len(os.sched_getaffinity(0))
+    assert cpus.cpu_quota(proc) is None
+    assert cpus.available_cpus(proc) == len(os.sched_getaffinity(0))
 
 
 def test_half_a_cpu_is_one_worker(proc: Path, tmp_path: Path) -> None:
     root = tmp_path / "cg"
     mount(proc, [f"30 1 0:26 / {root} rw - cgroup2 cgroup2 rw"], "0::/\n")
     quota(root, max="50000 100000")
-    assert cgroup.available_cpus(proc) == 1
+    assert cpus.available_cpus(proc) == 1
 
 
 def test_version_1_and_a_container_that_sees_only_its_own_subtree(proc: Path, tmp_path: Path) -> None:
@@ -63,9 +64,9 @@ def test_version_1_and_a_container_that_sees_only_its_own_subtree(proc: Path, tm
     line = f"31 1 0:27 /docker/abc {root} rw - cgroup cgroup rw,cpu,cpuacct"
     mount(proc, [line], "4:memory:/docker/abc\n3:cpu,cpuacct:/docker/abc\n")
     quota(root, cfs_quota_us="300000\n", cfs_period_us="100000\n")
-    assert cgroup.cpu_quota(proc) == 3.0
+    assert cpus.cpu_quota(proc) == 3.0
     quota(root, cfs_quota_us="-1\n", cfs_period_us="100000\n")
-    assert cgroup.cpu_quota(proc) is None
+    assert cpus.cpu_quota(proc) is None
 
 
 @pytest.mark.parametrize("text", ["", "nonsense", "100000", "x 0", "100000 0", "-5 100000"])
@@ -73,8 +74,8 @@ def test_a_strange_quota_file_is_no_limit_or_a_sane_one(proc: Path, tmp_path: Pa
     root = tmp_path / "cg"
     mount(proc, [f"30 1 0:26 / {root} rw - cgroup2 cgroup2 rw", "broken line"], "0::/app/../..\n")
     quota(root, max=text)
-    assert cgroup.cpu_quota(proc) in (None, 1.0)
-    assert cgroup.available_cpus(proc) >= 1
+    assert cpus.cpu_quota(proc) in (None, 1.0)
+    assert cpus.available_cpus(proc) >= 1
 
 
 def test_notifications_reach_the_socket_systemd_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -44,6 +45,8 @@ class GatewayProcess:
             text = text.replace(f"{name}_PORT", str(sock.getsockname()[1]))
         self.path = folder / f"{config}.yaml"
         self.path.write_text(text, "utf-8")
+        for module in CONFIGS.glob("*.py"):  # Python policies are found beside the configuration
+            shutil.copy(module, folder)
         self.output: list[str] = []
         self._ready = threading.Condition()
         self.process = subprocess.Popen(
