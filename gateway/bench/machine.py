@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gateway.server.cgroup import available_cpus, cpu_quota
+from gateway.config.cpus import available_cpus, cpu_quota
 
 
 def machine() -> dict[str, Any]:
