@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.faults import Bank, open_bank
+from tests.integration.bank import Bank, open_bank
 from tests.integration.processes import Origin, write_config
 
 

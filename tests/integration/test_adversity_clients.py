@@ -12,7 +12,8 @@ import uuid
 
 import pytest
 
-from tests.integration.faults import PATTERN, Bank, Cut, Message, ScriptedOrigin, Stream, get, ok, post
+from tests.integration.bank import Bank
+from tests.integration.faults import PATTERN, Cut, Message, ScriptedOrigin, Stream, get, ok, post
 from tests.integration.processes import PATIENCE, eventually
 
 PHASES = 'crossway_downstream_timeouts_total{{phase="{}"}}'
@@ -257,8 +258,9 @@ def test_the_limit_of_connections_leaves_the_rest_in_the_queue(bank: Bank) -> No
     outside = bank.client("few")
     outside.send(get("/x/late"))
     eventually(lambda: bank.gateway.metrics()["crossway_connections"] == 4)
-    before = bank.gateway.metrics()
-    eventually(lambda: bank.gateway.metrics()["crossway_worker_cpu_seconds{worker=\"0\"}"] != before, "a beat")
+    beat = 'crossway_worker_cpu_seconds{worker="0"}'
+    before = bank.gateway.metrics()[beat]
+    eventually(lambda: bank.gateway.metrics()[beat] != before, "a beat, which is several ticks")
     assert bank.gateway.metrics()["crossway_connections"] == 4
     for client in inside:
         assert client.ask(get()).status == 200

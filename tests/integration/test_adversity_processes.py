@@ -8,24 +8,13 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.integration.faults import (
-    Cut,
-    Ledger,
-    Payers,
-    ScriptedOrigin,
-    Stream,
-    WatchedGateway,
-    connect,
-    get,
-    ok,
-    post,
-    serve,
-    write_faults_config,
-)
+from tests.integration.bank import WatchedGateway, write_faults_config
+from tests.integration.faults import Cut, Ledger, Payers, ScriptedOrigin, Stream, connect, get, ok, post, serve
 from tests.integration.processes import PATIENCE, Gateway, eventually
 
 
@@ -62,9 +51,7 @@ def test_a_killed_worker_costs_only_what_was_in_flight_on_it(tmp_path: Path, scr
             failed = payers.count(0)
             lost = connections_of(gateway, slot)
             os.kill(before[slot], signal.SIGKILL)
-            after = eventually(
-                lambda before=before: (now := gateway.workers()) and set(now) != set(before) and now, "the successor"
-            )
+            after = eventually(partial(successors, gateway, before), "the successor")
             assert after[1 - slot] == before[1 - slot]
             payers.paid(200)
             # One each for the connections of that worker; the others noticed nothing.
@@ -74,6 +61,11 @@ def test_a_killed_worker_costs_only_what_was_in_flight_on_it(tmp_path: Path, scr
         payers.__exit__()
         payers.check(scripted.ledger)
         gateway.calm(same=False)
+
+
+def successors(gateway: WatchedGateway, before: list[int]) -> list[int]:
+    """The workers, once they are ready again and not the same."""
+    return [] if (now := gateway.workers()) == before else now
 
 
 def test_twenty_reloads_under_load_fail_nobody(tmp_path: Path, scripted: ScriptedOrigin) -> None:
@@ -86,7 +78,7 @@ def test_twenty_reloads_under_load_fail_nobody(tmp_path: Path, scripted: Scripte
             for version in range(2, 22):
                 path.write_text(text.replace("name: all", f"name: all-{version}"))
                 gateway.signal(signal.SIGHUP)
-                eventually(lambda version=version: versions(gateway) == {version}, "the new version everywhere")
+                eventually(partial(runs, gateway, version), "the new version everywhere")
                 kept.paid(5)
                 fresh.paid(5)
         assert kept.failed() == {}
@@ -97,6 +89,10 @@ def test_twenty_reloads_under_load_fail_nobody(tmp_path: Path, scripted: Scripte
         scripted.reset()
         gateway.calm()
         assert gateway.files() <= files
+
+
+def runs(gateway: Gateway, version: int) -> bool:
+    return versions(gateway) == {version}
 
 
 def versions(gateway: Gateway) -> set[int]:

@@ -6,16 +6,14 @@ import contextlib
 import json
 import os
 import random
-import re
 import signal
 import threading
-from collections.abc import Iterator
 
 import pytest
 
+from tests.integration.bank import Bank
 from tests.integration.faults import (
     PATTERN,
-    Bank,
     Cut,
     Message,
     OriginProcess,

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.faults import PATTERN, PIECE, Bank, Peak, ScriptedOrigin, Stream, body_length, get, ok, post
+from tests.integration.bank import Bank, Peak
+from tests.integration.faults import PATTERN, PIECE, ScriptedOrigin, Stream, body_length, get, ok, post
 from tests.integration.processes import PATIENCE, eventually
 
 GIB = 1 << 30

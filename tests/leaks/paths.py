@@ -259,7 +259,7 @@ def late(lab: Lab, turn: int) -> None:
     """Deadlines pass for a hundred exchanges at a time: heads, bodies, answers."""
     if turn % 100:
         return
-    socks = []
+    socks: list[tuple[socket.socket, socket.socket | None, bytes]] = []
     for number in range(100):
         kind = number % 3
         if kind == 0:
