@@ -49,7 +49,8 @@ cdef class Downstream(Connection):
         cdef uint8_t why = self.why
         cdef uint64_t* counters = self.engine.slot.counters
         if self.state == D_ACTIVE:
-            return self.exchange_timeout(why)
+            self.exchange_timeout(why)
+            return self.advance()                   # what the client pipelined behind it has arrived already
         if self.state == D_HEAD:
             counters[C_TIMEOUTS_HEAD] += 1
             self.begin_unparsed()

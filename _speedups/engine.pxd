@@ -209,6 +209,7 @@ cdef class Engine:
     cdef void dispatch(self, uint64_t data, uint32_t events, bint pooled)
     cdef void expire(self)
     cdef void run_again(self)
+    cdef void go_on(self)
     cdef void run_parked(self)
     cdef int resume(self, Exchange x, object result, object error) except -1
     cdef void report(self, Connection connection, object error)

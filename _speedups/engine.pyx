@@ -302,8 +302,9 @@ cdef class Engine:
             if isinstance(connection, Downstream) and (<Downstream>connection).state == D_IDLE:
                 (<Downstream>connection).readable = True
                 (<Downstream>connection).advance()      # a request that is in the socket already is served
-                if (<Downstream>connection).state == D_IDLE:
+                if (<Downstream>connection).state == D_IDLE and not (<Downstream>connection).queued:
                     (<Downstream>connection).close()
+        self.go_on()
 
     def active(self) -> int:
         """Client connections that still have something to finish."""
@@ -389,6 +390,7 @@ cdef class Engine:
             self.poll()                 # bytes that arrived while the process slept come before its deadlines
         self.now = cw_monotonic_us()
         self.expire()
+        self.go_on()
         self.slot.gauges[G_CONNECTIONS] = self.connections
         self.slot.gauges[G_EXCHANGES] = self.exchanges
         self.slot.gauges[G_UPSTREAM_ACTIVE] = self.upstreams - self.upstreams_idle
@@ -617,6 +619,12 @@ cdef class Engine:
             import asyncio
             error = asyncio.CancelledError()
         self.resume(x, task.result() if error is None else None, error)
+        self.go_on()
+
+    cdef void go_on(self):
+        """What came up outside poll() is no event of the epoll descriptor: nothing else would call it."""
+        if (self.again or self.parked) and not self.polling and self.loop is not None:
+            self.loop.call_soon(self.poll)
 
     cdef int resume(self, Exchange x, object result, object error) except -1:
         cdef Downstream connection = x.connection
