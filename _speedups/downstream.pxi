@@ -305,7 +305,6 @@ cdef class Downstream(Connection):
         cdef Head* head = x.head
         cdef const char* host = head.base + head.host_at
         cdef uint32_t n = head.host_len
-        cdef uint32_t allowed
         cdef int result
         # Host was validated: at most one colon outside brackets.
         if n and host[0] == 91:
@@ -314,15 +313,14 @@ cdef class Downstream(Connection):
             n = <uint32_t>(<const char*>memchr(host, 58, n) - host)
         x.host_len = n
         result = self.listener.trie.match(head, host, n, x.path(), x.path_len, &x.match)
-        allowed = x.match.allowed                   # preflight() matches again
+        if head.method == M_OPTIONS and head.first[F_ACR_METHOD] >= 0 and head.first[F_ORIGIN] >= 0 and \
+                (result != 1 or (<RouteEntry>x.match.route).cors is None) and self.preflight(host, n):
+            return self.reply()
         if result == 1:
             x.route = <RouteEntry>x.match.route
-        elif head.method == M_OPTIONS and head.first[F_ACR_METHOD] >= 0 and self.preflight(host, n):
-            return self.reply()
         elif result == 0:
             return self.refuse(404, b"no-route", b"no route matches this host and path")
         else:
-            x.match.allowed = allowed
             x.refuse(405, b"method-not-allowed", b"the resource does not offer this method")
             x.reply_headers = b"allow: " + self.listener.trie.allow(&x.match) + b"\r\n"
             return self.reply()
@@ -338,17 +336,19 @@ cdef class Downstream(Connection):
         cdef Head* head = x.head
         cdef Field* wanted = &head.fields[head.first[F_ACR_METHOD]]
         cdef uint32_t at = head.method_at, length = head.method_len
+        cdef Match match
         cdef int result
         head.method_at = wanted.value
         head.method_len = wanted.value_len
         head.method = method_id(head.base + wanted.value, wanted.value_len)
-        result = self.listener.trie.match(head, host, n, x.path(), x.path_len, &x.match)
+        result = self.listener.trie.match(head, host, n, x.path(), x.path_len, &match)
         head.method_at = at
         head.method_len = length
         head.method = M_OPTIONS
-        if result != 1 or (<RouteEntry>x.match.route).cors is None:
+        if result != 1 or (<RouteEntry>match.route).cors is None:
             return False
-        x.route = <RouteEntry>x.match.route
+        x.match = match
+        x.route = <RouteEntry>match.route
         return (<Step>x.route.cors).run(x) == STEP_ANSWERED
 
     cdef int identify(self) except -1:

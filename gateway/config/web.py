@@ -26,9 +26,7 @@ _PLAIN = _UNRESERVED | frozenset("!$&'()*+,=:@")  # RFC 3986 pchar without ";", 
 # Names under which identities are asserted are deleted from requests in every folded spelling: hence no _ and its like.
 CLAIM_HEADER = re.compile(r"[a-z0-9-]{1,64}")
 NOT_FOR_CLAIMS = frozenset(
-    "host connection content-length content-type content-encoding transfer-encoding te trailer upgrade keep-alive expect"
-    " proxy-authorization proxy-connection authorization cookie forwarded x-forwarded-for x-forwarded-proto x-forwarded-host"
-    " x-request-id traceparent tracestate date via".split()
+    ["host", "connection", "content-length", "content-type", "content-encoding", "transfer-encoding", "te", "trailer", "upgrade", "keep-alive", "expect", "proxy-authorization", "proxy-connection", "authorization", "cookie", "forwarded", "x-forwarded-for", "x-forwarded-proto", "x-forwarded-host", "x-request-id", "traceparent", "tracestate", "date", "via"]
 )
 FRAMING_NAMES = frozenset(
     [
