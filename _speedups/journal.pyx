@@ -97,7 +97,19 @@ cdef extern from *:
         const uint8_t *p = (const uint8_t *)data, *end = p + n;
         char *o = out;
         while (p < end) {
-            uint8_t c = *p;
+            uint8_t c;
+            /* Runs without anything to escape, eight bytes a step: no byte above 0x7e or below 0x20, no quote, no backslash. */
+            while (end - p >= 8) {
+                uint64_t v, q, b, d;
+                memcpy(&v, p, 8);
+                q = v ^ 0x2222222222222222ULL; b = v ^ 0x5c5c5c5c5c5c5c5cULL; d = v ^ 0x7f7f7f7f7f7f7f7fULL;
+                if ((v | ((v - 0x2020202020202020ULL) & ~v) | ((q - 0x0101010101010101ULL) & ~q) |
+                     ((b - 0x0101010101010101ULL) & ~b) | ((d - 0x0101010101010101ULL) & ~d)) & 0x8080808080808080ULL) break;
+                memcpy(o, &v, 8);
+                o += 8; p += 8;
+            }
+            if (p >= end) break;
+            c = *p;
             if (c >= 0x80) {
                 int length = cw_utf8(p, end - p);
                 if (length < 0) { memcpy(o, "\\\\ufffd", 6); o += 6; p -= length; continue; }
