@@ -127,6 +127,13 @@ class World:
                 probe.close()
         self.probes[:] = [probe for probe in self.probes if probe.open]
 
+    def pump(self, more: list[End]) -> None:
+        """Flush, collect and accept once, without waiting; also at ends that are no longer listed here."""
+        self._round(0.0)
+        for end in more:
+            end.flush()
+            end.receive()
+
     def _round(self, timeout: float) -> None:
         poll = select.poll()
         poll.register(self.upstream, select.POLLIN)
