@@ -537,7 +537,8 @@ cdef class UpstreamConnection(Connection):
         cdef Downstream downstream = <Downstream>x.connection
         self.ended = True
         if self.state == U_BODY:
-            if x.answer.mode == BODY_CLOSE and error == 0:
+            # A reset that a write met first is taken with it: recv() says 0 then, as it does at an honest end.
+            if x.answer.mode == BODY_CLOSE and error == 0 and not self.broken:
                 x.answer.done = True
                 return self.end_of_answer()
             self.engine.slot.counters[C_UPSTREAM_RESETS] += 1

@@ -202,7 +202,7 @@ class Fuzz:
                 if self.rng.random() < 0.02:
                     served.ask = ask
                     self.answer(ask, served)
-                    served.after = "close"
+                    served.after = served.after or "close"
                 return
             del end.incoming[: message.length]
             self._complete(ask, message)

@@ -115,6 +115,22 @@ def test_an_unsolicited_answer_reaches_nobody(gateway: GatewayProcess, request_b
     assert not client.incoming and not second.incoming and len(gateway.world.accepted) == 2
 
 
+def test_a_reset_that_our_own_write_met_first_is_no_end_of_an_answer(gateway: GatewayProcess) -> None:
+    """send() takes the error; recv() then says 0, as it does after a FIN. Only the end delimits this answer."""
+    client = gateway.world.clients[1] = gateway.world.connect("public", "client")
+    client.outgoing += b"POST /1 HTTP/1.1\r\n" + HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"
+    first = upstream(gateway, 1)
+    gateway.world.wait_for("the request", lambda: b"hello" in first.incoming)
+    first.outgoing += b"HTTP/1.1 200 OK\r\n\r\nhalf of it"
+    gateway.world.wait_for("half of the answer", lambda: b"half of it" in client.incoming)
+    with stopped(gateway):
+        client.sock.sendall(b"5\r\nworld\r\n")
+        first.close(reset=True)
+    gateway.world.wait_for("the end", lambda: client.ended)
+    assert not client.clean
+    assert b"0\r\n\r\n" not in client.incoming
+
+
 @pytest.mark.parametrize("first_words", [EVIL, b"x", b""], ids=["answer", "noise", "end"])
 def test_what_an_upstream_says_before_it_is_asked_is_no_answer(gateway: GatewayProcess, first_words: bytes) -> None:
     """The connect completes while the worker is stopped: its backlog is full until then (a second, until SYN is sent again)."""
