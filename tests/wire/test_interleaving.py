@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import time
@@ -131,16 +132,26 @@ def test_a_reset_that_our_own_write_met_first_is_no_end_of_an_answer(gateway: Ga
     assert b"0\r\n\r\n" not in client.incoming
 
 
+def fill_backlog(listener: socket.socket) -> list[socket.socket]:
+    """Connect to it until the kernel answers no SYN any more: what connects now waits until somebody accepts."""
+    listener.listen(0)
+    fillers: list[socket.socket] = []
+    while len(fillers) < 20:
+        filler = socket.socket()
+        filler.setblocking(False)
+        filler.connect_ex(listener.getsockname())
+        if not select.select([], [filler], [], 0.2)[1]:
+            filler.close()  # its SYN must not compete with the one that matters
+            return fillers
+        fillers.append(filler)
+    pytest.fail("a backlog of 0 has no end")
+
+
 @pytest.mark.parametrize("first_words", [EVIL, b"x", b""], ids=["answer", "noise", "end"])
 def test_what_an_upstream_says_before_it_is_asked_is_no_answer(gateway: GatewayProcess, first_words: bytes) -> None:
-    """The connect completes while the worker is stopped: its backlog is full until then (a second, until SYN is sent again)."""
+    """The connect completes while the worker is stopped: the backlog is full until then, and its SYN is sent again after 1, 3, 7 s."""
     world = gateway.world
-    port = world.upstream.getsockname()
-    world.upstream.listen(0)
-    fillers = [socket.socket() for _ in range(3)]
-    for filler in fillers:
-        filler.setblocking(False)
-        filler.connect_ex(port)
+    fillers = fill_backlog(world.upstream)
     accepted: list[socket.socket] = []
     try:
         client = socket.create_connection(world.listeners["public"], FAILURE_AFTER)
@@ -156,7 +167,7 @@ def test_what_an_upstream_says_before_it_is_asked_is_no_answer(gateway: GatewayP
             probe.receive()
         known = {filler.getsockname() for filler in fillers}
         with stopped(gateway):
-            world.upstream.settimeout(FAILURE_AFTER)
+            world.upstream.settimeout(2 * FAILURE_AFTER)
             while True:
                 sock, address = world.upstream.accept()
                 accepted.append(sock)
