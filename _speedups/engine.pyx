@@ -266,13 +266,9 @@ cdef class Engine:
     def apply(self, Snapshot snapshot not None) -> None:
         """Swap to `snapshot`: exchanges under way finish on theirs. Pools of endpoints that stay are kept."""
         cdef Snapshot old = self.snapshot
-        cdef Endpoint endpoint
         self.snapshot = snapshot
         if old is not None:
-            for endpoint in snapshot.adopt(old):
-                idle, endpoint.idle = endpoint.idle, []
-                for connection in idle:
-                    (<Connection>connection).close()
+            snapshot.adopt(old)
         self.slot.gauges[G_CONFIG_VERSION] = snapshot.version
 
     def listen(self, str name not None, int fd) -> None:
@@ -674,13 +670,11 @@ cdef class Engine:
     cdef UpstreamConnection connect(self, Exchange x, Endpoint endpoint):
         cdef UpstreamConnection connection
         cdef int fd, result
-        cdef int turn = endpoint.turn
-        endpoint.turn = (turn + 1) % endpoint.count
-        fd = cw_socket(endpoint.addresses[turn].ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
+        fd = cw_socket(endpoint.sockaddr.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
         if fd < 0:
             return None
         cw_nodelay(fd)
-        result = cw_connect(fd, <sockaddr*>&endpoint.addresses[turn], endpoint.lengths[turn])
+        result = cw_connect(fd, <sockaddr*>&endpoint.sockaddr, endpoint.length)
         if result < 0 and errno != EINPROGRESS:
             cw_close(fd)
             endpoint.down_until = self.now + 1000000

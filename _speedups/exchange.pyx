@@ -179,27 +179,14 @@ cdef class Snapshot:
         self.unrouted = 0
         self.sources = []
 
-    def adopt(self, Snapshot old not None) -> list:
-        """Take over the pools of endpoints that stay; returns the old endpoints whose pools are orphaned."""
-        cdef Endpoint endpoint, before
-        known = {}
+    def adopt(self, Snapshot old not None) -> None:
+        """Take over the pools of endpoints that stay; close those of the others."""
         for name, upstream in old.upstreams.items():
-            for before in (<Upstream>upstream).endpoints:
-                known.setdefault((name, before.address), before)
-                before.retired = True
-        for name, upstream in self.upstreams.items():
-            for endpoint in (<Upstream>upstream).endpoints:
-                before = known.pop((name, endpoint.address), None)
-                endpoint.retired = False
-                if before is not None and before is not endpoint:
-                    endpoint.idle, before.idle = before.idle, []
-                    for connection in endpoint.idle:
-                        connection.moved(endpoint, upstream)
-                    if not endpoint.count:
-                        endpoint.addresses = before.addresses
-                        endpoint.lengths = before.lengths
-                        endpoint.count = before.count
-        return list(known.values())
+            successor = self.upstreams.get(name)
+            if successor is None:
+                (<Upstream>upstream).abandon()
+            elif successor is not upstream:
+                (<Upstream>successor).adopt(upstream)
 
     def start(self, loop) -> None:
         """Begin the background work of this snapshot: key refresh, name resolution, journals."""

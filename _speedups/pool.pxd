@@ -7,29 +7,25 @@ only while nothing is owed in either direction. Python is called from here: neve
 from libc.stdint cimport int64_t, uint32_t
 from gateway._speedups.sockets cimport sockaddr_storage, socklen_t
 
-cdef enum:
-    ADDRESSES_MAX = 16
-
 cdef class Endpoint:
-    cdef readonly str address           # as configured, host:port
-    cdef readonly str host
-    cdef readonly int port
+    cdef readonly str address           # where it is: numeric host:port
+    cdef readonly str target            # as configured or discovered; several endpoints share one when a name has several addresses
     cdef readonly bytes host_field      # value of Host when the upstream asks for the endpoint's own
-    cdef sockaddr_storage addresses[16]
-    cdef socklen_t lengths[16]
-    cdef int count                      # addresses in use; 0: not resolved (yet)
-    cdef int turn                       # next address to try
+    cdef sockaddr_storage sockaddr
+    cdef socklen_t length
     cdef readonly int weight
+    cdef readonly str zone              # None: unknown
     cdef int current                    # smooth weighted round robin
     cdef int64_t down_until             # monotonic us; a failed connect skips the endpoint for a second
     cdef list idle                      # connections, most recent last
     cdef public int active              # connections in use
-    cdef public bint retired            # of a snapshot that was replaced: nobody will draw from its pool
+    cdef public bint retired            # replaced or gone: nobody will draw from its pool
+    cdef object succeed(self, Endpoint before, Upstream upstream)
 
 cdef class Upstream:
     cdef readonly str name
-    cdef readonly list endpoints
-    cdef int total_weight
+    cdef readonly list endpoints        # changed by replace() only
+    cdef readonly set unresolved        # targets whose addresses nobody has found yet
     cdef int64_t connect_us, head_us, idle_us, total_us         # timeouts
     cdef int64_t keep_idle_us, keep_age_us
     cdef int keep_max
@@ -38,7 +34,7 @@ cdef class Upstream:
     cdef bint retry_connect
     cdef int host_mode                  # HOST_*
     cdef bytes host_literal
-    # The endpoint whose turn it is, preferring those that are not down and not `avoid`; None when none is resolved.
+    # The endpoint whose turn it is, preferring those that are not down and not `avoid`; None when there is none.
     cdef Endpoint pick(self, int64_t now, Endpoint avoid)
 
 cdef enum:

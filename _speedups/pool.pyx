@@ -1,55 +1,50 @@
-"""Choosing endpoints (smooth weighted round robin) and holding their addresses.
+"""Choosing endpoints (smooth weighted round robin) and holding the connections that wait at each.
 
-Strategy: see pool.pxd. Python is called from here: while a snapshot is built and when a name was resolved.
+Strategy: see pool.pxd. An endpoint is one address; a name with several addresses is several endpoints. When discovery finds
+other addresses, those that stay keep their pools and those that go are retired: their idle connections are closed, exchanges
+under way finish. Python is called from here: while a snapshot is built and when endpoints change.
 """
 
-from gateway._speedups.sockets cimport AF_INET6, cw_parse_address, sockaddr_storage, socklen_t
+from gateway._speedups.sockets cimport cw_parse_address, sockaddr_storage, socklen_t
 
 
 cdef class Endpoint:
-    """One address of an upstream: `host:port`, host a numeric address or a name that is resolved in the background."""
+    """One address of an upstream: `address` is numeric, host:port or [host]:port; `target` is the name that it was found by.
 
-    def __init__(self, str address not None, int weight=1):
+    Raises ValueError when the address is not numeric.
+    """
+
+    def __init__(self, str address not None, int weight=1, *, str target=None, str zone=None):
         host, _, port = address.rpartition(":")
+        encoded = host.removeprefix("[").removesuffix("]").encode("ascii", "replace")
+        if not cw_parse_address(encoded, int(port), &self.sockaddr, &self.length):
+            raise ValueError(f"not a numeric address: {address}")
         self.address = address
-        self.host = host.removeprefix("[").removesuffix("]")
-        self.port = int(port)
-        self.host_field = address.encode("ascii")
+        self.target = address if target is None else target
+        self.host_field = self.target.encode("ascii")
         self.weight = weight
+        self.zone = zone
         self.idle = []
-        self.set_addresses([self.host])
-
-    def set_addresses(self, hosts) -> int:
-        """Replace the addresses by the numeric ones of `hosts`; what is no numeric address is passed over.
-
-        Keeps the old ones when none is left. Returns how many are in use.
-        """
-        cdef sockaddr_storage parsed
-        cdef socklen_t length = 0
-        cdef int n = 0
-        for text in hosts:
-            encoded = text.encode("ascii", "replace")
-            if n < ADDRESSES_MAX and cw_parse_address(encoded, self.port, &parsed, &length):
-                self.addresses[n] = parsed
-                self.lengths[n] = length
-                n += 1
-        if n:
-            self.count = n
-            if self.turn >= n:
-                self.turn = 0
-        return self.count
-
-    @property
-    def numeric(self) -> bool:
-        """Whether the configured host needs no resolution."""
-        cdef sockaddr_storage parsed
-        cdef socklen_t length = 0
-        encoded = self.host.encode("ascii", "replace")
-        return bool(cw_parse_address(encoded, self.port, &parsed, &length))
 
     @property
     def idle_connections(self) -> int:
         return len(self.idle)
+
+    cdef object succeed(self, Endpoint before, Upstream upstream):
+        """Take over the pool of the endpoint that this one replaces."""
+        self.idle, before.idle = before.idle, []
+        for connection in self.idle:
+            connection.moved(self, upstream)
+        self.down_until = before.down_until
+        self.current = before.current
+
+
+cdef object retire(Endpoint endpoint):
+    """Nobody will draw from this pool any more."""
+    endpoint.retired = True
+    idle, endpoint.idle = endpoint.idle, []
+    for connection in idle:
+        connection.discard()
 
 
 cdef class Upstream:
@@ -60,7 +55,7 @@ cdef class Upstream:
                  bint retry_connect=True, str host="preserve"):
         self.name = name
         self.endpoints = endpoints
-        self.total_weight = sum(endpoint.weight for endpoint in endpoints)
+        self.unresolved = set()
         self.connect_us = <int64_t>(connect * 1e6)
         self.head_us = <int64_t>(head * 1e6)
         self.idle_us = <int64_t>(idle * 1e6)
@@ -73,15 +68,57 @@ cdef class Upstream:
         self.host_literal = host.encode("ascii")
         self.host_mode = HOST_PRESERVE if host == "preserve" else HOST_TARGET if host == "target" else HOST_LITERAL
 
+    def replace(self, list endpoints not None) -> tuple:
+        """Let these be the endpoints from now on; returns (those that are new, those that are gone), as lists.
+
+        What stays, by address and target, keeps its object, its pool and its history; its weight and zone are renewed.
+        """
+        cdef Endpoint endpoint, before
+        known = {(endpoint.address, endpoint.target): endpoint for endpoint in self.endpoints}
+        added, kept = [], []
+        for endpoint in endpoints:
+            before = known.pop((endpoint.address, endpoint.target), None)
+            if before is None:
+                added.append(endpoint)
+                before = endpoint
+            elif before is not endpoint:
+                before.weight = endpoint.weight
+                before.zone = endpoint.zone
+            kept.append(before)
+        self.endpoints = kept
+        for endpoint in known.values():
+            retire(endpoint)
+        return added, list(known.values())
+
+    def adopt(self, Upstream old not None) -> None:
+        """Take over what the same upstream of the snapshot before knew: pools, and addresses that are not found anew yet."""
+        cdef Endpoint endpoint, before
+        known = {(endpoint.address, endpoint.target): endpoint for endpoint in old.endpoints}
+        for endpoint in self.endpoints:
+            before = known.pop((endpoint.address, endpoint.target), None)
+            if before is not None and before is not endpoint:
+                before.retired = True
+                endpoint.succeed(before, self)
+        for before in list(known.values()):
+            if before.target in self.unresolved:
+                endpoint = Endpoint(before.address, before.weight, target=before.target, zone=before.zone)
+                before.retired = True
+                endpoint.succeed(before, self)
+                self.endpoints.append(endpoint)
+            else:
+                retire(before)
+
+    def abandon(self) -> None:
+        """The upstream is in no snapshot any more."""
+        for endpoint in self.endpoints:
+            retire(endpoint)
+
     cdef Endpoint pick(self, int64_t now, Endpoint avoid):
         cdef Endpoint endpoint, best = None, fallback = None
         cdef int total = 0
         if len(self.endpoints) == 1:
-            endpoint = <Endpoint>self.endpoints[0]
-            return endpoint if endpoint.count else None
+            return <Endpoint>self.endpoints[0]
         for endpoint in self.endpoints:
-            if endpoint.count == 0:
-                continue
             if endpoint.down_until > now or endpoint is avoid:
                 # All down: the one that comes back first is tried rather than nothing.
                 if fallback is None or endpoint.down_until < fallback.down_until:

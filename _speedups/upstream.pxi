@@ -67,6 +67,10 @@ cdef class UpstreamConnection(Connection):
         self.endpoint = endpoint
         self.upstream = upstream
 
+    def discard(self) -> None:
+        """The pool of this idle connection is given up."""
+        self.close()
+
     cdef void leave_pool(self):
         if self in self.endpoint.idle:
             self.endpoint.idle.remove(self)

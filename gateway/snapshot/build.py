@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from gateway._speedups.exchange import Edits, ListenerEntry, RouteEntry, Snapshot, Step
-from gateway._speedups.pool import Endpoint, Upstream
+from gateway._speedups.pool import Upstream
 from gateway._speedups.route_trie import Route, RouteTrie
 from gateway.config import Config, schema
 from gateway.config.hooks import folder_first
@@ -20,7 +20,7 @@ from gateway.errors import ConfigError, Problem
 from gateway.policies import COMPILERS, RouteParts, Use, Workshop
 from gateway.snapshot.faults import Faults, Place
 from gateway.snapshot.matching import RouteSpec, spec_of
-from gateway.snapshot.resolve import Resolver
+from gateway.snapshot.resolve import Resolver, Target
 
 UNROUTED = 0                # metric id of the empty name: requests that reached no route
 
@@ -84,16 +84,16 @@ def _build(config: Config, names: Names, version: int, workshop: Workshop) -> tu
 
 
 def _upstream(name: str, settings: schema.Upstream, workshop: Workshop) -> Upstream:
-    endpoints = [Endpoint(str(target.address), target.weight) for target in settings.targets]
-    named = [endpoint for endpoint in endpoints if not endpoint.numeric]
-    if named:
-        workshop.sources.append(Resolver(named, settings.resolve))
     times, keep = settings.timeouts, settings.keepalive
-    return Upstream(
-        name, endpoints, connect=times.connect, head=times.head, idle=times.idle, total=times.total,
+    upstream = Upstream(
+        name, [], connect=times.connect, head=times.head, idle=times.idle, total=times.total,
         keep_connections=keep.connections, keep_idle=keep.idle, keep_age=keep.age, requests=settings.limits.requests,
         retry_connect=settings.retries > 0, host=settings.host,
     )
+    resolver = Resolver(upstream, [Target(str(each.address), each.weight) for each in settings.targets], settings.resolve)
+    if resolver.names:
+        workshop.sources.append(resolver)
+    return upstream
 
 
 def _listeners(config: Config, routes: Sequence[RouteEntry | None], faults: Faults) -> dict[str, ListenerEntry]:

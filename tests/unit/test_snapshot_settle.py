@@ -8,11 +8,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from gateway import snapshot
-from gateway._speedups.pool import Endpoint
+from gateway._speedups.pool import Upstream
 from gateway.config import load
 from gateway.policies.identify import RunningSource
 from gateway.policies.jwt_source import UrlSource
-from gateway.snapshot.resolve import Resolver
+from gateway.snapshot.resolve import Resolver, Target
 
 KEYS = {"keys": [{"kty": "OKP", "crv": "Ed25519", "kid": "a", "x": "11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo"}]}
 PATIENCE = 20.0  # seconds, used up by a failure only
@@ -81,11 +81,13 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
 def test_a_name_is_resolved_when_the_snapshot_has_settled(tmp_path: Path) -> None:
     async def test() -> None:
         built = build(tmp_path, "localhost:9001")
-        endpoint: Endpoint = built.upstreams["origin"].endpoints[0]
-        assert endpoint.set_addresses([]) == 0          # nothing known, nothing added
+        upstream: Upstream = built.upstreams["origin"]
+        assert upstream.endpoints == [] and upstream.unresolved == {"localhost:9001"}
         built.start(asyncio.get_running_loop())
         assert await snapshot.settled(built, PATIENCE)
-        assert endpoint.set_addresses([]) > 0
+        assert {endpoint.target for endpoint in upstream.endpoints} == {"localhost:9001"}
+        assert {endpoint.address for endpoint in upstream.endpoints} <= {"127.0.0.1:9001", "[::1]:9001"}
+        assert upstream.unresolved == set()
         built.stop()
 
     run(test)
@@ -157,11 +159,11 @@ def test_a_name_that_nobody_knows_is_asked_for_once() -> None:
             async def getaddrinfo(self, *arguments: object, **more: object) -> list[object]:
                 raise socket.gaierror(-3, "Temporary failure in name resolution")
 
-        endpoint = Endpoint("origin.bank.test:443")
-        resolver = Resolver([endpoint], 30.0)
+        upstream = Upstream("origin", [])
+        resolver = Resolver(upstream, [Target("origin.bank.test:443")], 30.0)
         resolver.start(Loop())  # type: ignore[arg-type]
         await resolver.settled()
-        assert endpoint.set_addresses([]) == 0
+        assert upstream.endpoints == []
         resolver.stop()
 
     run(test)
