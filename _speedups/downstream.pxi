@@ -57,7 +57,7 @@ cdef class Downstream(Connection):
             return self.refuse(408, b"head-timeout", b"the request head did not arrive in time")
         if why == T_WRITE:
             counters[C_TIMEOUTS_WRITE] += 1
-            cw_reset_on_close(self.fd)
+            self.cut_short()
         elif why == T_KEEPALIVE:
             counters[C_TIMEOUTS_IDLE] += 1
         self.close()
@@ -170,12 +170,12 @@ cdef class Downstream(Connection):
                 self.close()
                 return 1
             room = self.inb.cap - self.inb.end
-            n = cw_recv(self.fd, self.inb.base + self.inb.end, room)
+            n = self.recv(self.inb.base + self.inb.end, room)
             if n > 0:
                 self.inb.end += <uint32_t>n
                 self.engine.slot.counters[C_BYTES_IN] += n
-                if n < room and not self.ended:
-                    self.readable = False           # edge-triggered: more bytes make a new event
+                if self.drained(n, room):
+                    self.readable = False
             elif n == -EAGAIN:
                 self.readable = False
             else:
@@ -534,13 +534,13 @@ cdef class Downstream(Connection):
                 want = SCRATCH
                 if x.body.mode == BODY_LENGTH and x.body.remaining < SCRATCH:
                     want = <uint32_t>x.body.remaining
-                n = cw_recv(self.fd, self.engine.scratch, want)
+                n = self.recv(self.engine.scratch, want)
                 if n == -EAGAIN:
                     self.readable = False
                     return 0
                 if n <= 0:
                     return self.truncated()
-                if n < want and not self.ended:
+                if self.drained(n, want):
                     self.readable = False
                 x.replayable = False
                 self.engine.slot.counters[C_BYTES_IN] += n
@@ -704,14 +704,14 @@ cdef class Downstream(Connection):
         buffer_release(&self.inb)
         self.state = D_LINGER
         self.lingered = 0
-        cw_shutdown(self.fd, SHUT_WR)
+        self.shut()
         self.arm(T_LINGER, LINGER_US)
         return 0
 
     cdef int linger(self) except -1:
         cdef ssize_t n
         while True:
-            n = cw_recv(self.fd, self.engine.scratch, SCRATCH)
+            n = cw_recv(self.fd, self.engine.scratch, SCRATCH)      # dropped as it came: nobody asks what it says
             if n == -EAGAIN:
                 return 0
             if n <= 0:
@@ -742,7 +742,7 @@ cdef class Downstream(Connection):
             if x.route is not None or x.started:
                 self.finish_exchange()
         if reset and self.fd >= 0:
-            cw_reset_on_close(self.fd)
+            self.cut_short()
         self.close()
         return 0
 
@@ -780,7 +780,7 @@ cdef class Downstream(Connection):
             self.abort(True)
             return
         if self.out.end > self.out.start:
-            cw_reset_on_close(self.fd)
+            self.cut_short()
         self.close()
 
     cdef void close(self):

@@ -11,8 +11,9 @@ from gateway._speedups.exchange cimport Exchange, ListenerEntry, Snapshot
 from gateway._speedups.headers cimport Head
 from gateway._speedups.histogram cimport WorkerSlot
 from gateway._speedups.pool cimport Endpoint, Upstream
-from gateway._speedups.sockets cimport sockaddr_storage
+from gateway._speedups.sockets cimport iovec, sockaddr_storage
 from gateway._speedups.token_bucket cimport BucketTable
+cimport cython
 
 # What a connection's deadline is for.
 cdef enum:
@@ -49,6 +50,7 @@ cdef enum:
     U_IDLE
     U_CLOSED
 
+# Every byte of a connection passes through recv(), send() and sendv(), and its end through shut() and cut_short().
 cdef class Connection:
     cdef Engine engine
     cdef int fd                     # -1 when closed
@@ -65,6 +67,25 @@ cdef class Connection:
     cdef int64_t timer_tick         # slot it is linked in; 0: not linked
     cdef int64_t deadline           # monotonic us
     cdef uint8_t why                # T_*
+    # Bytes received or sent, 0 at the end of the stream, or -errno (-EAGAIN when nothing goes now).
+    @cython.final
+    cdef ssize_t recv(self, void* data, size_t n) noexcept
+    @cython.final
+    cdef ssize_t send(self, const void* data, size_t n) noexcept
+    @cython.final
+    cdef ssize_t sendv(self, iovec* pieces, int count) noexcept
+    # Whether recv() need not be asked again before the next event, after it gave n of at most `room` bytes.
+    @cython.final
+    cdef bint drained(self, ssize_t n, size_t room) noexcept
+    # Whether an idle connection is open and has nothing to say, looked up now.
+    @cython.final
+    cdef bint silent(self) noexcept
+    # Ends our side of the stream in good order.
+    @cython.final
+    cdef void shut(self) noexcept
+    # Makes the next close() an abrupt end, which nobody can take for the end of an answer.
+    @cython.final
+    cdef void cut_short(self) noexcept
     cdef int on_events(self, uint32_t events) except -1
     cdef int on_timeout(self) except -1
     cdef void close(self)

@@ -9,6 +9,7 @@ function keeps a pointer into them beyond its own event. Timer links are covered
 buffer are taken anew after anything that may move it (buffer_reserve).
 """
 
+cimport cython
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.list cimport PyList_GET_SIZE
 from cpython.ref cimport PyObject
@@ -72,6 +73,34 @@ cdef class Connection:
         if self.fd >= 0:
             cw_close(self.fd)
 
+    @cython.final
+    cdef ssize_t recv(self, void* data, size_t n) noexcept:
+        return cw_recv(self.fd, data, n)
+
+    @cython.final
+    cdef ssize_t send(self, const void* data, size_t n) noexcept:
+        return cw_send(self.fd, data, n)
+
+    @cython.final
+    cdef ssize_t sendv(self, iovec* pieces, int count) noexcept:
+        return cw_sendv(self.fd, pieces, count)
+
+    @cython.final
+    cdef bint drained(self, ssize_t n, size_t room) noexcept:
+        return n < <ssize_t>room and not self.ended         # edge-triggered: more bytes make a new event
+
+    @cython.final
+    cdef bint silent(self) noexcept:
+        return cw_silent(self.fd)
+
+    @cython.final
+    cdef void shut(self) noexcept:
+        cw_shutdown(self.fd, SHUT_WR)
+
+    @cython.final
+    cdef void cut_short(self) noexcept:
+        cw_reset_on_close(self.fd)
+
     cdef int on_events(self, uint32_t events) except -1:
         return 0
 
@@ -97,7 +126,7 @@ cdef class Connection:
         if n == 0:
             return 0
         if self.out.end == self.out.start:
-            sent = cw_send(self.fd, data, n)
+            sent = self.send(data, n)
             if sent == n:
                 return 0
             if sent < 0:
@@ -128,7 +157,7 @@ cdef class Connection:
             pieces[1].iov_len = n
             pieces[2].iov_base = <void*>ending
             pieces[2].iov_len = 2
-            sent = cw_sendv(self.fd, pieces, 3)
+            sent = self.sendv(pieces, 3)
             if sent == head + n + 2:
                 return 0
             if sent < 0:
@@ -147,7 +176,7 @@ cdef class Connection:
         """Sends what waits. 1 when nothing waits any more, 0 when the kernel takes no more now, or -errno."""
         cdef ssize_t sent
         while self.out.end > self.out.start:
-            sent = cw_send(self.fd, self.out.base + self.out.start, self.out.end - self.out.start)
+            sent = self.send(self.out.base + self.out.start, self.out.end - self.out.start)
             if sent == -EAGAIN:
                 self.writable = False
                 return 0
@@ -657,7 +686,7 @@ cdef class Engine:
             connection = <UpstreamConnection>endpoint.idle.pop()
             # What must not be sent twice travels only on a connection that is alive and silent right now.
             if self.now - connection.born > x.upstream.keep_age_us or \
-                    ((not safe or self.crowded) and not cw_silent(connection.fd)):
+                    ((not safe or self.crowded) and not connection.silent()):
                 self.slot.counters[C_UPSTREAM_DISCARDED] += 1
                 connection.close()
                 continue

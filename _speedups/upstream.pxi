@@ -113,7 +113,7 @@ cdef class UpstreamConnection(Connection):
             self.engine.slot.counters[C_UPSTREAM_CONNECT_FAILURES] += 1
             return self.connect_failed(503, b"upstream-unreachable",
                                        b"no endpoint of the upstream accepts connections; the request was not sent")
-        if events & (EPOLLIN | EPOLLRDHUP) and not cw_silent(self.fd):
+        if events & (EPOLLIN | EPOLLRDHUP) and not self.silent():
             # What speaks before it is asked, or leaves at once, says nothing about this request.
             self.engine.slot.counters[C_UPSTREAM_BAD] += 1
             return self.connect_failed(502, b"upstream-bad-answer", b"the upstream spoke or left before it was asked; the request was not sent")
@@ -244,13 +244,13 @@ cdef class UpstreamConnection(Connection):
             want = SCRATCH
             if self.x.answer.mode == BODY_LENGTH and self.x.answer.remaining < SCRATCH:
                 want = <uint32_t>self.x.answer.remaining
-            n = cw_recv(self.fd, self.engine.scratch, want)
+            n = self.recv(self.engine.scratch, want)
             if n == -EAGAIN:
                 self.readable = False
                 return 0
             if n <= 0:
                 return self.lost(<int>-n)
-            if n < want and not self.ended:
+            if self.drained(n, want):
                 self.readable = False
             downstream.arm(T_UP_IDLE, self.x.route.idle_us)
             if self.take_answer(self.engine.scratch, <uint32_t>n):
@@ -272,14 +272,14 @@ cdef class UpstreamConnection(Connection):
             if buffer_reserve(&self.inb, 4096) < 0:
                 return self.fail(502, b"upstream-bad-answer", b"out of memory")
             room = self.inb.cap - self.inb.end
-            n = cw_recv(self.fd, self.inb.base + self.inb.end, room)
+            n = self.recv(self.inb.base + self.inb.end, room)
             if n == -EAGAIN:
                 self.readable = False
                 return 0
             if n <= 0:
                 return self.lost(<int>-n)
             self.inb.end += <uint32_t>n
-            if n < room and not self.ended:
+            if self.drained(n, room):
                 self.readable = False
         self.pending = False
         # A head that comes in pieces is parsed at its first and at its last, so that dripping bytes costs linear work.
@@ -480,7 +480,7 @@ cdef class UpstreamConnection(Connection):
         cdef UpstreamConnection oldest
         self.detach()
         # After a short read nothing more is there; after a full one, look.
-        if keep and self.readable and not cw_silent(self.fd):
+        if keep and self.readable and not self.silent():
             keep = False
         if not keep:
             self.close()
