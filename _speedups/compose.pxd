@@ -8,7 +8,7 @@ from libc.stdint cimport int64_t, uint32_t
 from gateway._speedups.exchange cimport Exchange
 from gateway._speedups.headers cimport Head
 
-cdef int compose_request(Exchange x, char* out, int room) except -2
+cdef int compose_request(Exchange x, char* out, int room, int64_t now) except -2
 cdef int compose_answer(Exchange x, Head* head, char* out, int room) except -2
 cdef int compose_reply(Exchange x, char* out, int room, bint keep_alive) except -2
 cdef int compose_informational(Head* head, char* out, int room) noexcept

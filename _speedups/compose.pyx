@@ -394,7 +394,28 @@ cdef inline bint is_v6(Exchange x) noexcept:
     return False
 
 
-cdef int compose_request(Exchange x, char* out, int room) except -2:
+cdef bint is_grpc(const Head* head) noexcept nogil:
+    cdef int i = head.first[F_CONTENT_TYPE]
+    return i >= 0 and head.fields[i].value_len >= 16 and memcmp(head.base + head.fields[i].value, b"application/grpc", 16) == 0
+
+
+cdef void put_deadline(cw_out* o, Exchange x, int64_t now) noexcept:
+    """How long the next hop may take, and how often it may try again: so that layers do not wait and retry on top of each other."""
+    cdef int64_t left = (x.total_at - now) // 1000
+    if x.total_at:
+        if is_grpc(x.head):
+            cw_lit(o, b"grpc-timeout: ")
+            put_number(o, left if left > 0 else 0)
+            cw_lit(o, b"m\r\n")
+        cw_lit(o, b"x-crossway-deadline-ms: ")
+        put_number(o, left if left > 0 else 0)
+        cw_lit(o, b"\r\n")
+    cw_lit(o, b"x-crossway-attempts-left: ")
+    put_number(o, x.attempts - x.tries if x.attempts > x.tries else 0)
+    cw_lit(o, b"\r\n")
+
+
+cdef int compose_request(Exchange x, char* out, int room, int64_t now) except -2:
     cdef Head* head = x.head
     cdef cw_out o
     cdef bint traced = trace_continued(x)
@@ -408,6 +429,8 @@ cdef int compose_request(Exchange x, char* out, int room) except -2:
         if (head.fields[i].flags & FIELD_IDENTITY) or head.fields[i].id in (F_HOST, F_X_REQUEST_ID, F_TRACEPARENT):
             head.fields[i].flags |= FIELD_DROP
         elif (head.fields[i].id == F_TRACESTATE and not traced) or (head.fields[i].id == F_BAGGAGE and not x.trusted):
+            head.fields[i].flags |= FIELD_DROP
+        elif head.fields[i].id == F_GRPC_TIMEOUT and x.total_at and is_grpc(head):
             head.fields[i].flags |= FIELD_DROP
         elif head.fields[i].id == F_AUTHORIZATION and x.route.strip_authorization:
             head.fields[i].flags |= FIELD_DROP
@@ -436,10 +459,11 @@ cdef int compose_request(Exchange x, char* out, int room) except -2:
         cw_lit(&o, b"\r\n")
     elif x.body.out == BODY_LENGTH:
         cw_lit(&o, b"content-length: ")
-        put_number(&o, x.body.remaining)
+        put_number(&o, <uint64_t>x.body.remaining + x.body.bytes)       # `bytes` of it went to an attempt before this one
         cw_lit(&o, b"\r\n")
     elif x.body.out == BODY_CHUNKED:
         cw_lit(&o, b"transfer-encoding: chunked\r\n")
+    put_deadline(&o, x, now)
     cw_lit(&o, b"\r\n")
     return -1 if o.short_ else <int>(o.at - out)
 
@@ -463,6 +487,8 @@ cdef int compose_answer(Exchange x, Head* head, char* out, int room) except -2:
     head_mark_hop_by_hop(head)
     if head.first[F_X_REQUEST_ID] >= 0:
         drop_named(head, (b"x-request-id",))
+    if head.first[F_CROSSWAY_ATTEMPTS] >= 0 and not x.trusted:
+        drop_named(head, (b"x-crossway-attempts-left",))
     drop_edited(head, x.route.response_edits, x.response_removed)
     cw_lit(&o, b"HTTP/1.1 ")
     put_number(&o, head.status)

@@ -42,7 +42,10 @@ cdef class Downstream(Connection):
                 self.arm(T_UP_IDLE, self.x.route.idle_us)
                 upstream.pump_answer()
             elif upstream.state == U_HEAD and not upstream.held:        # a 1xx had to wait
-                self.arm(T_UP_HEAD if self.x.body.done else T_BODY, self.x.route.head_us if self.x.body.done else self.listener.body_us)
+                if self.x.body.done:
+                    self.arm_head()
+                else:
+                    self.arm(T_BODY, self.listener.body_us)
         return 0
 
     cdef int on_timeout(self) except -1:
@@ -86,7 +89,19 @@ cdef class Downstream(Connection):
             x.side = SIDE_DOWNSTREAM
             return self.abort(True) if x.answer_started else \
                 self.refuse(408, b"body-timeout", b"the request body did not arrive in the time for this request")
+        if why == T_QUEUE:
+            counters[C_UPSTREAM_QUEUE_TIMEOUTS] += 1
+            self.refuse(503, b"upstream-queue-timeout", b"no place at the upstream became free in time; this request was not sent")
+            return 0
         counters[C_UPSTREAM_TIMEOUTS] += 1
+        upstream = x.upstream_connection
+        if upstream is not None and (why == T_UP_HEAD or why == T_UP_IDLE or (why == T_TOTAL and x.sent)):
+            upstream.record(OUTCOME_TIMEOUT, 0, 0)
+        if why == T_UP_HEAD and x.hedge is not None:
+            promote_hedge(x, OUTCOME_TIMEOUT)
+            return 0
+        if why == T_UP_HEAD and try_again(self, RETRY_TIMEOUT, 0):
+            return 0
         x.side = SIDE_UPSTREAM
         if x.answer_started:
             return self.abort(True)
@@ -119,6 +134,13 @@ cdef class Downstream(Connection):
         else:
             self.arm(T_UP_IDLE, self.x.route.idle_us)
 
+    cdef void arm_head(self) noexcept:
+        """Sets the deadline for the answer's head: that of one attempt while another may follow."""
+        if self.x.upstream.per_try_us and may_try(self, RETRY_TIMEOUT):
+            self.arm(T_UP_HEAD, self.x.upstream.per_try_us)
+        else:
+            self.arm(T_UP_HEAD, self.x.route.head_us)
+
     cdef void arm(self, uint8_t why, int64_t us) noexcept:
         """Sets the deadline for what is waited for now, cut by the exchange's total."""
         cdef int64_t at = self.engine.now + us
@@ -137,7 +159,11 @@ cdef class Downstream(Connection):
                 if self.read_head() == 0:
                     return 0
             elif self.state == D_ACTIVE:
-                if self.x.body.done or self.pump_request() == 0:
+                if self.x.waiting:
+                    admit_waiting(self)
+                    if self.x is not None and self.x.waiting:
+                        return 0
+                elif self.x.body.done or self.pump_request() == 0:
                     return 0
             elif self.state == D_LINGER:
                 return self.linger()
@@ -435,7 +461,7 @@ cdef class Downstream(Connection):
             self.arm(T_TOTAL, x.route.total_us)
             self.engine.parked.append((x, x.generation))
             return 0
-        return self.forward()
+        return forward(self)
 
     cdef int collect(self) except -1:
         """Begins to gather the body for the parked step; pump_request() parks the exchange once it is complete."""
@@ -490,6 +516,8 @@ cdef class Downstream(Connection):
             task.cancel()
         if x.side == SIDE_NONE:
             x.side = SIDE_GATEWAY
+        if x.side == SIDE_UPSTREAM and x.trusted and x.upstream is not None:
+            x.add_answer_header(b"x-crossway-attempts-left: %d\r\n" % max(x.attempts - x.tries, 0))
         if x.started == 0:                          # refused before its head was complete
             x.started = self.engine.now
             x.wall = cw_wall_us()
@@ -554,7 +582,7 @@ cdef class Downstream(Connection):
                     self.arm(T_TOTAL, x.route.total_us)
                     self.engine.parked.append((x, x.generation))
                 elif not x.answer_started:
-                    self.arm(T_UP_HEAD, x.route.head_us)
+                    self.arm_head()
                 return 0
         return self.queue_up()
 
@@ -597,6 +625,8 @@ cdef class Downstream(Connection):
             x.collected += PyBytes_FromStringAndSize(data, payload)
         else:
             self.engine.slot.counters[C_UPSTREAM_BYTES_OUT] += payload
+            if x.keeping:
+                x.keep(data, <uint32_t>payload)
             if x.body.out == BODY_CHUNKED:
                 result = upstream.put_chunk(data, <uint32_t>payload)
                 if result == 0 and x.body.done:
@@ -630,32 +660,35 @@ cdef class Downstream(Connection):
 
     # -- the upstream -------------------------------------------------------------------------------------------------
 
-    cdef int forward(self) except -1:
-        cdef Exchange x = self.x
-        x.upstream = x.route.upstream
-        if x.upstream.active >= x.upstream.requests_max:
-            x.refuse(503, b"upstream-overloaded", b"too many requests to the upstream are under way; this one was not sent")
-            x.reply_headers = b"retry-after: 1\r\n"
-            return self.reply()
-        return self.attach(False)
-
     cdef int attach(self, bint fresh) except -1:
         """Gives the exchange an upstream connection and sends the request as soon as it is connected."""
         cdef Exchange x = self.x
-        cdef UpstreamConnection upstream = self.engine.obtain(x, fresh)
-        if upstream is None and x.tries == 0 and x.upstream.retry_connect:
-            x.tries = 1
-            self.engine.slot.counters[C_RETRIES] += 1
-            upstream = self.engine.obtain(x, True)
+        cdef Endpoint endpoint
+        cdef UpstreamConnection upstream = None
+        while upstream is None:
+            endpoint = x.upstream.pick(self.engine.now, x, x.endpoint if x.tries else None)
+            if endpoint is None:
+                break
+            x.endpoint = endpoint
+            upstream = self.engine.obtain(x, endpoint, fresh)
+            if upstream is None:
+                endpoint.begin(self.engine.now)
+                endpoint.finish(x.upstream, self.engine.now, OUTCOME_CONNECT, 0, 0, 0)
+                endpoint.leave()
+                if not (may_try(self, RETRY_CONNECT) and x.upstream.pay(self.engine.now)):
+                    break
+                x.tries += 1
+                self.engine.slot.counters[C_RETRIES] += 1
+                fresh = True
         if upstream is None:
             x.side = SIDE_UPSTREAM
             x.refuse(503, b"upstream-unreachable", b"no endpoint of the upstream accepts connections; the request was not sent")
+            if endpoint is None:
+                x.detail = b"no endpoint of the upstream is available; the request was not sent"
             x.reply_headers = b"retry-after: 1\r\n"
             return self.reply()
-        upstream.x = x
+        upstream.take_up(x)
         x.upstream_connection = upstream
-        upstream.endpoint.active += 1
-        upstream.upstream.active += 1
         if upstream.state == U_CONNECTING:
             self.arm(T_CONNECT, x.upstream.connect_us)
             return 0
@@ -665,10 +698,13 @@ cdef class Downstream(Connection):
     cdef void drop_upstream(self):
         """Cuts the upstream connection of this exchange: it is not reusable."""
         cdef UpstreamConnection upstream
-        if self.x is not None and self.x.upstream_connection is not None:
-            upstream = <UpstreamConnection>self.x.upstream_connection
-            upstream.detach()
-            upstream.close()
+        if self.x is not None:
+            if self.x.hedge is not None:
+                drop_hedge(self.x, OUTCOME_NONE)
+            if self.x.upstream_connection is not None:
+                upstream = <UpstreamConnection>self.x.upstream_connection
+                upstream.detach()
+                upstream.close()
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
@@ -687,6 +723,9 @@ cdef class Downstream(Connection):
 
     cdef int settle(self) except -1:
         """After an answer: send what waits, then close, or turn to the next request."""
+        if self.orphaned:
+            bury(self)
+            return 0
         if self.out.end > self.out.start:
             self.state = D_FLUSH
             self.arm(T_WRITE, self.listener.write_us)
@@ -728,7 +767,7 @@ cdef class Downstream(Connection):
             self.engine.slot.counters[C_CLIENT_ABORTS] += 1
             if self.x.side == SIDE_NONE:
                 self.x.side = SIDE_DOWNSTREAM
-            return self.abort(False)
+            return 0 if orphan(self) else self.abort(False)
         self.close()
         return 0
 
@@ -741,6 +780,9 @@ cdef class Downstream(Connection):
                 x.status = 499                      # nginx's code for a client that left; only seen in records
             if x.route is not None or x.started:
                 self.finish_exchange()
+        if self.orphaned:
+            bury(self)
+            return 0
         if reset and self.fd >= 0:
             self.cut_short()
         self.close()
@@ -770,7 +812,7 @@ cdef class Downstream(Connection):
     cdef void close_now(self):
         """Our doing, not the client's: an answer under way is cut by a reset, never ended; the exchange is recorded."""
         cdef Exchange x = self.x
-        if self.fd < 0:
+        if self.fd < 0 and not self.orphaned:
             return
         if x is not None and self.state == D_ACTIVE:
             if x.status == 0:

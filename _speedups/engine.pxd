@@ -28,6 +28,7 @@ cdef enum:
     T_TOTAL
     T_LINGER            # waiting for the client to close
     T_POOL              # upstream idle in its pool
+    T_QUEUE             # a place at the upstream
 
 cdef enum:
     TICK_US = 100000    # resolution of deadlines
@@ -59,6 +60,7 @@ cdef class Connection:
     cdef bint readable, writable    # may be; cleared when the kernel says EAGAIN
     cdef bint ended                 # the other side sent its end: reads go on until recv() says so too
     cdef bint queued                # in Engine.again
+    cdef bint orphaned              # the client has left; its exchange goes on, and what is written to it is dropped
     cdef Buffer inb                 # received, not consumed
     cdef Buffer out                 # to be sent; empty most of the time
     # Deadline: linked into Engine.wheel by raw pointers. Safe because close() unlinks, and `by_fd` owns the connection until then.
@@ -86,6 +88,9 @@ cdef class Connection:
     # Makes the next close() an abrupt end, which nobody can take for the end of an answer.
     @cython.final
     cdef void cut_short(self) noexcept
+    # Closes the socket and nothing else.
+    @cython.final
+    cdef void hang_up(self) noexcept
     cdef int on_events(self, uint32_t events) except -1
     cdef int on_timeout(self) except -1
     cdef void close(self)
@@ -135,7 +140,6 @@ cdef class Downstream(Connection):
     cdef int collect(self) except -1
     cdef int pump_request(self) except -1
     cdef int take_payload(self, char* data, uint32_t n, uint32_t* used) except -1
-    cdef int forward(self) except -1
     cdef int reply(self) except -1
     cdef int refuse(self, int status, bytes slug, bytes detail) except -1
     cdef int parse_failed(self, int error) except -1
@@ -146,6 +150,7 @@ cdef class Downstream(Connection):
     cdef void finish_exchange(self)
     cdef bint waits_for_body(self) noexcept
     cdef void arm_body(self) noexcept
+    cdef void arm_head(self) noexcept
     cdef void arm(self, uint8_t why, int64_t us) noexcept
 
 cdef class UpstreamConnection(Connection):
@@ -162,13 +167,18 @@ cdef class UpstreamConnection(Connection):
     cdef uint32_t seen              # bytes of an incomplete head that hold no empty line
     cdef int head_length            # of the answer, still in `inb`
     cdef bint held                  # a response hook has the answer
+    cdef bint recorded              # how the present attempt ended was told to the endpoint
+    cdef int64_t sent_at            # monotonic us, of the present attempt
 
     cdef void leave_pool(self)
+    cdef void take_up(self, Exchange x) noexcept
+    cdef void record(self, int outcome, int status, int64_t retry_after_us)
+    cdef bint judge(self, Head* head) except -1
+    cdef int put_again(self, int n) except -999
     cdef void detach(self)
     cdef int connected(self, uint32_t events) except -1
     cdef int connect_failed(self, int status, bytes slug, bytes detail) except -1
     cdef int append_body(self, int n) except -1
-    cdef int retry(self) except -1
     cdef int send_answer(self, Head* head) except -1
     cdef int64_t decode_behind(self, char* out, int* n) except -2
     cdef int hold(self, Head* head) except -1
@@ -201,6 +211,9 @@ cdef class Engine:
     cdef list again                 # connections with more to do than their share of one batch
     cdef list parked                # exchanges that wait for Python
     cdef list spare                 # free exchanges
+    cdef set orphans                # Downstreams whose clients have left: owned here until their exchanges end
+    cdef set full                   # upstreams with a queue
+    cdef object look_handle
     cdef dict listening             # name -> ListenSocket
     cdef uint32_t generations
     cdef int64_t now                # monotonic us, once a batch
@@ -237,5 +250,6 @@ cdef class Engine:
     cdef int connections_max(self, str name)
     cdef void accepted(self, str name, int fd, sockaddr_storage* address)
     cdef void link_timer(self, Connection connection, int64_t tick) noexcept
-    cdef UpstreamConnection obtain(self, Exchange x, bint fresh)
+    cdef void look_soon(self)
+    cdef UpstreamConnection obtain(self, Exchange x, Endpoint endpoint, bint fresh)
     cdef UpstreamConnection connect(self, Exchange x, Endpoint endpoint)

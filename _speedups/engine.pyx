@@ -22,7 +22,7 @@ from gateway._speedups.exchange cimport *
 from gateway._speedups.headers cimport *
 from gateway._speedups.histogram cimport *
 from gateway._speedups.http1 cimport *
-from gateway._speedups.pool cimport Endpoint, Upstream
+from gateway._speedups.pool cimport *
 from gateway._speedups.proxy_protocol cimport parse_proxy_header
 from gateway._speedups.sockets cimport *
 from gateway._speedups.token_bucket cimport BucketTable
@@ -101,6 +101,11 @@ cdef class Connection:
     cdef void cut_short(self) noexcept:
         cw_reset_on_close(self.fd)
 
+    @cython.final
+    cdef void hang_up(self) noexcept:
+        cw_close(self.fd)
+        self.fd = -1
+
     cdef int on_events(self, uint32_t events) except -1:
         return 0
 
@@ -125,6 +130,8 @@ cdef class Connection:
         cdef ssize_t sent = 0
         if n == 0:
             return 0
+        if self.fd < 0:
+            return 0 if self.orphaned else -EPIPE
         if self.out.end == self.out.start:
             sent = self.send(data, n)
             if sent == n:
@@ -146,6 +153,8 @@ cdef class Connection:
         cdef int i
         if n == 0:
             return 0
+        if self.fd < 0:
+            return 0 if self.orphaned else -EPIPE
         head = <uint32_t>cw_put_hex(size, n)
         size[head] = 13
         size[head + 1] = 10
@@ -197,6 +206,7 @@ cdef void keep_tail(Buffer* out, const char* data, uint32_t n, ssize_t* sent) no
     sent[0] = 0
 
 
+include "attempts.pxi"
 include "downstream.pxi"
 include "upstream.pxi"
 
@@ -268,6 +278,8 @@ cdef class Engine:
         self.again = []
         self.parked = []
         self.spare = []
+        self.orphans = set()
+        self.full = set()
         self.listening = {}
         self.log = logging.getLogger("crossway.engine")
         self.epoll = epoll_create1(EPOLL_CLOEXEC)
@@ -332,13 +344,13 @@ cdef class Engine:
         self.go_on()
 
     def active(self) -> int:
-        """Client connections that still have something to finish."""
-        return self.connections
+        """Client connections that still have something to finish, and exchanges whose clients have left."""
+        return self.connections + len(self.orphans)
 
     def unfinished(self) -> list:
         """What would be cut now: one dict per open exchange."""
         found = []
-        for connection in self.by_fd:
+        for connection in [*self.by_fd, *self.orphans]:
             if isinstance(connection, Downstream) and (<Downstream>connection).x is not None:
                 found.append((<Downstream>connection).describe())
         return found
@@ -353,6 +365,8 @@ cdef class Engine:
         """Close every connection at once and stop watching."""
         if self.tick_handle is not None:
             self.tick_handle.cancel()
+        if self.look_handle is not None:
+            self.look_handle.cancel()
         if self.loop is not None:
             self.loop.remove_reader(self.epoll)
         for connection in list(self.by_fd):
@@ -571,7 +585,7 @@ cdef class Engine:
         self.ticked = current
         for connection in due:
             self.unlink_timer(connection)
-            if connection.fd < 0 or connection.why == T_NONE:
+            if (connection.fd < 0 and not connection.orphaned) or connection.why == T_NONE:
                 continue
             if connection.deadline > self.now:
                 self.set_timer(connection, connection.why, connection.deadline)
@@ -597,6 +611,8 @@ cdef class Engine:
 
     cdef void give_exchange(self, Exchange x):
         self.exchanges -= 1
+        if x.upstream is not None:
+            leave_upstream(self, x)
         x.reset()
         if PyList_GET_SIZE(self.spare) < SPARE_EXCHANGES:
             self.spare.append(x)
@@ -672,16 +688,54 @@ cdef class Engine:
             self.report(connection, failure)
         return 0
 
+    # -- attempts ------------------------------------------------------------------------------------------------------
+
+    def on_backoff(self, Exchange x, generation) -> None:
+        """The pause before another attempt is over."""
+        if x.generation == generation and x.timer is not None:
+            x.timer = None
+            self.now = cw_monotonic_us()
+            try:
+                (<Downstream>x.connection).attach(True)
+                (<Downstream>x.connection).advance()
+            except BaseException as error:
+                self.report(x.connection, error)
+            self.go_on()
+
+    def on_hedge(self, Exchange x, generation) -> None:
+        """The answer takes long: perhaps another endpoint is asked too."""
+        if x.generation == generation and x.timer is not None:
+            x.timer = None
+            self.now = cw_monotonic_us()
+            try:
+                hedge(self, x)
+            except BaseException as error:
+                self.report(x.connection, error)
+            self.go_on()
+
+    cdef void look_soon(self):
+        if self.look_handle is None and self.loop is not None:
+            self.look_handle = self.loop.call_later(QUEUE_LOOK_MS / 1e3, self.look)
+
+    def look(self) -> None:
+        """Whether room was made at a full upstream, by whichever worker."""
+        cdef Upstream upstream
+        self.look_handle = None
+        self.now = cw_monotonic_us()
+        for upstream in list(self.full):
+            if upstream.waiting:
+                let_in(self, upstream)
+            else:
+                self.full.discard(upstream)
+        if self.full:
+            self.look_soon()
+
     # -- pools --------------------------------------------------------------------------------------------------------
 
-    cdef UpstreamConnection obtain(self, Exchange x, bint fresh):
-        """A connection for the exchange: a proven idle one, or a new one on its way. None after refusing."""
-        cdef Endpoint endpoint = x.upstream.pick(self.now, x.endpoint if x.tries else None)
+    cdef UpstreamConnection obtain(self, Exchange x, Endpoint endpoint, bint fresh):
+        """A connection to the endpoint: a proven idle one, or a new one on its way. None when there can be none."""
         cdef UpstreamConnection connection
         cdef bint safe = x.head.method == M_GET or x.head.method == M_HEAD or x.head.method == M_OPTIONS
-        if endpoint is None:
-            return None
-        x.endpoint = endpoint
         while not fresh and endpoint.idle:
             connection = <UpstreamConnection>endpoint.idle.pop()
             # What must not be sent twice travels only on a connection that is alive and silent right now.
@@ -706,7 +760,6 @@ cdef class Engine:
         result = cw_connect(fd, <sockaddr*>&endpoint.sockaddr, endpoint.length)
         if result < 0 and errno != EINPROGRESS:
             cw_close(fd)
-            endpoint.down_until = self.now + 1000000
             self.slot.counters[C_UPSTREAM_CONNECT_FAILURES] += 1
             return None
         connection = UpstreamConnection.__new__(UpstreamConnection)

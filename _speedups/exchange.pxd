@@ -6,6 +6,7 @@ use, so that whoever kept a reference (a hook's task) can tell that it is not hi
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from gateway._speedups.buffers cimport Buffer
 from gateway._speedups.headers cimport Head
 from gateway._speedups.http1 cimport Chunked, Limits
 from gateway._speedups.histogram cimport WorkerSlot
@@ -167,7 +168,18 @@ cdef class Exchange:
     cdef object upstream_connection
     cdef Endpoint endpoint
     cdef Upstream upstream
-    cdef int tries
+    # -- attempts
+    cdef object hedge                   # a second upstream connection that was asked as well
+    cdef object timer                   # a TimerHandle: the back-off before the next attempt, or the moment to hedge
+    cdef int tries                      # attempts after the first
+    cdef int attempts                   # how many of them there may be
+    cdef uint64_t balance_key           # for consistent hashing; 0: not computed
+    cdef bint entered                   # counted as in flight at its upstream
+    cdef bint waiting                   # in its upstream's queue
+    cdef bint repeatable                # the money rules allow to send it again though it was sent
+    cdef bint keeping                   # what streams of the body is kept in `kept`
+    cdef bint raced                     # sent again once because a pooled connection turned out to be closed
+    cdef Buffer kept                    # the body so far, for another attempt
     cdef int informational              # 1xx answers seen
     cdef Body answer
     cdef bint answer_started            # bytes of the final answer went to the client
@@ -189,6 +201,7 @@ cdef class Exchange:
     cdef const char* path(self) noexcept
     cdef int64_t body_limit(self) noexcept
     cdef bytes field(self, int known)           # value of a known request field, None when absent
+    cdef int keep(self, const char* data, uint32_t n) noexcept  # for another attempt, up to the upstream's limit
     cdef bytes named(self, bytes lower)         # value of any request field by lower-case name
 
 cdef int exchanges_live() noexcept

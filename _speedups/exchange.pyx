@@ -12,6 +12,7 @@ from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.stdint cimport int64_t, uint8_t, uint32_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy, memset
+from gateway._speedups.buffers cimport Buffer, buffer_append, buffer_release
 from gateway._speedups.headers cimport MAX_FIELDS, Head, head_find, head_reset
 
 import ipaddress
@@ -209,12 +210,14 @@ cdef class Exchange:
             raise MemoryError
         head_reset(self.head)
         self.path_copy = NULL
+        memset(&self.kept, 0, sizeof(Buffer))
         live += 1
 
     def __dealloc__(self):
         global live
         free(self.head)
         free(self.path_copy)
+        buffer_release(&self.kept)
         live -= 1
 
     cdef void reset(self) noexcept:
@@ -247,6 +250,13 @@ cdef class Exchange:
         self.replayable = True
         self.trusted = False
         self.tries = 0
+        self.attempts = 0
+        self.balance_key = 0
+        self.repeatable = False
+        self.raced = False
+        if self.keeping or self.kept.cap:
+            self.keeping = False
+            buffer_release(&self.kept)
         self.informational = 0
         self.answer_started = False
         self.status = 0
@@ -297,6 +307,13 @@ cdef class Exchange:
 
     cdef int64_t body_limit(self) noexcept:
         return self.route.body_limit if self.route.body_limit >= 0 else self.listener.body_limit
+
+    cdef int keep(self, const char* data, uint32_t n) noexcept:
+        if self.kept.end - self.kept.start + <int64_t>n > self.upstream.replay_max or buffer_append(&self.kept, data, n) < 0:
+            self.keeping = False                    # too large to be sent again
+            self.repeatable = False
+            buffer_release(&self.kept)
+        return 0
 
     cdef bytes field(self, int known):
         cdef int i = self.head.first[known]

@@ -49,6 +49,9 @@ cdef enum:                      # FieldId
     F_SERVER
     F_DATE
     F_RETRY_AFTER
+    F_CROSSWAY_DEADLINE         # x-crossway-deadline-ms
+    F_CROSSWAY_ATTEMPTS         # x-crossway-attempts-left
+    F_GRPC_TIMEOUT
     F_KNOWN                     # how many there are
 
 cdef enum:                      # FieldFlag

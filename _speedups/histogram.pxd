@@ -44,6 +44,11 @@ cdef enum:                      # counters; anonymous, so that a member indexes 
     C_ACCEPT_PAUSED
     C_LOOP_POLLS
     C_LOOP_EVENTS
+    C_RETRIES_DENIED            # the budget was spent
+    C_HEDGES
+    C_ORPHANS                   # exchanges that went on without their clients
+    C_UPSTREAM_OVERLOADED       # refused: the upstream's queue was full
+    C_UPSTREAM_QUEUE_TIMEOUTS
     C_SERIES_OVERFLOW           # observations that found no free series; written by observe() only
     C_USED                      # how many there are
     COUNTER_COUNT = 64          # room in the slot

@@ -5,7 +5,13 @@ other addresses, those that stay keep their pools and those that go are retired:
 under way finish. Python is called from here: while a snapshot is built and when endpoints change.
 """
 
-from gateway._speedups.sockets cimport cw_parse_address, sockaddr_storage, socklen_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from gateway._speedups.sockets cimport cw_parse_address
+
+import os
+
+cdef dict RETRY_BITS = {"connect-failure": RETRY_CONNECT, "reset": RETRY_RESET, "timeout": RETRY_TIMEOUT, "429": RETRY_429,
+                        "500": RETRY_500, "502": RETRY_502, "503": RETRY_503, "504": RETRY_504}
 
 
 cdef class Endpoint:
@@ -38,6 +44,18 @@ cdef class Endpoint:
         self.down_until = before.down_until
         self.current = before.current
 
+    cdef void begin(self, int64_t now) noexcept:
+        self.active += 1
+
+    cdef void leave(self) noexcept:
+        self.active -= 1
+
+    cdef void finish(self, Upstream upstream, int64_t now, int outcome, int status, int64_t us, int64_t retry_after_us):
+        if outcome == OUTCOME_CONNECT:
+            self.down_until = now + 1000000
+        elif outcome == OUTCOME_ANSWERED:
+            self.down_until = 0
+
 
 cdef object retire(Endpoint endpoint):
     """Nobody will draw from this pool any more."""
@@ -52,7 +70,9 @@ cdef class Upstream:
 
     def __init__(self, str name not None, list endpoints not None, *, double connect=2, double head=15, double idle=30,
                  double total=60, int keep_connections=64, double keep_idle=55, double keep_age=3600, int requests=1024,
-                 bint retry_connect=True, str host="preserve"):
+                 str host="preserve", int attempts=1, retry_on=("connect-failure",), double per_try=0, double backoff=0.025,
+                 double backoff_max=0.25, int64_t replay=65536, bint honours_key=False, double hedge=0,
+                 bint finish_abandoned=True, int pending=256, double queue=1):
         self.name = name
         self.endpoints = endpoints
         self.unresolved = set()
@@ -64,9 +84,22 @@ cdef class Upstream:
         self.keep_idle_us = <int64_t>(keep_idle * 1e6)
         self.keep_age_us = <int64_t>(keep_age * 1e6)
         self.requests_max = requests
-        self.retry_connect = retry_connect
         self.host_literal = host.encode("ascii")
         self.host_mode = HOST_PRESERVE if host == "preserve" else HOST_TARGET if host == "target" else HOST_LITERAL
+        self.attempts = attempts
+        for name in retry_on:
+            self.retry_on |= <uint32_t>RETRY_BITS[name]
+        self.random = int.from_bytes(os.urandom(8), "little") | 1
+        self.per_try_us = <int64_t>(per_try * 1e6)
+        self.backoff_us = <int64_t>(backoff * 1e6)
+        self.backoff_max_us = <int64_t>(backoff_max * 1e6)
+        self.replay_max = replay
+        self.honours_key = honours_key
+        self.hedge_us = <int64_t>(hedge * 1e6)
+        self.finish_abandoned = finish_abandoned
+        self.waiting = {}
+        self.pending_max = pending
+        self.queue_us = <int64_t>(queue * 1e6)
 
     def replace(self, list endpoints not None) -> tuple:
         """Let these be the endpoints from now on; returns (those that are new, those that are gone), as lists.
@@ -113,7 +146,43 @@ cdef class Upstream:
         for endpoint in self.endpoints:
             retire(endpoint)
 
-    cdef Endpoint pick(self, int64_t now, Endpoint avoid):
+    cdef bint enter(self, int64_t now) noexcept:
+        if self.active >= self.requests_max:
+            return False
+        self.active += 1
+        return True
+
+    cdef void leave(self) noexcept:
+        self.active -= 1
+
+    cdef int room(self, int64_t now) noexcept:
+        return self.requests_max - self.active
+
+    cdef bint queue(self, object x) except -1:
+        if len(self.waiting) >= self.pending_max:
+            return False
+        self.waiting[x] = None
+        return True
+
+    cdef void unqueue(self, object x):
+        self.waiting.pop(x, None)
+
+    cdef bint pay(self, int64_t now) noexcept:
+        return True
+
+    cdef int64_t backoff(self, int tries) noexcept:
+        """Full jitter: anything up to base x 2^tries, capped."""
+        cdef int64_t most = self.backoff_us << (tries if tries < 20 else 20)
+        if most > self.backoff_max_us:
+            most = self.backoff_max_us
+        if most <= 0:
+            return 0
+        self.random ^= self.random << 13
+        self.random ^= self.random >> 7
+        self.random ^= self.random << 17
+        return <int64_t>(self.random % <uint64_t>(most + 1))
+
+    cdef Endpoint pick(self, int64_t now, object x, Endpoint avoid):
         cdef Endpoint endpoint, best = None, fallback = None
         cdef int total = 0
         if len(self.endpoints) == 1:

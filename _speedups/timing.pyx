@@ -120,7 +120,7 @@ def time_compose(uint64_t loops, RouteEntry route not None, Snapshot snapshot no
         began = seconds()
         if response is None:
             for i in range(loops):
-                written += compose_request(x, out, ROOM)
+                written += compose_request(x, out, ROOM, 0)
         else:
             for i in range(loops):
                 written += compose_answer(x, answer, out, ROOM)

@@ -49,8 +49,8 @@ cdef class UpstreamConnection(Connection):
                 elif not self.x.body.done:
                     downstream.arm_body()
                     downstream.advance()
-                elif result == 1 and not self.x.answer_started:
-                    downstream.arm(T_UP_HEAD, self.x.route.head_us)
+                elif result == 1 and not self.x.answer_started and self.x.hedge is not self:
+                    downstream.arm_head()
         if events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR):
             self.readable = True
         if self.fd >= 0 and self.x is not None:
@@ -76,18 +76,35 @@ cdef class UpstreamConnection(Connection):
             self.endpoint.idle.remove(self)
         self.close()
 
+    cdef void take_up(self, Exchange x) noexcept:
+        """Joins connection and exchange."""
+        self.x = x
+        self.recorded = False
+        self.endpoint.begin(self.engine.now)
+
+    cdef void record(self, int outcome, int status, int64_t retry_after_us):
+        """How this attempt ended, once: its endpoint is judged by that."""
+        if not self.recorded:
+            self.recorded = True
+            self.endpoint.finish(self.upstream, self.engine.now, outcome, status, self.engine.now - self.sent_at, retry_after_us)
+
     cdef void detach(self):
         """Parts connection and exchange."""
         if self.x is not None:
-            self.x.upstream_connection = None
+            self.record(OUTCOME_NONE, 0, 0)
+            if self.x.hedge is self:
+                self.x.hedge = None
+            else:
+                self.x.upstream_connection = None
             self.x = None
-            self.endpoint.active -= 1
-            self.upstream.active -= 1
+            self.endpoint.leave()
 
     cdef void close_now(self):
         """Whatever is under way on it: the client gets an answer or a reset."""
         cdef Downstream downstream
-        if self.x is not None:
+        if self.x is not None and self.x.hedge is self:
+            drop_hedge(self.x, OUTCOME_NONE)
+        elif self.x is not None:
             downstream = <Downstream>self.x.connection
             self.detach()
             self.close()
@@ -119,7 +136,8 @@ cdef class UpstreamConnection(Connection):
             return self.connect_failed(502, b"upstream-bad-answer", b"the upstream spoke or left before it was asked; the request was not sent")
         self.state = U_HEAD
         self.writable = True
-        self.endpoint.down_until = 0
+        if self.x.hedge is self:
+            return send_hedge(self)
         self.send_request()
         return downstream.advance()
 
@@ -127,14 +145,15 @@ cdef class UpstreamConnection(Connection):
         """Nothing was sent: another endpoint may have it, once."""
         cdef Exchange x = self.x
         cdef Downstream downstream = <Downstream>x.connection
-        self.endpoint.down_until = self.engine.now + 1000000
-        self.detach()
-        self.close()
-        if x.tries == 0 and x.upstream.retry_connect:
-            x.tries = 1
-            self.engine.slot.counters[C_RETRIES] += 1
-            downstream.attach(True)
-        else:
+        self.record(OUTCOME_CONNECT, 0, 0)
+        if x.hedge is self:
+            drop_hedge(x, OUTCOME_CONNECT)
+            return 0
+        if x.hedge is not None:
+            promote_hedge(x, OUTCOME_CONNECT)
+            return 0
+        if not try_again(downstream, RETRY_CONNECT, 0):
+            downstream.drop_upstream()
             x.side = SIDE_UPSTREAM
             x.refuse(status, slug, detail)
             x.reply_headers = b"retry-after: 1\r\n"
@@ -146,11 +165,13 @@ cdef class UpstreamConnection(Connection):
         cdef Exchange x = self.x
         cdef Downstream downstream = <Downstream>x.connection
         cdef char* out = self.engine.composed
-        cdef int n = compose_request(x, out, HEAD_ROOM)
+        cdef int n = compose_request(x, out, HEAD_ROOM, self.engine.now)
         cdef uint32_t body_at = x.body_at
         cdef int64_t remaining = x.body.remaining
         cdef uint64_t counted = x.body.bytes
         cdef int result
+        if x.total_at and self.engine.now >= x.total_at:
+            return downstream.exchange_timeout(T_TOTAL)         # nobody waits for it any more: it is not sent at all
         if n < 0:
             self.detach()
             self.close()
@@ -160,25 +181,32 @@ cdef class UpstreamConnection(Connection):
             if result == 0:
                 x.sent = True                       # the head is out: this request is not sent again
                 result = self.put(x.collected, len(x.collected))
+        elif x.kept.end > x.kept.start:
+            result = self.put_again(n)
         else:
             n = self.append_body(n)
             result = self.put(out, n)
         x.upstream_from = cw_monotonic_us()
+        self.sent_at = self.engine.now
         self.engine.slot.counters[C_UPSTREAM_BYTES_OUT] += n
         if result < 0:
-            if x.replayable and self.reused and x.tries == 0 and not x.sent:
+            if x.replayable and self.reused and not x.raced and not x.sent:
                 # The kernel took no byte: the request provably never left. Once more, on a new connection.
                 x.body_at = body_at
                 x.body.remaining = remaining
                 x.body.bytes = counted
                 if x.body.mode == BODY_LENGTH:
                     x.body.done = remaining == 0 or x.collected is not None
-                return self.retry()
+                buffer_release(&x.kept)
+                if race_again(self):
+                    return 0
             self.broken = True
             self.readable = True
         x.sent = True
+        if x.upstream.hedge_us:
+            plan_hedge(self)
         if x.body.done:
-            downstream.arm(T_UP_HEAD, x.route.head_us)
+            downstream.arm_head()
         else:
             downstream.arm_body()
             if not self.broken:
@@ -199,19 +227,25 @@ cdef class UpstreamConnection(Connection):
             return n
         take = there if there < x.body.remaining else x.body.remaining
         memcpy(out + n, downstream.inb.base + downstream.inb.start + x.body_at, take)
+        if x.keeping:
+            x.keep(out + n, <uint32_t>take)
         x.body_at += <uint32_t>take
         x.body.remaining -= take
         x.body.bytes += take
         x.body.done = x.body.remaining == 0
         return n + <int>take
 
-    cdef int retry(self) except -1:
-        cdef Downstream downstream = <Downstream>self.x.connection
-        self.x.tries = 1
-        self.engine.slot.counters[C_RETRIES] += 1
-        self.detach()
-        self.close()
-        return downstream.attach(True)
+    cdef int put_again(self, int n) except -999:
+        """composed[0:n) and what is kept of the body behind it, framed as it was. What is missing of it streams on."""
+        cdef Exchange x = self.x
+        cdef uint32_t there = x.kept.end - x.kept.start
+        cdef int result = self.put(self.engine.composed, n)
+        if result == 0:
+            result = self.put_chunk(x.kept.base + x.kept.start, there) if x.body.out == BODY_CHUNKED else \
+                self.put(x.kept.base + x.kept.start, there)
+        if result == 0 and x.body.out == BODY_CHUNKED and x.body.done:
+            result = self.put(b"0\r\n\r\n", 5)
+        return result
 
     # -- the answer ---------------------------------------------------------------------------------------------------
 
@@ -305,7 +339,13 @@ cdef class UpstreamConnection(Connection):
         cdef int n
         if head.status >= 200:
             self.head_length = length
+            if self.judge(head):
+                return 0
             self.start_answer(head)
+            return 1
+        if x.hedge is self:                         # it is not the one that the client hears yet
+            buffer_consume(&self.inb, length)
+            self.pending = self.inb.end > self.inb.start
             return 1
         x.informational += 1
         if head.status == 101 or x.informational > INFORMATIONAL_MAX:
@@ -320,6 +360,38 @@ cdef class UpstreamConnection(Connection):
         buffer_consume(&self.inb, length)
         self.pending = self.inb.end > self.inb.start
         return 1
+
+    cdef bint judge(self, Head* head) except -1:
+        """A final head came: what it says of its endpoint, who wins of two that were asked, and whether to ask once more.
+
+        True when this answer is not the one that the client gets.
+        """
+        cdef Exchange x = self.x
+        cdef Downstream downstream = <Downstream>x.connection
+        cdef int status = head.status
+        cdef int64_t after = 0, left
+        if status == 429 or status == 503:
+            after = number_of(head, F_RETRY_AFTER)
+            after = min(after, <int64_t>86400) * 1000000 if after > 0 else 0
+        self.record(OUTCOME_ANSWERED, status, after)
+        if x.hedge is not None:
+            if retry_bit(status) and status != 429:             # the other one may know better
+                if x.hedge is self:
+                    drop_hedge(x, OUTCOME_NONE)
+                else:
+                    promote_hedge(x, OUTCOME_NONE)
+                return True
+            if x.hedge is self:
+                promote_hedge(x, OUTCOME_NONE)
+            else:
+                drop_hedge(x, OUTCOME_NONE)
+        if retry_bit(status) & x.upstream.retry_on:
+            left = number_of(head, F_CROSSWAY_ATTEMPTS)
+            if left >= 0 and x.tries + left < x.attempts:       # a hop behind us has tried already
+                x.attempts = x.tries + <int>left
+            if after <= x.upstream.backoff_max_us and try_again(downstream, retry_bit(status), after):
+                return True
+        return False
 
     cdef int start_answer(self, Head* head) except -1:
         """The final answer's head: framing on both sides, hooks, then head and first bytes of the body in one piece."""
@@ -548,10 +620,11 @@ cdef class UpstreamConnection(Connection):
             self.engine.slot.counters[C_UPSTREAM_RESETS] += 1
             return self.fail(502, b"upstream-closed", b"the upstream closed the connection in the middle of its answer")
         self.engine.slot.counters[C_UPSTREAM_RESETS] += 1
-        if self.reused and x.replayable and x.tries == 0 and x.informational == 0 and self.inb.end == self.inb.start and \
-                x.body.mode == BODY_NONE and x.head.method in (M_GET, M_HEAD, M_OPTIONS):
-            # The keep-alive race: safe methods without a body may be sent again (RFC 9110 9.2.2), once.
-            self.retry()
+        if x.hedge is None and self.reused and x.replayable and x.informational == 0 and self.inb.end == self.inb.start and \
+                x.body.mode == BODY_NONE and x.head.method in (M_GET, M_HEAD, M_OPTIONS) and race_again(self):
+            return downstream.advance()             # safe methods without a body may be sent again (RFC 9110 9.2.2)
+        self.record(OUTCOME_RESET, 0, 0)
+        if x.hedge is None and try_again(downstream, RETRY_RESET, 0):
             return downstream.advance()
         return self.fail(502, b"upstream-closed",
                          b"the upstream closed the connection before it answered; the request may have been executed")
@@ -560,6 +633,13 @@ cdef class UpstreamConnection(Connection):
         """The upstream's failure: an answer that says so, or a cut one when its head is out already. Always 0."""
         cdef Exchange x = self.x
         cdef Downstream downstream = <Downstream>x.connection
+        self.record(OUTCOME_RESET if self.state == U_BODY else OUTCOME_BAD, 0, 0)
+        if x.hedge is self:
+            drop_hedge(x, OUTCOME_NONE)
+            return 0
+        if x.hedge is not None:
+            promote_hedge(x, OUTCOME_NONE)
+            return 0
         x.side = SIDE_UPSTREAM
         self.detach()
         self.close()

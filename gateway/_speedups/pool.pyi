@@ -1,5 +1,7 @@
 """What Python sees of _speedups/pool.pyx."""
 
+from collections.abc import Iterable
+
 class Endpoint:
     active: int
     retired: bool
@@ -32,8 +34,18 @@ class Upstream:
         keep_idle: float = 55,
         keep_age: float = 3600,
         requests: int = 1024,
-        retry_connect: bool = True,
         host: str = "preserve",
+        attempts: int = 1,
+        retry_on: Iterable[str] = ("connect-failure",),
+        per_try: float = 0,
+        backoff: float = 0.025,
+        backoff_max: float = 0.25,
+        replay: int = 65536,
+        honours_key: bool = False,
+        hedge: float = 0,
+        finish_abandoned: bool = True,
+        pending: int = 256,
+        queue: float = 1,
     ) -> None: ...
     @property
     def name(self) -> str: ...

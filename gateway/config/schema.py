@@ -16,6 +16,7 @@ from pydantic.json_schema import WithJsonSchema
 
 from gateway.config.base import Model, Shorthand, listed, needed, part, setting
 from gateway.config.policies import Policy, PolicyRef
+from gateway.config.resilience import Balance, BalanceSettings, Hedge, Retries, RetrySettings, UpstreamLimits
 from gateway.config.source import Document, Path_
 from gateway.config.values import Deadline, Duration, FilePath, Flag, Int, Name, Secret, Size, Text, Workers, fault
 from gateway.config.web import (
@@ -119,6 +120,7 @@ class Endpoint(Model):
 
     address: AddressText = needed("host:port")
     weight: Int = Field(default=1, ge=1, le=256, description="share of the requests, relative to the others")
+    zone: Name | None = setting(None, "where it is; those in the machine's own `zone` are preferred")
 
 
 class UpstreamTimeouts(Model):
@@ -127,7 +129,7 @@ class UpstreamTimeouts(Model):
     connect: Deadline = setting("2s", "for the connection")
     head: Deadline = setting("15s", "for the head of the response, once the request is sent")
     idle: Deadline = setting("30s", "without a byte of the response")
-    total: Deadline = setting("60s", "for the whole exchange, retry included")
+    total: Deadline = setting("60s", "for the whole exchange, retries included")
 
 
 class Keepalive(Model):
@@ -136,14 +138,6 @@ class Keepalive(Model):
     connections: Int = Field(default=64, ge=0, le=65535, description="per endpoint and worker")
     idle: Deadline = setting("55s", "after which one is closed; shorter than the server's own")
     age: Deadline = setting("1h", "after which one is not used again")
-
-
-class UpstreamLimits(Model):
-    """How much an upstream is given at once."""
-
-    requests: Int = Field(
-        default=1024, ge=1, le=1_000_000, description="requests in flight in each worker; 503 above it"
-    )
 
 
 def _upstream_host(raw: Any) -> str:
@@ -171,8 +165,12 @@ class Upstream(Model):
         WithJsonSchema({"type": "string", "x-is": "`preserve`, `target` or a host"}),
     ] = setting("preserve", "the Host that is sent: the client's, the endpoint's own, or this one")
     resolve: Deadline = setting("30s", "how often host names are resolved again")
-    retries: Int = Field(
-        default=1, ge=0, le=1, description="attempts after a failed connect; nothing that was sent is sent again"
+    balance: BalanceSettings = part(Balance, "how the next endpoint is chosen")
+    slow_start: Duration = setting("0s", "how long a new or returned endpoint takes until it gets its whole share; 0s: at once")
+    retries: RetrySettings = part(Retries, "further attempts: a number, or settings")
+    hedge: Hedge | None = setting(None, "a second request when the first takes long")
+    abandoned: Literal["finish", "cancel"] = setting(
+        "finish", "what is not safe to repeat and was sent completely, when its client leaves: let it finish, or cancel it"
     )
 
     @model_validator(mode="after")
@@ -286,6 +284,7 @@ class Config(Model):
 
     version: Annotated[Literal[1], Field(description="version of this format")]
     workers: Workers = setting("auto", "worker processes; `auto` follows CPU affinity and the cgroup's quota")
+    zone: Name | None = setting(None, "where this machine is; endpoints in the same zone are preferred")
     drain: Drain = part(Drain, "graceful stop")
     log: Log = part(Log, "the gateway's own log")
     admin: Admin = part(Admin, "the admin endpoint")

@@ -132,6 +132,15 @@ def parse_int(raw: Any) -> int:
     return raw
 
 
+def parse_percent(raw: Any) -> float:
+    """Return the fraction of `20%`: 0.2."""
+    hint = "write a number from 0 to 100 with its sign: 20%"
+    match = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]+)?) ?%", text_of(raw, "expected a percentage", hint))
+    if not match or float(match[1]) > 100:
+        raise fault("expected a percentage", hint)
+    return float(match[1]) / 100
+
+
 def parse_flag(raw: Any) -> bool:
     """Return true or false as YAML 1.2 spells them."""
     if isinstance(raw, str) and raw in ("true", "false"):
@@ -214,6 +223,11 @@ RateText = Annotated[
     PlainValidator(parse_rate),
     TEXT,
     described("rate", pattern=r"^[0-9]+ ?/ ?[0-9]*(s|m|h|d)$", examples=["100/s"]),
+]
+Percent = Annotated[
+    float,
+    PlainValidator(parse_percent),
+    described("percentage", pattern=r"^[0-9]{1,3}(\.[0-9]+)? ?%$", examples=["20%"]),
 ]
 Int = Annotated[int, BeforeValidator(parse_int)]
 Flag = Annotated[bool, BeforeValidator(parse_flag)]

@@ -84,13 +84,16 @@ def _build(config: Config, names: Names, version: int, workshop: Workshop) -> tu
 
 
 def _upstream(name: str, settings: schema.Upstream, workshop: Workshop) -> Upstream:
-    times, keep = settings.timeouts, settings.keepalive
+    times, keep, limits, retries = settings.timeouts, settings.keepalive, settings.limits, settings.retries
     upstream = Upstream(
         name, [], connect=times.connect, head=times.head, idle=times.idle, total=times.total,
-        keep_connections=keep.connections, keep_idle=keep.idle, keep_age=keep.age, requests=settings.limits.requests,
-        retry_connect=settings.retries > 0, host=settings.host,
+        keep_connections=keep.connections, keep_idle=keep.idle, keep_age=keep.age, requests=limits.requests,
+        host=settings.host, attempts=retries.attempts, retry_on=retries.on, per_try=retries.per_try or 0,
+        backoff=retries.backoff.base, backoff_max=retries.backoff.max, replay=retries.body, honours_key=retries.idempotency_key,
+        hedge=settings.hedge.after if settings.hedge else 0, finish_abandoned=settings.abandoned == "finish",
+        pending=limits.pending, queue=limits.queue,
     )
-    resolver = Resolver(upstream, [Target(str(each.address), each.weight) for each in settings.targets], settings.resolve)
+    resolver = Resolver(upstream, [Target(str(each.address), each.weight, each.zone) for each in settings.targets], settings.resolve)
     if resolver.names:
         workshop.sources.append(resolver)
     return upstream

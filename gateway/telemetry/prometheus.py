@@ -85,6 +85,11 @@ COUNTERS: dict[str, _Total] = {
     "accept_paused": _Total("accept_paused", "Times that accepting was paused (connection limit or descriptors)."),
     "loop_polls": _Total("loop_polls", "Times that a worker collected events."),
     "loop_events": _Total("loop_events", "Events that workers collected."),
+    "retries_denied": _Total("retries_denied", "Further attempts that the retry budget did not allow."),
+    "hedges": _Total("hedges", "Second requests sent because the first one took long."),
+    "orphans": _Total("orphaned_exchanges", "Exchanges that were finished after their client had left."),
+    "upstream_overloaded": _Total("upstream_overloaded", "Requests refused because the upstream's queue was full."),
+    "upstream_queue_timeouts": _Total("upstream_queue_timeouts", "Requests refused because no place at the upstream became free."),
     "series_overflow": _Total("metrics_overflow", "Observations counted in the overflow series."),
 }
 assert COUNTERS.keys() == set(COUNTER_NAMES)

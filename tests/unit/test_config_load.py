@@ -69,7 +69,7 @@ def test_the_smallest_contract_file_loads_with_all_defaults() -> None:
         60,
     )
     assert (upstream.keepalive.connections, upstream.keepalive.idle, upstream.keepalive.age) == (64, 55, 3600)
-    assert (upstream.host, upstream.retries, upstream.limits.requests) == ("preserve", 1, 1024)
+    assert (upstream.host, upstream.retries.attempts, upstream.limits.requests) == ("preserve", 1, 1024)
     assert config.drain.deadline == 30 and config.drain.delay == 0
     assert config.routes[0].match.host == ("*",)
 
@@ -266,7 +266,7 @@ def test_anchors_and_merge_keys_work_and_keep_their_places(tmp_path: Path) -> No
         "  other:\n    <<: *base\n    targets: [127.0.0.1:9002]",
     )
     config = load(write(tmp_path, text))
-    assert config.upstreams["other"].retries == 0
+    assert config.upstreams["other"].retries.attempts == 0
     assert config.upstreams["other"].targets[0].address.port == 9002
     assert config.where(("upstreams", "other", "targets"))[0] == 11
 

@@ -18,6 +18,7 @@ STATUS_LINE = re.compile(rb"HTTP/1\.1 ([1-5][0-9][0-9]) [\t \x21-\x7e\x80-\xff]*
 CHUNK_SIZE = re.compile(rb"[0-9a-fA-F]{1,16}")
 OWN_REQUEST_FIELDS = {
     b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host", b"forwarded", b"x-request-id", b"traceparent", b"via",
+    b"x-crossway-deadline-ms", b"x-crossway-attempts-left",
 }  # fmt: skip
 OWN_RESPONSE_FIELDS = {b"via", b"x-request-id", b"date", b"server", b"connection"}
 REBUILT = {b"host", b"content-length", b"transfer-encoding", b"connection"}
