@@ -63,6 +63,8 @@ cdef int forward(Downstream d) except -1:
         allowed = number_of(x.head, F_CROSSWAY_DEADLINE)
         if allowed >= 0 and (x.total_at == 0 or x.started + allowed * 1000 < x.total_at):
             x.total_at = x.started + allowed * 1000
+        if x.total_at and d.engine.now >= x.total_at:
+            return expired(d)
     x.repeatable = is_idempotent(x.head.method) or (upstream.honours_key and x.head.first[F_IDEMPOTENCY_KEY] >= 0)
     x.keeping = x.repeatable and x.attempts and x.body.mode != BODY_NONE and x.collected is None and \
         (upstream.retry_on & ~<uint32_t>RETRY_CONNECT) != 0
@@ -74,6 +76,13 @@ cdef int forward(Downstream d) except -1:
         x.entered = True
         return d.attach(False)
     return wait(d)
+
+
+cdef int expired(Downstream d) except -1:
+    """Nobody waits for it any more: it is not sent at all."""
+    d.engine.slot.counters[C_UPSTREAM_TIMEOUTS] += 1
+    d.refuse(504, b"total-timeout", b"the time for this request is over; it was not sent to the upstream")
+    return 0
 
 
 cdef int wait(Downstream d) except -1:

@@ -426,7 +426,8 @@ cdef int compose_request(Exchange x, char* out, int room, int64_t now) except -2
     head_mark_hop_by_hop(head)
     for i in range(head.count):
         # Ours replace them, or extend what a trusted proxy said, which put_identity() copies.
-        if (head.fields[i].flags & FIELD_IDENTITY) or head.fields[i].id in (F_HOST, F_X_REQUEST_ID, F_TRACEPARENT):
+        if (head.fields[i].flags & FIELD_IDENTITY) or head.fields[i].id in (F_HOST, F_X_REQUEST_ID, F_TRACEPARENT, F_CROSSWAY_DEADLINE,
+                                                                               F_CROSSWAY_ATTEMPTS):
             head.fields[i].flags |= FIELD_DROP
         elif (head.fields[i].id == F_TRACESTATE and not traced) or (head.fields[i].id == F_BAGGAGE and not x.trusted):
             head.fields[i].flags |= FIELD_DROP

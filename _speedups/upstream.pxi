@@ -171,7 +171,7 @@ cdef class UpstreamConnection(Connection):
         cdef uint64_t counted = x.body.bytes
         cdef int result
         if x.total_at and self.engine.now >= x.total_at:
-            return downstream.exchange_timeout(T_TOTAL)         # nobody waits for it any more: it is not sent at all
+            return expired(downstream)
         if n < 0:
             self.detach()
             self.close()
