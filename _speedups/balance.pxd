@@ -9,7 +9,7 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 
 cdef enum:                      # algorithms
     BALANCE_P2C_EWMA = 0        # two at random, the one with less latency x (requests in flight + 1)
-    BALANCE_LEAST_REQUEST = 1   # two at random, the one with fewer requests in flight; unequal weights: by weight / (in flight + 1)
+    BALANCE_LEAST_REQUEST = 1   # two at random, the one with fewer requests in flight per weight
     BALANCE_ROUND_ROBIN = 2     # smooth weighted
     BALANCE_RANDOM = 3          # weighted
     BALANCE_MAGLEV = 4          # by the key, bounded load
@@ -67,7 +67,7 @@ cdef class Balancer:
     # Maglev: candidate of each place; NULL for other algorithms and without candidates.
     cdef uint32_t* table
     cdef uint32_t table_size    # a prime
-    cdef double typical_us      # what the endpoints' latencies are around; penalties left out
+    cdef double typical_us      # the endpoints' latencies are around it; penalties left out
     cdef int typical_samples
     cdef uint64_t state         # of the random numbers
 
@@ -88,11 +88,12 @@ cdef class Balancer:
 
     cdef double latency(self, const Candidate* candidate, int64_t now) noexcept nogil
     cdef void refresh(self, int64_t now) noexcept nogil
+    cdef void learn(self, double ewma_us) noexcept nogil
     cdef void fill_group(self, int which, int64_t now) noexcept nogil
     cdef int take(self, const Group* group, int64_t now, uint64_t key, int avoid) noexcept nogil
     cdef int take_p2c(self, const Group* group, int64_t now, int avoid) noexcept nogil
     cdef int take_fewest(self, const Group* group, int64_t now, int avoid) noexcept nogil
-    cdef int take_smooth(self, const Group* group, int64_t now, int avoid) noexcept nogil
+    cdef int take_smooth(self, const Group* group, int avoid) noexcept nogil
     cdef int take_maglev(self, const Group* group, uint64_t key, int avoid) noexcept nogil
     cdef int draw(self, const Group* group, int but) noexcept nogil
     cdef uint64_t below(self, uint64_t bound) noexcept nogil

@@ -1,15 +1,15 @@
 """Choosing one endpoint of an upstream: peak-EWMA of two, least request, round robin, random, Maglev.
 
 Strategy: one choice is some arithmetic on a compact table of the usable candidates. Only two of them are looked at by p2c_ewma,
-least_request and random, whatever their number; round robin (and least_request with unequal weights) looks at all, Maglev
-walks its table. The table is made anew when the pool says that something changed, and every tenth of a second, so that a slow
+least_request and random, whatever their number; round robin looks at all, Maglev adds up the requests in flight and walks its
+table. The table is made anew when the pool says that something changed, and every tenth of a second, so that a slow
 start advances and a forgotten call of changed() heals; a choice that turns out unusable is made again on a fresh table.
 
 Peak EWMA: a latency above the average replaces it, one below is blended in with exp(-dt/10 s) [Finagle, Linkerd, tower]. Reading
 projects and stores nothing, so a look never changes what is seen. Four things the plain algorithm gets wrong:
  1. An idle endpoint decays to nothing, and nothing times any number in flight is nothing: all requests go there until the first
-    answers. Here what is known of an endpoint decays towards *half of what is typical for this upstream* (a running average of
-    the endpoints' averages, 30 ms before there is any): an idle or new endpoint is tried soon, yet with one request in
+    answers. Here what is known of an endpoint decays towards *half of what is typical for this upstream* (a running median of the
+    endpoints' averages, so that one slow endpoint does not move it; 30 ms before there is any): an idle or new endpoint is tried soon, yet with one request in
     flight it costs as much as a typical idle one, with two more. So it gets a probe, never a burst.
  2. Failures are fast and look cheap. A failure makes its endpoint cost the time until the penalty ends, 5 s or what Retry-After
     asks for (at most 300 s), if that is more than its average. The penalty runs off with the clock, where a recorded latency of
@@ -21,8 +21,10 @@ projects and stores nothing, so a look never changes what is seen. Four things t
     unequal weights the second of a pair must be cheaper by a quarter, or the draw stands.
  4. A pair drawn with replacement is one endpoint twice in 1 of N draws, which then wins unseen: pairs are distinct.
 
-Least request has failure mode 2 as well (who fails at once has no requests in flight), hence an endpoint under penalty loses to
-one without. Round robin and random deal by weight and nothing else; what fails there is the business of ejection.
+Least request draws its pair by weight too and takes the one with fewer requests in flight per weight; a tie goes to the first.
+Envoy's rule for unequal weights, round robin by weight / (in flight + 1), settles where in flight x (in flight + 1) is in
+proportion to the weight: an endpoint of four times the weight would carry twice the load. Least request has failure mode 2 as
+well (who fails at once has no requests in flight), hence an endpoint under penalty loses to one without. Round robin and random deal by weight and nothing else; what fails there is the business of ejection.
 
 Maglev [Eisenbud et al., NSDI 2016]: the table is made of all candidates, usable or not, in the order of their ids, so that every
 process and machine has the same one. A place whose candidate is not usable, or has more than its share of the requests in flight
@@ -49,6 +51,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
 import os
+from typing import Final
 
 cdef extern from *:
     """
@@ -81,17 +84,21 @@ cdef extern from *:
 
 cdef enum:
     REFRESH_US = 100_000
-    PENALTY_US = 5_000_000              # Linkerd's load biaser
-    PENALTY_MAX_US = 300_000_000        # a longer Retry-After is no statement about load
-    RTT_MAX_US = 3_600_000_000
-    TYPICAL_OVER = 64                   # samples that `typical_us` remembers
+    TYPICAL_QUICK = 64                  # samples with the greater step, to come away from an odd first one
     WEIGHT_UNIT = 1000                  # a slot's weight is in thousandths, so that slow start has steps
     WEIGHT_MAX = 1_000_000
-    LOAD_UNIT = 1024                    # least_request divides by the requests in flight
     SLOW_START_FLOOR = 100              # thousandths
     WALK_MAX = 512                      # places that a key is passed on before all candidates are compared
 
+ALGORITHMS: Final = ("p2c_ewma", "least_request", "round_robin", "random", "maglev")     # in the order of BALANCE_*
+assert len(ALGORITHMS) == BALANCE_MAGLEV + 1
+
+cdef int64_t PENALTY_US = 5_000_000     # Linkerd's load biaser
+cdef int64_t PENALTY_MAX_US = 300_000_000       # a longer Retry-After is no statement about load
+cdef int64_t RTT_MAX_US = 3_600_000_000
 cdef double TAU_US = 10e6               # Linkerd, Envoy
+cdef double TYPICAL_QUICK_STEP = 1.0 / 8
+cdef double TYPICAL_STEP = 1.0 / 64
 cdef double SEED_US = 30e3              # Linkerd
 cdef double CLEARLY_CHEAPER = 0.75
 cdef double ZONE_HEALTHY = 0.7
@@ -118,6 +125,10 @@ cdef void candidate_reset(Candidate* candidate, uint64_t id, int weight, int64_t
 
 cdef uint64_t hash_key(const char* data, size_t length) noexcept nogil:
     return cw_hash_bytes(data, length)
+
+
+cdef inline int64_t within(int64_t value, int64_t lowest, int64_t highest) noexcept nogil:
+    return lowest if value < lowest else highest if value > highest else value
 
 
 cdef inline int64_t load_of(const Candidate* candidate) noexcept nogil:
@@ -283,8 +294,8 @@ cdef class Balancer:
         candidate.in_flight += 1
 
     cdef void finished(self, Candidate* candidate, int64_t now, int64_t rtt_us, int sample, int64_t retry_after_us) noexcept nogil:
-        cdef double rtt = <double>min(max(rtt_us, 1), RTT_MAX_US)
-        cdef int64_t asked = min(max(retry_after_us, 0), PENALTY_MAX_US)
+        cdef double rtt = <double>within(rtt_us, 1, RTT_MAX_US)
+        cdef int64_t asked = within(retry_after_us, 0, PENALTY_MAX_US)
         cdef double kept
         if candidate.in_flight > 0:
             candidate.in_flight -= 1
@@ -305,9 +316,20 @@ cdef class Balancer:
         candidate.ewma_at = now if now > candidate.ewma_at else candidate.ewma_at
         if candidate.penalty_until > now:
             candidate.penalty_until = max(candidate.hold_until, now + (candidate.penalty_until - now) // 2)
-        if self.typical_samples < TYPICAL_OVER:
+        self.learn(candidate.ewma_us)
+
+    cdef void learn(self, double ewma_us) noexcept nogil:
+        """Move `typical_us` towards the median of what it is shown: as often up as down, each time by the same factor."""
+        cdef double step = TYPICAL_STEP
+        if self.typical_samples < TYPICAL_QUICK:
+            step = TYPICAL_QUICK_STEP
             self.typical_samples = self.typical_samples + 1
-        self.typical_us = self.typical_us + (candidate.ewma_us - self.typical_us) / self.typical_samples
+            if self.typical_samples == 1:
+                self.typical_us = ewma_us
+        if ewma_us > self.typical_us:
+            self.typical_us = self.typical_us * (1 + step)
+        elif ewma_us < self.typical_us:
+            self.typical_us = self.typical_us * (1 - step)
 
     cdef double latency(self, const Candidate* candidate, int64_t now) noexcept nogil:
         cdef double rest = self.typical_us * 0.5
@@ -355,7 +377,6 @@ cdef class Balancer:
         cdef Group* group = &self.groups[which]
         cdef Candidate* candidate
         cdef Slot* slot
-        cdef int64_t bound
         cdef int i
         group.size = 0
         group.total = 0
@@ -372,13 +393,12 @@ cdef class Balancer:
                 group.size += 1
                 if slot.weight != self.slots[group.first].weight:
                     group.equal = False
-        # Nobody is ahead or behind by more than a whole round; what is left of another set of endpoints, or rule, is.
-        bound = group.total * LOAD_UNIT if self.algorithm == BALANCE_LEAST_REQUEST else group.total
         for i in range(group.first, group.first + group.size):
             slot = &self.slots[i]
             slot.share = 1.0 if group.equal else <double>group.total / group.size / <double>slot.weight
             candidate = self.candidates[slot.index]
-            if not -bound <= candidate.current <= bound:
+            # Nobody is ahead or behind by more than a whole round; what is left of another set of endpoints is.
+            if not -group.total <= candidate.current <= group.total:
                 candidate.current = 0
 
     # -- the algorithms: each for a group of at least two
@@ -389,12 +409,12 @@ cdef class Balancer:
             return self.take_p2c(group, now, avoid)
         if self.algorithm == BALANCE_MAGLEV and self.table != NULL:
             return self.take_maglev(group, key, avoid)
-        if self.algorithm == BALANCE_LEAST_REQUEST and group.equal:
+        if self.algorithm == BALANCE_LEAST_REQUEST:
             return self.take_fewest(group, now, avoid)
         if self.algorithm == BALANCE_RANDOM:
             but = self.slot_of[avoid] if 0 <= avoid < self.count else -1
             return self.slots[self.draw(group, but if group.first <= but < group.first + group.size else -1)].index
-        return self.take_smooth(group, now, avoid)
+        return self.take_smooth(group, avoid)
 
     cdef int take_p2c(self, const Group* group, int64_t now, int avoid) noexcept nogil:
         cdef int one = self.draw(group, -1)
@@ -416,39 +436,34 @@ cdef class Balancer:
 
     cdef int take_fewest(self, const Group* group, int64_t now, int avoid) noexcept nogil:
         cdef int one = self.draw(group, -1)
-        cdef int a = self.slots[one].index
-        cdef int b = self.slots[self.draw(group, one)].index
-        cdef const Candidate* first = self.candidates[a]
-        cdef const Candidate* second = self.candidates[b]
+        cdef int other = self.draw(group, one)
+        cdef const Slot* a = &self.slots[one]
+        cdef const Slot* b = &self.slots[other]
+        cdef const Candidate* first = self.candidates[a.index]
+        cdef const Candidate* second = self.candidates[b.index]
         cdef bint first_bad = first.penalty_until > now
         cdef bint second_bad = second.penalty_until > now
-        if a == avoid:
-            return b
-        if b == avoid:
-            return a
+        if a.index == avoid:
+            return b.index
+        if b.index == avoid:
+            return a.index
         if first_bad != second_bad:
-            return b if first_bad else a
-        return b if load_of(second) < load_of(first) else a
+            return b.index if first_bad else a.index
+        # The same for equal weights as without: the product of a whole number and 1 is that number.
+        return b.index if <double>load_of(second) * b.share < <double>load_of(first) * a.share else a.index
 
-    cdef int take_smooth(self, const Group* group, int64_t now, int avoid) noexcept nogil:
-        """nginx's smooth weighted round robin, for least_request with weights that shrink with the requests in flight."""
-        cdef bint by_load = self.algorithm == BALANCE_LEAST_REQUEST
+    cdef int take_smooth(self, const Group* group, int avoid) noexcept nogil:
+        """nginx's smooth weighted round robin."""
         cdef Candidate* candidate
         cdef Candidate* best = NULL
-        cdef int64_t weight, total = 0
+        cdef int64_t total = 0
         cdef int i, found = -1
         for i in range(group.first, group.first + group.size):
             if self.slots[i].index == avoid:
                 continue
             candidate = self.candidates[self.slots[i].index]
-            weight = self.slots[i].weight
-            if by_load:
-                weight = weight * LOAD_UNIT // (load_of(candidate) + 1)
-                if candidate.penalty_until > now:
-                    weight = weight // 100
-                weight = max(weight, 1)
-            candidate.current += weight
-            total += weight
+            candidate.current += self.slots[i].weight
+            total += self.slots[i].weight
             if best == NULL or candidate.current > best.current:
                 best = candidate
                 found = self.slots[i].index

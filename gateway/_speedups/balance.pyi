@@ -1,6 +1,8 @@
 """What Python sees of _speedups/balance.pyx."""
 
-from typing import final
+from typing import Final, final
+
+ALGORITHMS: Final[tuple[str, ...]]
 
 @final
 class Balancer:
