@@ -12,8 +12,10 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+from gateway._speedups.balance cimport Balancer, Candidate
 from gateway._speedups.compose cimport compose_answer, compose_request
 from gateway._speedups.exchange cimport BODY_LENGTH, Exchange, RouteEntry, Snapshot
+from gateway._speedups.fleet cimport Fleet
 from gateway._speedups.headers cimport Head, head_reset
 from gateway._speedups.histogram cimport WorkerSlot
 from gateway._speedups.http1 cimport Limits, parse_request as parse_request_head, parse_response as parse_response_head
@@ -258,6 +260,43 @@ def time_append(uint64_t loops, Journal journal not None, bytes line not None) -
     began = seconds() - began
     if kept != loops:
         raise ValueError(f"{loops - kept} of {loops} records were lost")
+    return began
+
+
+def time_choose(uint64_t loops, Fleet fleet not None, uint64_t in_flight, bint record) -> float:
+    """Choose an endpoint, and with `record` also count the request in and out again, `in_flight` being on their way at a time.
+
+    The clock moves by 10 us for each. Every endpoint of the fleet must be a member, in its order.
+    """
+    cdef Balancer balancer = fleet.balancer
+    cdef int[1024] waiting
+    cdef int64_t now = 1_000_000
+    cdef uint64_t i
+    cdef int64_t total = 0
+    cdef int index
+    cdef double began
+    if not 1 <= in_flight <= 1024 or not fleet.size:
+        raise ValueError("from 1 to 1,024 in flight, and an endpoint")
+    # What choose() returns is below the number of members, which is fleet.size; something is usable, so it is not -1.
+    for i in range(in_flight):
+        waiting[i] = balancer.choose(now, i, -1)
+        if waiting[i] < 0:
+            raise ValueError("nothing is usable")
+        balancer.started(&fleet.candidates[waiting[i]])
+    began = seconds()
+    for i in range(loops):
+        now += 10
+        index = balancer.choose(now, i * <uint64_t>0x9E3779B97F4A7C15, -1)
+        total += index
+        if record:
+            balancer.finished(&fleet.candidates[waiting[i % in_flight]], now, 900 + (now & 255), 0, 0)
+            waiting[i % in_flight] = index
+            balancer.started(&fleet.candidates[index])
+    began = seconds() - began
+    global unused
+    unused = total
+    for i in range(in_flight):
+        balancer.finished(&fleet.candidates[waiting[i]], now, 1000, 0, 0)
     return began
 
 

@@ -28,7 +28,9 @@ from prometheus_client import CollectorRegistry, Histogram
 
 from benchmarks.micro.heads import ANSWER, BROWSER, REQUESTS
 from gateway._speedups import timing
+from gateway._speedups.balance import ALGORITHMS
 from gateway._speedups.exchange import RouteEntry, Snapshot
+from gateway._speedups.fleet import Fleet
 from gateway._speedups.histogram import SLOT_BYTES, WorkerSlot
 from gateway._speedups.journal import Journal
 from gateway._speedups.pool import Endpoint, Upstream
@@ -149,6 +151,15 @@ def routes(kind: str, count: int) -> Timer:
     return timed(find)
 
 
+# -- endpoints
+
+
+def choice(algorithm: str, count: int) -> Timer:
+    """Choose one of `count` endpoints, and count a request out and the one that went 32 before it in."""
+    fleet = Fleet(ALGORITHMS.index(algorithm), [1] * count)
+    return lambda loops: timing.time_choose(loops, fleet, 32, True)
+
+
 # -- policies
 
 
@@ -247,6 +258,10 @@ GROUPS: dict[str, dict[str, Callable[[], Timer]]] = {
     **{
         f"match {count:,} routes": {"trie": partial(routes, "trie", count), "list of regular expressions": partial(routes, "regex", count)}
         for count in ROUTES
+    },
+    **{
+        f"choose one of {count} endpoints": {algorithm: partial(choice, algorithm, count) for algorithm in ALGORITHMS}
+        for count in (10, 100)
     },
     "rate limit, one token": {"1 client": partial(bucket, 1), "10,000 clients": partial(bucket, 10_000)},
     "token in the cache": {"1 token": partial(cache_hit, 1), "10,000 tokens": partial(cache_hit, 10_000)},
