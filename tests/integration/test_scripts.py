@@ -201,8 +201,8 @@ def test_as_root_the_missing_packages_are_installed(clone: Clone) -> None:
     )
     assert clone.setup().returncode == 0
     assert clone.calls()[:3] == [
-        "apt-get noninteractive -qq update",
-        "apt-get noninteractive -qq install -y --no-install-recommends gcc libc6-dev",
+        "apt-get noninteractive -qq -o DPkg::Lock::Timeout=300 update",
+        "apt-get noninteractive -qq -o DPkg::Lock::Timeout=300 install -y --no-install-recommends gcc libc6-dev",
         "venv",
     ]
 
