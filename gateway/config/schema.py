@@ -17,7 +17,21 @@ from pydantic.json_schema import WithJsonSchema
 from gateway.config.base import Model, Shorthand, listed, needed, part, setting
 from gateway.config.policies import Policy, PolicyRef
 from gateway.config.source import Document, Path_
-from gateway.config.values import Deadline, Duration, FilePath, Flag, Int, Name, Secret, Size, Text, Workers, fault
+from gateway.config.values import (
+    MAX_FIELDS,
+    MAX_HEAD,
+    Deadline,
+    Duration,
+    FilePath,
+    Flag,
+    Int,
+    Name,
+    Secret,
+    Size,
+    Text,
+    Workers,
+    fault,
+)
 from gateway.config.web import (
     Address,
     AddressText,
@@ -33,9 +47,6 @@ from gateway.config.web import (
     parse_address,
     parse_host_pattern,
 )
-
-MAX_HEAD = 64 << 10  # bytes; the engine composes a head with our own fields in twice the room
-MAX_FIELDS = 256  # the engine's header table has this many rows
 
 
 class Drain(Model):
