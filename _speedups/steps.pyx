@@ -245,6 +245,27 @@ cdef class IpStep(Step):
         return STEP_GO
 
 
+cdef class HeadLimitsStep(Step):
+    """The request's head against bounds of its route; 0 is no bound. The listener's own were kept while it was read."""
+
+    cdef uint32_t head, fields
+
+    def __init__(self, str name, *, uint32_t head=0, uint32_t fields=0):
+        self.phase = PHASE_LIMIT
+        self.name = name
+        self.head = head
+        self.fields = fields
+
+    cdef int run(self, Exchange x) except -1:
+        if self.head and x.head.length > self.head:
+            x.keep_alive = False
+            return x.refuse(431, b"head-too-large", b"the message head is larger than the limit")
+        if self.fields and x.head.count > self.fields:
+            x.keep_alive = False
+            return x.refuse(431, b"too-many-fields", b"there are more header fields than the limit")
+        return STEP_GO
+
+
 cdef enum:
     KEY_CLIENT = 0
     KEY_IP

@@ -29,6 +29,9 @@ class ClaimsStep(Step):
 class IpStep(Step):
     def __init__(self, name: str, allow: Iterable[str] = (), deny: Iterable[str] = ()) -> None: ...
 
+class HeadLimitsStep(Step):
+    def __init__(self, name: str, *, head: int = 0, fields: int = 0) -> None: ...
+
 class RateLimitStep(Step):
     def __init__(self, name: str, rate: RateLimit, key: str, *, window: int, label: str) -> None: ...
 

@@ -219,12 +219,6 @@ def _route(config: Config, number: int, route: Route, document: Document) -> Non
             )
         if policy.rewrite is not None:
             _rewrite(route, policy, at, document)
-        if policy.cors is not None and route.match.methods is not None and "OPTIONS" not in route.match.methods:
-            document.warn(
-                (*place, "match", "methods"),
-                "a cors policy, but this route does not take the preflight's OPTIONS",
-                "add OPTIONS to `methods`",
-            )
     upstream = config.upstreams.get(route.upstream)
     total = route.timeouts.total or (upstream.timeouts.total if upstream else None)
     for phase in ("head", "idle"):

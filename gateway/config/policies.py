@@ -18,7 +18,21 @@ from pydantic_core import CoreSchema
 
 from gateway.config.base import Model, Shorthand, listed, needed, part, setting
 from gateway.config.identity import ALGORITHMS, ApiKey, ApiKeyEntry, Jwt, Scope, TokenCache
-from gateway.config.values import Deadline, Duration, FilePath, Flag, Int, Rate, RateText, Size, Text, fault, parse_name
+from gateway.config.values import (
+    MAX_FIELDS,
+    MAX_HEAD,
+    Deadline,
+    Duration,
+    FilePath,
+    Flag,
+    Int,
+    Rate,
+    RateText,
+    Size,
+    Text,
+    fault,
+    parse_name,
+)
 from gateway.config.web import EditName, FieldName, FieldValue, HostPattern, Network, Prefix, Template, parse_field_name
 
 Scalar = str | int | float | bool
@@ -93,12 +107,21 @@ class LimitsPolicy(Model):
     kind: ClassVar[str] = "limits"
 
     body: Size | None = setting(None, "longest request body; 413 above it")
+    head: Size | None = setting(None, "largest request head, within the listener's limit; 431 above it")
+    fields: Int | None = Field(
+        default=None, ge=1, le=MAX_FIELDS, description="most header fields, within the listener's limit; 431 above it"
+    )
     time: Deadline | None = setting(None, "longest time of the whole exchange; 504 after it")
 
     @model_validator(mode="after")
     def _something(self) -> Self:
-        if self.body is None and self.time is None:
-            raise fault("neither `body` nor `time`: this policy does nothing", "add `body: 64KiB` or `time: 5s`")
+        if all(each is None for each in (self.body, self.head, self.fields, self.time)):
+            raise fault(
+                "none of `body`, `head`, `fields` and `time`: this policy does nothing",
+                "add `body: 64KiB`, `head: 8KiB`, `fields: 50` or `time: 5s`",
+            )
+        if self.head is not None and not 1 <= self.head <= MAX_HEAD:
+            raise fault("a head is at most 64KiB", "what does not fit there belongs into a body", at=("head",))
         return self
 
 

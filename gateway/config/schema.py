@@ -18,7 +18,21 @@ from gateway.config.base import Model, Shorthand, listed, needed, part, setting
 from gateway.config.policies import Policy, PolicyRef
 from gateway.config.resilience import Balance, BalanceSettings, Hedge, Retries, RetrySettings, UpstreamLimits
 from gateway.config.source import Document, Path_
-from gateway.config.values import Deadline, Duration, FilePath, Flag, Int, Name, Secret, Size, Text, Workers, fault
+from gateway.config.values import (
+    MAX_FIELDS,
+    MAX_HEAD,
+    Deadline,
+    Duration,
+    FilePath,
+    Flag,
+    Int,
+    Name,
+    Secret,
+    Size,
+    Text,
+    Workers,
+    fault,
+)
 from gateway.config.web import (
     Address,
     AddressText,
@@ -34,9 +48,6 @@ from gateway.config.web import (
     parse_address,
     parse_host_pattern,
 )
-
-MAX_HEAD = 64 << 10  # bytes; the engine composes a head with our own fields in twice the room
-MAX_FIELDS = 256  # the engine's header table has this many rows
 
 
 class Drain(Model):

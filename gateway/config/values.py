@@ -25,6 +25,8 @@ from pydantic_core import PydanticCustomError
 
 TEXT = PlainSerializer(str, return_type=str)  # dumped as the file writes it
 HIDDEN = PlainSerializer(lambda secret: "***", return_type=str)
+MAX_HEAD = 64 << 10  # bytes; the engine composes a head with our own fields in twice the room
+MAX_FIELDS = 256  # the engine's header table has this many rows
 MAX_DURATION = 30 * 86400.0  # seconds; what is meant to be longer is a mistake
 
 

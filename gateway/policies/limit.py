@@ -6,7 +6,7 @@ route counts for itself.
 
 import math
 
-from gateway._speedups.steps import RateLimitStep
+from gateway._speedups.steps import HeadLimitsStep, RateLimitStep
 from gateway._speedups.token_bucket import RateLimit as Bucket
 from gateway.config.policies import LimitsPolicy, RateLimit
 from gateway.policies.base import RouteParts, Use
@@ -27,3 +27,5 @@ def compile_limits(settings: LimitsPolicy, use: Use, parts: RouteParts) -> None:
         parts.body_limit = settings.body
     if settings.time is not None:
         parts.total = settings.time
+    if settings.head is not None or settings.fields is not None:
+        parts.steps.append(HeadLimitsStep(use.name, head=settings.head or 0, fields=settings.fields or 0))

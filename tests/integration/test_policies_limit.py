@@ -50,6 +50,8 @@ routes:
   - {{name: quick, match: {{prefix: /quick}}, policies: [quick], upstream: origin}}
   - {{name: inline, match: {{prefix: /inline}}, policies: [{{rate_limit: {{key: ip, rate: 1/h, burst: 2}}}}], upstream: origin}}
   - {{name: small, match: {{prefix: /small}}, policies: [{{limits: {{body: 1KiB}}}}], upstream: origin}}
+  - {{name: head, match: {{prefix: /head}}, policies: [{{limits: {{head: 300}}}}], upstream: origin}}
+  - {{name: fields, match: {{prefix: /fields}}, policies: [{{limits: {{fields: 4}}}}], upstream: origin}}
   - {{name: held, match: {{prefix: /held}}, policies: [{{limits: {{time: 300ms}}}}], upstream: origin}}
   - {{name: free, match: {{prefix: /free}}, upstream: origin}}
 """
@@ -209,6 +211,30 @@ def test_a_body_without_length_is_cut_at_the_limit(gateway: Gateway) -> None:
     answer = exchange(gateway, b"POST /small HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks)
     assert answer.startswith(b"HTTP/1.1 413 ")
     assert fields_of(answer, "connection") == ["close"]
+
+
+def head_of(path: str, size: int) -> bytes:
+    """Return a request head of exactly `size` bytes."""
+    empty = f"GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\nX: \r\n\r\n".encode()
+    return empty.replace(b"X: ", b"X: " + b"x" * (size - len(empty)))
+
+
+def test_a_head_at_the_routes_limit_passes_and_above_it_is_refused(gateway: Gateway, echo: Echo) -> None:
+    assert exchange(gateway, head_of("/head/fits", 300)).startswith(b"HTTP/1.1 200 ")
+    answer = exchange(gateway, head_of("/head/over", 301))
+    assert answer.startswith(b"HTTP/1.1 431 ") and b":head-too-large" in answer
+    assert fields_of(answer, "connection") == ["close"]
+    assert exchange(gateway, head_of("/free", 301)).startswith(b"HTTP/1.1 200 ")
+    assert "/head/fits" in echo.seen and "/head/over" not in echo.seen
+
+
+def test_fields_above_the_routes_limit_are_refused(gateway: Gateway, echo: Echo) -> None:
+    lines = b"Host: a\r\nConnection: close\r\nA: 1\r\n"
+    assert exchange(gateway, b"GET /fields/4 HTTP/1.1\r\n" + lines + b"A: 2\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+    answer = exchange(gateway, b"GET /fields/5 HTTP/1.1\r\n" + lines + b"A: 2\r\nB: 3\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 431 ") and b":too-many-fields" in answer
+    assert fields_of(answer, "connection") == ["close"]
+    assert "/fields/4" in echo.seen and "/fields/5" not in echo.seen
 
 
 def test_the_time_of_an_exchange_ends_it(http: httpx.Client, echo: Echo) -> None:

@@ -192,6 +192,13 @@ def test_without_root_the_missing_packages_are_one_line_to_type(clone: Clone) ->
     assert clone.calls() == []
 
 
+def test_a_compiler_of_several_words_is_a_compiler(clone: Clone) -> None:
+    clone.program("wrapper", '#!/bin/sh\n[ "$1" = gcc ]\n')
+    clone.program("id", "#!/bin/sh\necho 1000\n")
+    done = clone.setup(CC="wrapper gcc")
+    assert done.returncode == 0, done.stderr
+
+
 def test_as_root_the_missing_packages_are_installed(clone: Clone) -> None:
     clone.program("gcc", "#!/bin/sh\n[ -e installed ]\n")
     clone.program("id", "#!/bin/sh\necho 0\n")
@@ -201,8 +208,8 @@ def test_as_root_the_missing_packages_are_installed(clone: Clone) -> None:
     )
     assert clone.setup().returncode == 0
     assert clone.calls()[:3] == [
-        "apt-get noninteractive -qq update",
-        "apt-get noninteractive -qq install -y --no-install-recommends gcc libc6-dev",
+        "apt-get noninteractive -qq -o DPkg::Lock::Timeout=300 update",
+        "apt-get noninteractive -qq -o DPkg::Lock::Timeout=300 install -y --no-install-recommends gcc libc6-dev",
         "venv",
     ]
 

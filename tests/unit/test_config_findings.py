@@ -148,6 +148,12 @@ def test_policies_that_make_sense(tmp_path: Path, policies: str) -> None:
     assert found(write(tmp_path, "routes:\n" + route("r", "path: '/a/{id}'", policies))) == []
 
 
+def test_cors_needs_no_options_in_its_route(tmp_path: Path) -> None:
+    """A preflight is answered by the route of the method to come."""
+    text = "routes:\n" + route("r", "path: /a, methods: [POST]", "{cors: {origins: https://app.test}}")
+    assert found(write(tmp_path, text)) == []
+
+
 @pytest.mark.parametrize(
     ("policy", "column", "message"),
     [
@@ -157,6 +163,8 @@ def test_policies_that_make_sense(tmp_path: Path, policies: str) -> None:
         ('{headers: {request: {set: {a: "b\\r\\nc: d"}}}}', None, "control or non-ASCII character"),
         ("{headers: {}}", None, "does nothing"),
         ("{limits: {}}", None, "does nothing"),
+        ("{limits: {head: 65KiB}}", None, "a head is at most 64KiB"),
+        ("{limits: {fields: 257}}", None, "at most 256"),
         ("{ip: {}}", None, "does nothing"),
         ("{rewrite: {prefix: /a, path: /b}}", None, "both `prefix` and `path`"),
         ("{jwt: {issuer: i, audience: a, keys: jwks.json, algorithms: [none]}}", None, "expected one of RS256"),
