@@ -123,6 +123,15 @@ def parse_rate(raw: Any) -> Rate:
     return Rate(count, period)
 
 
+def parse_percent(raw: Any) -> float:
+    """Return the fraction of `20%`: 0.2."""
+    hint = "write a number from 0 to 100 with its sign: 20%"
+    match = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]+)?) ?%", text_of(raw, "expected a percentage", hint))
+    if not match or float(match[1]) > 100:
+        raise fault("expected a percentage", hint)
+    return float(match[1]) / 100
+
+
 def parse_int(raw: Any) -> int:
     """Return a whole number; a text of digits counts, because references are text."""
     if isinstance(raw, str) and re.fullmatch(r"-?[0-9]{1,18}", raw):
@@ -208,6 +217,11 @@ Size = Annotated[
     int,
     PlainValidator(parse_size),
     WithJsonSchema({"type": ["string", "integer"], "x-is": "size", "examples": ["32KiB"]}),
+]
+Percent = Annotated[
+    float,
+    PlainValidator(parse_percent),
+    described("percentage", pattern=r"^[0-9]{1,3}(\.[0-9]+)? ?%$", examples=["20%"]),
 ]
 RateText = Annotated[
     Rate,
