@@ -42,6 +42,21 @@ class Discovery:
         self._due = False
         self._settled = asyncio.Event()
 
+    @property
+    def moving(self) -> bool:
+        """Tell whether there is anything to look for."""
+        settings = self._settings.discovery
+        return bool(settings.srv or settings.file or any(not target.address.literal for target in self._targets))
+
+    def given(self) -> list[Found]:
+        """Return the endpoints that need no look."""
+        return merge(self._targets, {})
+
+    def unresolved(self) -> set[str]:
+        """Return the named targets, as host:port, of which no address is known."""
+        named = [target.address for target in self._targets if not target.address.literal]
+        return {str(address) for address in named if address.host not in self._hosts or not self._hosts[address.host].values}
+
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Begin to look, on `loop`, which runs."""
         self._loop, self._book = loop, book_of(loop)
