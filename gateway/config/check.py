@@ -16,7 +16,7 @@ from gateway.config.keyfile import MAX_JWKS, read_file
 from gateway.config.names import check_names
 from gateway.config.overlaps import check_overlaps
 from gateway.config.policies import AUDIT_FIELDS, DESCRIPTORS, Audit, Jwt, Policy, Python
-from gateway.config.schema import Config, Route
+from gateway.config.schema import Config, Route, Upstream
 from gateway.config.source import Document, Key
 from gateway.config.web import Bind, parameters
 from gateway.errors import Problem
@@ -37,6 +37,8 @@ def findings(config: Config) -> list[Problem]:
     _machine(config, document)
     for place, policy in _all_policies(config):
         _files(policy, place, document)
+    for name, upstream in config.upstreams.items():
+        _upstream(upstream, ("upstreams", name), document)
     for number, route in enumerate(config.routes):
         _route(config, number, route, document)
     check_overlaps(config)
@@ -143,6 +145,30 @@ def _folder(path: Path, place: Place, document: Document) -> None:
     elif not os.access(path if path.exists() else path.parent, os.W_OK):
         document.report(
             place, "this file cannot be written by this user", "change its owner or mode, or choose another place"
+        )
+
+
+# -- upstreams
+
+
+def _upstream(upstream: Upstream, place: Place, document: Document) -> None:
+    discovery, check = upstream.discovery, upstream.health.check
+    named = discovery.srv is not None or any(
+        not endpoint.address.literal for endpoint in (*upstream.targets, *discovery.endpoints)
+    )
+    if discovery.resolver is not None and not named and discovery.file is None:
+        document.warn(
+            (*place, "discovery", "resolver"),
+            "a name server for an upstream of which every target is an address",
+            "remove it, or name hosts in `targets`",
+        )
+    if document.has((*place, "resolve")) and not named and discovery.file is None:
+        document.warn((*place, "resolve"), "there is no name to resolve: every target is an address", "remove it")
+    if check is not None and check.timeout > check.interval:
+        document.warn(
+            (*place, "health", "check", "timeout"),
+            f"longer than the interval of {check.interval:g}s: a hanging endpoint is asked less often than that",
+            "lower it, or raise `interval`",
         )
 
 

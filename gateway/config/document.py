@@ -79,7 +79,7 @@ def markdown() -> str:
     while pending:
         title, section = pending.pop(0)
         text, below = _section(title, section, schema["$defs"])
-        if "properties" in section:
+        if section.get("properties"):
             parts.append(text)
         fresh = [(name, schema["$defs"][name]) for name in dict.fromkeys(below) if name not in done]
         done.update(name for name, _ in fresh)
@@ -130,6 +130,8 @@ def _default(field: dict[str, Any]) -> str:
     value = field.get("default")
     if value is None:
         return ""
+    if value == "":
+        return "empty"
     if value in ([], {}):
         return "none"
     return f"`{value if isinstance(value, str) else json.dumps(value)}`"

@@ -10,16 +10,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ValidationError
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from gateway.config.base import Model, _key
 from gateway.config.check import findings
+from gateway.config.discovery import MAX_ENDPOINTS, file_time
 from gateway.config.names import check_names
-from gateway.config.schema import Config
+from gateway.config.schema import Config, Endpoint, Target, check_targets
 from gateway.config.source import Document, Resolved
+from gateway.config.values import fault
 from gateway.errors import ConfigError, Problem
 
 Loc = tuple[str | int, ...]
@@ -62,11 +64,58 @@ def load(path: str | Path) -> Config:
         raise ConfigError(_sorted([*problems, *document.problems]))
     document.problems.clear()
     config._document = document
-    problems += findings(config)
+    problems += _endpoint_files(config) + findings(config)
     if any(problem.severity == "error" for problem in problems):
         raise ConfigError(_sorted(problems))
     config._digest = document.digest()
     return config
+
+
+def endpoints_of(document: Document) -> tuple[Endpoint, ...]:
+    """Return the endpoints in a file that was read: a list as `targets` is. Raises ConfigError."""
+    if document.problems:
+        raise ConfigError(_sorted(document.problems))
+    context: dict[str, Any] = {"base": document.base, "models": {}, "documents": []}
+    try:
+        endpoints: tuple[Endpoint, ...] = _ENDPOINTS.validate_python(document.data, context=context)
+    except ValidationError as error:
+        for details in error.errors(include_url=False):
+            _translate(document, details, context["models"])
+        raise ConfigError(_sorted(document.problems)) from None
+    return endpoints
+
+
+def _distinct(endpoints: tuple[Endpoint, ...]) -> tuple[Endpoint, ...]:
+    check_targets(endpoints)
+    if len(endpoints) > MAX_ENDPOINTS:
+        raise fault(f"more than {MAX_ENDPOINTS} endpoints", "an upstream of this size is several", at=(MAX_ENDPOINTS,))
+    return endpoints
+
+
+_ENDPOINTS: TypeAdapter[tuple[Endpoint, ...]] = TypeAdapter(
+    Annotated[tuple[Target, ...], Field(min_length=1), AfterValidator(_distinct)]
+)
+
+
+def _endpoint_files(config: Config) -> list[Problem]:
+    """Read the files that upstreams watch, for the first time; return what is wrong with them.
+
+    They are no part of the digest: they change without the configuration changing.
+    """
+    problems: list[Problem] = []
+    for settings in config.upstreams.values():
+        if settings.discovery.file is not None:
+            document = Document(settings.discovery.file)
+            try:
+                seen = file_time(settings.discovery.file)
+                document.read()
+                settings.discovery._endpoints = endpoints_of(document)
+                settings.discovery._seen = seen
+            except OSError as error:
+                problems.append(Problem(document.name, 0, 0, f"cannot be read: {error.strerror}", "a file of endpoints"))
+            except ConfigError as error:
+                problems += error.problems
+    return problems
 
 
 def _sorted(problems: Sequence[Problem]) -> list[Problem]:

@@ -7,6 +7,7 @@ never renamed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -15,6 +16,8 @@ from pydantic.functional_validators import BeforeValidator
 from pydantic.json_schema import WithJsonSchema
 
 from gateway.config.base import Model, Shorthand, listed, needed, part, setting
+from gateway.config.discovery import Discovery
+from gateway.config.health import Health
 from gateway.config.policies import Policy, PolicyRef
 from gateway.config.resilience import Balance, BalanceSettings, Hedge, Retries, RetrySettings, UpstreamLimits
 from gateway.config.source import Document, Path_
@@ -160,13 +163,25 @@ def _upstream_host(raw: Any) -> str:
     return str(parse_address(raw)) if ":" in raw.strip("[]") and "]" != raw[-1] else parse_host_pattern(raw)
 
 
+Target = Annotated[Endpoint, Shorthand(_widen_endpoint, {"type": "string", "x-is": "host:port"})]
+
+
+def check_targets(targets: Sequence[Endpoint], at: tuple[str | int, ...] = ()) -> None:
+    """Raise the fault of a list that names an endpoint twice."""
+    seen: set[Address] = set()
+    for number, endpoint in enumerate(targets):
+        if endpoint.address in seen:
+            raise fault("the same endpoint twice", "give it a `weight` instead", at=(*at, number))
+        seen.add(endpoint.address)
+
+
 class Upstream(Model):
     """A service behind the gateway: its endpoints and how they are called."""
 
-    targets: Annotated[
-        tuple[Annotated[Endpoint, Shorthand(_widen_endpoint, {"type": "string", "x-is": "host:port"})], ...],
-        Field(min_length=1),
-    ] = needed("the endpoints: host:port, or {address, weight}")
+    targets: tuple[Target, ...] = setting(
+        [], "the endpoints: host:port, or {address, weight, zone}; every address of a host name is one"
+    )
+    discovery: Discovery = part(Discovery, "endpoints that are found at run time")
     timeouts: UpstreamTimeouts = part(UpstreamTimeouts, "deadlines towards the upstream")
     keepalive: Keepalive = part(Keepalive, "idle connections")
     limits: UpstreamLimits = part(UpstreamLimits, "bounds of the load")
@@ -175,7 +190,8 @@ class Upstream(Model):
         BeforeValidator(_upstream_host),
         WithJsonSchema({"type": "string", "x-is": "`preserve`, `target` or a host"}),
     ] = setting("preserve", "the Host that is sent: the client's, the endpoint's own, or this one")
-    resolve: Deadline = setting("30s", "how often host names are resolved again")
+    resolve: Deadline = setting("30s", "how long a name's addresses are used at most; the record's TTL if that is shorter")
+    health: Health = part(Health, "how it is noticed that an endpoint does not serve")
     balance: BalanceSettings = part(Balance, "how the next endpoint is chosen")
     slow_start: Duration = setting("0s", "how long a new or returned endpoint takes until it gets its whole share; 0s: at once")
     retries: RetrySettings = part(Retries, "further attempts: a number, or settings")
@@ -185,12 +201,19 @@ class Upstream(Model):
     )
 
     @model_validator(mode="after")
-    def _distinct(self) -> Self:
-        seen: set[Address] = set()
-        for number, endpoint in enumerate(self.targets):
-            if endpoint.address in seen:
-                raise fault("the same endpoint twice", "give it a `weight` instead", at=("targets", number))
-            seen.add(endpoint.address)
+    def _endpoints(self) -> Self:
+        found = "srv" if self.discovery.srv is not None else "file" if self.discovery.file is not None else None
+        if found is None and not self.targets:
+            raise fault(
+                "no endpoints: neither `targets` nor a `discovery`",
+                "add `targets: [host:port]`, or `discovery: {srv: NAME}` or `discovery: {file: FILE}`",
+            )
+        if found is not None and self.targets:
+            raise fault(
+                f"both `targets` and `discovery: {{{found}}}`", "keep one of them: they would contradict each other",
+                at=("targets",),
+            )
+        check_targets(self.targets, ("targets",))
         return self
 
 

@@ -11,15 +11,18 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.composer import Composer
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.resolver import VersionedResolver
 
 from gateway.errors import Problem, Severity
 
@@ -143,6 +146,25 @@ class Document:
 
     def read(self) -> None:
         """Read and parse the file; on failure `problems` says why and `data` stays None."""
+        text = self._text()
+        if text is not None:
+            self._parse(text, lambda: YAML(typ="safe", pure=True).compose(text))
+
+    def reading(self) -> Iterator[None]:
+        """Do what read() does in steps of some 10 us, for a caller that has other things to do in between."""
+        text = self._text()
+        if text is None:
+            return
+        events, failure = deque[Any](), None
+        try:
+            for event in YAML(typ="safe", pure=True).parse(text):
+                events.append(event)
+                yield
+        except (YAMLError, RecursionError) as error:
+            failure = error
+        self._parse(text, lambda: _compose(events, failure))
+
+    def _text(self) -> str | None:
         try:
             with open(self.path, "rb") as stream:
                 self._content = stream.read(MAX_FILE + 1)
@@ -151,26 +173,25 @@ class Document:
                 type(error), f"cannot be read: {error.strerror}"
             )
             self._add(0, 0, 1, reason, "name an existing file that this user may read")
-            return
+            return None
         if len(self._content) > MAX_FILE:
             self._add(
                 0, 0, 1, f"larger than {MAX_FILE >> 20} MiB", "split it: this is no configuration that a person reads"
             )
-            return
+            return None
         try:
             text = self._content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             line = self._content.count(b"\n", 0, error.start) + 1
             column = error.start - self._content.rfind(b"\n", 0, error.start)
             self._add(line, column, 1, "not UTF-8 text", "save the file as UTF-8")
-            return
+            return None
         self.lines = text.splitlines()
-        self._parse(text)
+        return text
 
-    def _parse(self, text: str) -> None:
-        yaml = YAML(typ="safe", pure=True)
+    def _parse(self, text: str, compose: Callable[[], Node | None]) -> None:
         try:
-            node = yaml.compose(text)
+            node = compose()
         except MarkedYAMLError as error:
             self._syntax(error)
             return
@@ -407,6 +428,31 @@ def mask(line: str) -> str:
         return f"{quote}{name}{quote}{colon}{'*' * len(value)}"
 
     return _PAIR.sub(cover, line)
+
+
+class _Events:
+    """Events that were parsed before, for a Composer."""
+
+    def __init__(self, events: deque[Any]) -> None:
+        self._events = events
+        # What a Composer asks its loader for.
+        self._parser, self._resolver, self.max_depth, self.comment_handling = self, VersionedResolver(), None, None
+
+    def check_event(self, *kinds: type) -> bool:
+        return bool(self._events) and (not kinds or isinstance(self._events[0], kinds))
+
+    def peek_event(self) -> Any:
+        return self._events[0]
+
+    def get_event(self) -> Any:
+        return self._events.popleft()
+
+
+def _compose(events: deque[Any], failure: BaseException | None) -> Node | None:
+    if failure is not None:
+        raise failure
+    node: Node | None = Composer(loader=_Events(events)).get_single_node()
+    return node
 
 
 def _spot(node: Node, key: tuple[int, int, int] | None) -> Spot:

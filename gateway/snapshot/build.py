@@ -20,7 +20,7 @@ from gateway.errors import ConfigError, Problem
 from gateway.policies import COMPILERS, RouteParts, Use, Workshop
 from gateway.snapshot.faults import Faults, Place
 from gateway.snapshot.matching import RouteSpec, spec_of
-from gateway.snapshot.resolve import Resolver, Target
+from gateway.snapshot.resolve import Endpoints
 
 UNROUTED = 0                # metric id of the empty name: requests that reached no route
 
@@ -93,9 +93,9 @@ def _upstream(name: str, settings: schema.Upstream, workshop: Workshop) -> Upstr
         hedge=settings.hedge.after if settings.hedge else 0, finish_abandoned=settings.abandoned == "finish",
         pending=limits.pending, queue=limits.queue,
     )
-    resolver = Resolver(upstream, [Target(str(each.address), each.weight, each.zone) for each in settings.targets], settings.resolve)
-    if resolver.names:
-        workshop.sources.append(resolver)
+    endpoints = Endpoints(upstream, settings, loud=workshop.worker <= 0)
+    if endpoints.moving:
+        workshop.sources.append(endpoints)
     return upstream
 
 

@@ -1,101 +1,46 @@
-"""Host names of endpoints: resolved in the background, again and again.
+"""An upstream's endpoints in a worker: those that the configuration gives by address at once, all others as they are found.
 
-Strategy: the loop's getaddrinfo (libuv's thread pool), never on the request path. Every address of a name is an endpoint of its
-own. What was known is kept while the name server is down; a target without any address yet is no endpoint.
+Strategy: discovery decides what there is; here it becomes endpoints of the pool, where those that stay keep their connections.
+What a snapshot took over from the one before and has not found anew yet stays as well.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from gateway._speedups.pool import Endpoint, Upstream
-
-log = logging.getLogger("crossway.resolve")
-
-FIRST_RETRY = 0.5           # seconds, doubled up to the interval
+from gateway.config import schema
+from gateway.discovery import Discovery, Found, book_of
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
-    """What the configuration names: host:port, its weight and its zone."""
+class Endpoints:
+    """Keeps one upstream's endpoints current; `moving` is false when there is nothing to look for.
 
-    address: str
-    weight: int = 1
-    zone: str | None = None
+    Only a `loud` one lets its process log what it finds: all workers find the same.
+    """
 
-    def at(self, host: str) -> Endpoint:
-        """Return the endpoint at a numeric host; raises ValueError when it is not numeric."""
-        text = f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
-        return Endpoint(text, self.weight, target=self.address, zone=self.zone)
-
-    @property
-    def host(self) -> str:
-        return self.address.rpartition(":")[0].removeprefix("[").removesuffix("]")
-
-    @property
-    def port(self) -> int:
-        return int(self.address.rpartition(":")[2])
-
-
-class Resolver:
-    """Keeps an upstream's endpoints current: those with numeric addresses at once, the named ones every `interval` seconds."""
-
-    def __init__(self, upstream: Upstream, targets: Sequence[Target], interval: float) -> None:
+    def __init__(self, upstream: Upstream, settings: schema.Upstream, *, loud: bool = True) -> None:
         self.upstream = upstream
-        self.targets = targets
-        self.interval = interval
-        self.names: list[Target] = []
-        self._found: dict[Target, list[Endpoint]] = {}
-        self._task: asyncio.Task[None] | None = None
-        self._tried = asyncio.Event()
-        for target in targets:
-            try:
-                self._found[target] = [target.at(target.host)]
-            except ValueError:
-                self.names.append(target)
-                upstream.unresolved.add(target.address)
-        self._publish()
+        self.loud = loud
+        self.discovery = Discovery(upstream.name, settings, self._apply)
+        self.moving = self.discovery.moving
+        self._apply(self.discovery.given())
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._task = loop.create_task(self._run(loop))
+        book_of(loop).loud = self.loud
+        self.discovery.start(loop)
 
     def stop(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
+        self.discovery.stop()
 
     async def settled(self) -> None:
-        """Return when every name was asked for once, whatever came of it."""
-        await self._tried.wait()
+        """Return when everything was looked for once, whatever came of it."""
+        await self.discovery.settled()
 
-    async def _run(self, loop: asyncio.AbstractEventLoop) -> None:
-        retry = FIRST_RETRY
-        while True:
-            found = await asyncio.gather(*(self._resolve(loop, target) for target in self.names))
-            self._publish()
-            self._tried.set()
-            if all(found):
-                retry = FIRST_RETRY
-                await asyncio.sleep(self.interval)
-            else:
-                await asyncio.sleep(min(retry, self.interval))
-                retry *= 2
-
-    async def _resolve(self, loop: asyncio.AbstractEventLoop, target: Target) -> bool:
-        try:
-            answers = await loop.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
-        except OSError as error:
-            log.warning("cannot resolve %s: %s", target.host, error)
-            return False
-        self._found[target] = [target.at(host) for host in dict.fromkeys(str(answer[4][0]) for answer in answers)]
-        self.upstream.unresolved.discard(target.address)
-        return True
-
-    def _publish(self) -> None:
-        """Hand over what is known; what an adopted snapshot knew of targets that are not resolved yet stays."""
-        endpoints = [each for target in self.targets for each in self._found.get(target, ())]
-        endpoints += [each for each in self.upstream.endpoints if each.target in self.upstream.unresolved]
-        self.upstream.replace(endpoints)
+    def _apply(self, found: Sequence[Found]) -> None:
+        unresolved = self.upstream.unresolved
+        unresolved.clear()
+        unresolved.update(self.discovery.unresolved())
+        endpoints = [Endpoint(str(each.address), each.weight, target=each.host, zone=each.zone) for each in found]
+        self.upstream.replace(endpoints + [each for each in self.upstream.endpoints if each.target in unresolved])

@@ -14,7 +14,7 @@ from pathlib import Path
 LAYERS: list[set[str]] = [
     {"_speedups"},
     {"config", "errors"},
-    {"telemetry"},
+    {"telemetry", "discovery", "health"},
     {"policies", "snapshot"},
     {"edge", "mesh", "openbanking"},
     {"server", "dashboard", "demo", "bench"},

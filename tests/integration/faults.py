@@ -225,7 +225,7 @@ def serve(origin: ScriptedOrigin, stream: Stream) -> None:
 class ScriptedOrigin:
     """A server that runs its script for each connection, in a thread."""
 
-    def __init__(self, script: Script = serve, port: int = 0) -> None:
+    def __init__(self, script: Script = serve, port: int = 0, address: str = "127.0.0.1") -> None:
         self.script = script
         self.ledger = Ledger()
         self.accepted = 0
@@ -234,7 +234,7 @@ class ScriptedOrigin:
         self.failures: list[BaseException] = []
         self._streams: set[Stream] = set()
         self._lock = threading.Lock()
-        self._listening = socket.create_server(("127.0.0.1", port), backlog=1024, reuse_port=port != 0)
+        self._listening = socket.create_server((address, port), backlog=1024, reuse_port=port != 0)
         self.port: int = self._listening.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -278,6 +278,11 @@ class ScriptedOrigin:
         self.accepted = 0
         failures, self.failures = self.failures, []
         assert not failures, failures
+
+    @property
+    def open(self) -> int:
+        """Connections that neither side has closed."""
+        return len(self._streams)
 
     def saw(self) -> None:
         """Wait until the script has come to the moment that it marks with `seen`."""

@@ -10,9 +10,11 @@ from pathlib import Path
 from gateway import snapshot
 from gateway._speedups.pool import Upstream
 from gateway.config import load
+from gateway.discovery import book_of
+from gateway.discovery.dns import Unanswered
+from gateway.discovery.names import Answer, Wanted
 from gateway.policies.identify import RunningSource
 from gateway.policies.jwt_source import UrlSource
-from gateway.snapshot.resolve import Resolver, Target
 
 KEYS = {"keys": [{"kty": "OKP", "crv": "Ed25519", "kid": "a", "x": "11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo"}]}
 PATIENCE = 20.0  # seconds, used up by a failure only
@@ -148,22 +150,24 @@ def test_an_issuer_that_is_down_is_tried_once(tmp_path: Path) -> None:
     run(test)
 
 
-def test_a_name_that_nobody_knows_is_asked_for_once() -> None:
+def test_a_name_that_nobody_knows_is_asked_for_once(tmp_path: Path) -> None:
     async def test() -> None:
-        class Loop:
-            """A loop whose name server is down."""
+        asked = []
 
-            def create_task(self, coroutine: object) -> "asyncio.Task[None]":
-                return asyncio.get_running_loop().create_task(coroutine)  # type: ignore[arg-type]
+        class Down:
+            """A name server that is down."""
 
-            async def getaddrinfo(self, *arguments: object, **more: object) -> list[object]:
-                raise socket.gaierror(-3, "Temporary failure in name resolution")
+            async def ask(self, wanted: Wanted) -> Answer:
+                asked.append(wanted.name)
+                raise Unanswered("SERVFAIL")
 
-        upstream = Upstream("origin", [])
-        resolver = Resolver(upstream, [Target("origin.bank.test:443")], 30.0)
-        resolver.start(Loop())  # type: ignore[arg-type]
-        await resolver.settled()
-        assert upstream.endpoints == []
-        resolver.stop()
+        book_of(asyncio.get_running_loop()).source = Down()
+        built = build(tmp_path, "origin.bank.test:443")
+        built.start(asyncio.get_running_loop())
+        assert await snapshot.settled(built, PATIENCE)
+        upstream: Upstream = built.upstreams["origin"]
+        assert asked == ["origin.bank.test"]
+        assert upstream.endpoints == [] and upstream.unresolved == {"origin.bank.test:443"}
+        built.stop()
 
     run(test)
