@@ -6,7 +6,8 @@ process leaves behind lasts: its cells are cleared when it is reaped, and every 
 CLOCK_MONOTONIC microseconds, given by the caller. See upstream_state.pyx for the arguments.
 """
 
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
+from gateway._speedups.shared_words cimport sw_load, sw_load32
 
 # EndpointState.availability(), best first
 cdef enum:
@@ -32,6 +33,8 @@ cdef enum:
     EVENT_EJECTED = 1           # out until ejected_until()
     EVENT_PROBE_FAILED = 2      # out again, longer
     EVENT_RETURNED = 3          # the probe succeeded: in use again
+    EVENT_CHECK_PASSED = 4      # by checked(): the active check found it healthy again
+    EVENT_CHECK_FAILED = 5
 
 # UpstreamState.count(); each process counts for itself
 cdef enum:
@@ -149,13 +152,12 @@ cdef class UpstreamState:
     cdef object owner                   # the table (or the private memory): keeps the mapping in place
     cdef UpstreamSlot* slot
     cdef UpstreamBlock* block           # of this process
-    cdef UpstreamBlock* blocks
+    cdef UpstreamBlock* blocks          # one for each process; blocks[-1]: those that have ended
     cdef uint32_t* active               # cells: requests in flight
     cdef uint32_t* waiting              # cells: queue places
     cdef uint32_t* connected            # cells: connections
     cdef uint32_t* uses
-    cdef const uint64_t* processes      # how many cells are in use; the retired block lies at `capacity`
-    cdef uint32_t capacity
+    cdef const uint64_t* processes      # how many cells are in use
     cdef uint32_t index                 # of this process among the cells
     cdef int pid
     cdef list kept                      # the EndpointStates of `members`
@@ -192,6 +194,11 @@ cdef class UpstreamState:
     # How many endpoints may be out at once.
     cpdef uint32_t cap(self) noexcept nogil
 
+    cdef int64_t left(self, int64_t now) noexcept nogil
+    cdef uint32_t others_out(self, const EndpointSlot* own, uint64_t now_ms) noexcept nogil
+    cdef uint64_t median(self, const AdaptiveWords* words, uint64_t* count) noexcept nogil
+    cdef void update(self, AdaptiveWords* words, int64_t now) noexcept nogil
+
 cdef class EndpointState:
     """One endpoint, as one process sees it."""
     cdef object owner
@@ -201,7 +208,6 @@ cdef class EndpointState:
     cdef uint32_t* active
     cdef uint32_t* uses
     cdef const uint64_t* processes
-    cdef uint32_t capacity
     cdef uint32_t index
     cdef int pid
     cdef uint64_t random
@@ -230,15 +236,21 @@ cdef class EndpointState:
     cpdef void count(self, int counter) noexcept nogil
     cpdef void set_ewma(self, int64_t us) noexcept nogil
 
+    cdef void succeeded(self, uint32_t ticket, int64_t now) noexcept nogil
+    cdef int failed(self, UpstreamState upstream, uint64_t word, int64_t now) noexcept nogil
+    cdef int eject(self, UpstreamState upstream, uint64_t word, int64_t now) noexcept nogil
+    cdef int put_out(self, UpstreamState upstream, uint64_t word, uint64_t exponent, int64_t now, int event) noexcept nogil
+    cdef int probed(self, UpstreamState upstream, int outcome, uint64_t word, int64_t now) noexcept nogil
+    cdef bint put_back(self, uint64_t word, int64_t now) noexcept nogil
+
 # Where a state's words lie, as the table has laid them out; valid as long as `owner` lives.
 cdef struct Places:
     char* slot
     char* cells                 # kinds of cells one after the other, `stride` bytes each
-    char* blocks                # one for each process, and the retired one
+    char* blocks                # one for each process; before them that of those that have ended
     size_t stride
-    const uint64_t* processes
-    uint32_t capacity
-    uint32_t index
+    const uint64_t* processes   # how many cells are in use
+    uint32_t index              # of this process
 
 cdef UpstreamState upstream_at(object owner, str name, const Places* places, bint shared)
 cdef EndpointState endpoint_at(object owner, str address, const Places* places, bint shared)
@@ -246,3 +258,35 @@ cdef EndpointState endpoint_at(object owner, str address, const Places* places, 
 # OUT_* of an answer's status, and of a gRPC status.
 cpdef int classify_status(int status) noexcept nogil
 cpdef int classify_grpc(int code) noexcept nogil
+
+# The active check's arithmetic: thresholds of consecutive results.
+cpdef uint64_t check_run(uint64_t run, bint good) noexcept nogil
+cpdef uint64_t check_verdict(uint64_t before, uint64_t run, int healthy, int unhealthy) noexcept nogil
+
+# Words that the table reads too.
+cdef enum:
+    OPEN = 0
+    DECIDING = 1                # until: when it was marked
+    OUT = 2                     # until: when a probe may go
+    PROBING = 3                 # until: when the claim expires
+    GENERATION_MASK = 0x1FFFF
+    ACTIVE_UNKNOWN = 0
+    ACTIVE_HEALTHY = 1
+    ACTIVE_UNHEALTHY = 2
+
+cdef inline uint64_t health_word(uint64_t until_ms, uint64_t state, uint64_t exponent, uint64_t generation) noexcept nogil:
+    return until_ms << 24 | state << 22 | exponent << 17 | generation
+
+
+cdef inline uint64_t state_of(uint64_t word) noexcept nogil:
+    return word >> 22 & 3
+
+cdef inline void ring_total(const Tally* ring, uint64_t second, uint64_t generation, uint64_t* good, uint64_t* bad) noexcept nogil:
+    """Add what the last ten seconds hold; a second that this process's clock has not reached belongs to them."""
+    cdef uint64_t stamp
+    cdef int i
+    for i in range(SECONDS):
+        stamp = sw_load(&ring[i].stamp)
+        if stamp >> 32 == generation and <uint64_t><uint32_t>stamp + SECONDS > second:
+            good[0] += sw_load32(&ring[i].good)
+            bad[0] += sw_load32(&ring[i].bad)
