@@ -1,4 +1,4 @@
-"""The shared memory of all processes: metric slots, route names and the rate-limit table.
+"""The shared memory of all processes: metric slots, route names, the rate-limit table and the table of upstreams.
 
 Strategy: one anonymous MAP_SHARED mapping, made by the supervisor before it forks and laid out once; every process uses the
 same object afterwards, inherited by fork. Pages are given by the kernel when they are first touched (the mapping reserves
@@ -9,13 +9,20 @@ from __future__ import annotations
 
 import mmap
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from gateway._speedups.histogram import NAMES_BYTES, SLOT_BYTES, FoldGuard, NameTable, WorkerSlot
 from gateway._speedups.token_bucket import BucketTable
+from gateway._speedups.upstream_table import CHECKER, UpstreamTable
 
 DEFAULT_BUCKET_SLOTS = 65_536       # 1 MiB; see token_bucket.pyx for sizing
+UPSTREAMS, ENDPOINTS = 512, 4096    # places; what is not used costs address space only
 FOLD_PATIENCE = 1.0                 # seconds; a fold takes about a millisecond
+
+
+T = TypeVar("T")
 
 
 def _pages(size: int) -> int:
@@ -42,8 +49,12 @@ class Layout:
         return self.buckets + _pages(BucketTable.size_for(self.bucket_slots)) + index * _pages(SLOT_BYTES)
 
     @property
-    def size(self) -> int:
+    def upstreams(self) -> int:
         return self.slot(self.workers + 1)
+
+    @property
+    def size(self) -> int:
+        return self.upstreams + _pages(UpstreamTable.size_for(self.workers, UPSTREAMS, ENDPOINTS))
 
 
 class SharedState:
@@ -61,6 +72,7 @@ class SharedState:
         self._guard = FoldGuard(self.memory, 0)
         self.names = NameTable(self.memory, self.layout.names)
         self.buckets = BucketTable(self.memory, self.layout.buckets, bucket_slots)
+        self.upstreams = UpstreamTable(self.memory, self.layout.upstreams, workers, UPSTREAMS, ENDPOINTS)
         self._slots = tuple(WorkerSlot(self.memory, self.layout.slot(index)) for index in range(workers + 1))
 
     @property
@@ -79,7 +91,7 @@ class SharedState:
         return self._slots[self.workers]
 
     def fold(self, index: int) -> None:
-        """Move a reaped worker's counts into the retired slot and clear its own; its gauges are dropped.
+        """Move a reaped worker's counts into the retired slot and clear its own; its gauges and places are dropped.
 
         Only the supervisor may call it, after waitpid() has returned the worker.
         """
@@ -87,12 +99,30 @@ class SharedState:
         with self._guard:
             self.retired.absorb(slot)
             slot.clear()
+            self.upstreams.bury(index)
+
+    def fold_checker(self) -> None:
+        """The same for the process that checks endpoints actively, which has no slot."""
+        with self._guard:
+            self.upstreams.bury(CHECKER)
 
     def total(self) -> WorkerSlot:
-        """All slots and the retired one added up, in private memory that lives as long as the result.
+        """All slots and the retired one added up, in private memory that lives as long as the result."""
+        return self._settled(self._total)
 
-        Read again if a fold happens meanwhile, so that nothing is counted twice or missed.
-        """
+    def _total(self) -> WorkerSlot:
+        total = WorkerSlot(mmap.mmap(-1, SLOT_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        for slot in self._slots:
+            total.absorb(slot)
+        return total
+
+    def upstream_rows(self, now: float | None = None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """All upstreams and all endpoints that are in use; `now` is the monotonic clock's time in seconds."""
+        now_us = int((time.monotonic() if now is None else now) * 1e6)
+        return self._settled(lambda: (self.upstreams.upstreams(now_us), self.upstreams.endpoints(now_us)))
+
+    def _settled(self, read: Callable[[], T]) -> T:
+        """What `read` returns, read again if a fold happens meanwhile: so nothing is counted twice or missed."""
         give_up = time.monotonic() + FOLD_PATIENCE
         while True:
             before = self._guard.read()
@@ -100,11 +130,9 @@ class SharedState:
             if before % 2 and patient:
                 time.sleep(0.0005)
                 continue
-            total = WorkerSlot(mmap.mmap(-1, SLOT_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
-            for slot in self._slots:
-                total.absorb(slot)
+            found = read()
             if self._guard.read() == before or not patient:
-                return total
+                return found
 
     def alive(self) -> list[int]:
         """Indexes of the slots whose worker runs (its pid gauge is set)."""
