@@ -47,6 +47,37 @@ cdef int64_t number_of(const Head* head, int known) noexcept nogil:
     return value
 
 
+cdef uint64_t balance_key(Exchange x):
+    """What consistent hashing goes by, hashed; 0 for every other way to balance."""
+    cdef bytes value = None
+    if x.upstream.key_kind == KEY_NONE or x.balance_key:
+        return x.balance_key
+    if x.upstream.key_kind == KEY_HEADER:
+        value = x.named(x.upstream.key_name)
+    elif x.upstream.key_kind == KEY_COOKIE:
+        value = cookie_of(x, x.upstream.key_name)
+    elif x.upstream.key_kind == KEY_CLIENT and x.principal is not None:
+        value = (x.principal.client or x.principal.subject or "").encode("utf-8", "surrogatepass")
+    if x.upstream.key_kind <= KEY_SOURCE and not value:
+        value = x.client[:16]
+    if value:
+        x.balance_key = hash_key(value, len(value)) or 1
+    else:                                           # nothing to go by: anywhere
+        x.balance_key = (<uint64_t>x.generation * <uint64_t>0x9E3779B97F4A7C15) ^ <uint64_t>x.started or 1
+    return x.balance_key
+
+
+cdef bytes cookie_of(Exchange x, bytes name):
+    """The value of the first cookie of that name (RFC 6265 5.4), None without one."""
+    cdef bytes line = x.field(F_COOKIE)
+    if line is not None:
+        for pair in line.split(b";"):
+            key, equals, value = pair.strip(b" \t").partition(b"=")
+            if equals and key == name:
+                return value
+    return None
+
+
 # -- admission --------------------------------------------------------------------------------------------------------
 
 cdef int forward(Downstream d) except -1:
@@ -114,7 +145,7 @@ cdef int admit_waiting(Downstream d) except -1:
 cdef void let_in(Engine engine, Upstream upstream):
     """Room was made at an upstream: those that waited longest have their turn after the present batch."""
     cdef Exchange x
-    cdef int room = upstream.room(engine.now)
+    cdef int room = upstream.room()
     for x in upstream.waiting:
         if room <= 0:
             break
@@ -130,7 +161,7 @@ cdef void leave_upstream(Engine engine, Exchange x):
         x.upstream.unqueue(x)
     if x.entered:
         x.entered = False
-        x.upstream.leave()
+        x.upstream.leave(x.status != 0 and x.side != SIDE_UPSTREAM and classify_status(x.status) <= OUT_NEUTRAL)
         if x.upstream.waiting:
             let_in(engine, x.upstream)
     if x.timer is not None:
@@ -210,12 +241,14 @@ cdef int hedge(Engine engine, Exchange x) except -1:
         return 0
     x.tries += 1
     engine.slot.counters[C_HEDGES] += 1
-    other = x.upstream.pick(engine.now, x, x.endpoint)
-    if other is None or other is x.endpoint:        # nobody else is well: one question is enough
+    other = x.upstream.pick(engine.now, balance_key(x), True, x.endpoint)
+    if other is None:
         return 0
-    second = engine.obtain(x, other, False)
-    if second is None:
+    second = None if other is x.endpoint else engine.obtain(x, other, False)
+    if second is None:                              # nobody else is well: one question is enough
+        x.upstream.decline(other, engine.now)
         return 0
+    x.upstream.state.count(U_HEDGES)
     second.take_up(x)
     x.hedge = second
     if second.state == U_CONNECTING:

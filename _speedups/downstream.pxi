@@ -91,6 +91,7 @@ cdef class Downstream(Connection):
                 self.refuse(408, b"body-timeout", b"the request body did not arrive in the time for this request")
         if why == T_QUEUE:
             counters[C_UPSTREAM_QUEUE_TIMEOUTS] += 1
+            x.upstream.state.count(U_QUEUE_TIMEOUTS)
             self.refuse(503, b"upstream-queue-timeout", b"no place at the upstream became free in time; this request was not sent")
             return 0
         counters[C_UPSTREAM_TIMEOUTS] += 1
@@ -666,15 +667,15 @@ cdef class Downstream(Connection):
         cdef Endpoint endpoint
         cdef UpstreamConnection upstream = None
         while upstream is None:
-            endpoint = x.upstream.pick(self.engine.now, x, x.endpoint if x.tries else None)
+            endpoint = x.upstream.pick(self.engine.now, balance_key(x), is_safe(x.head.method), x.endpoint if x.tries else None)
             if endpoint is None:
                 break
             x.endpoint = endpoint
             upstream = self.engine.obtain(x, endpoint, fresh)
             if upstream is None:
-                endpoint.begin(self.engine.now)
-                endpoint.finish(x.upstream, self.engine.now, OUTCOME_CONNECT, 0, 0, 0)
-                endpoint.leave()
+                x.upstream.start(endpoint, x.tries > 0)
+                x.upstream.finish(endpoint, endpoint.ticket, self.engine.now, OUTCOME_CONNECT, 0, 0, 0)
+                x.upstream.stop(endpoint)
                 if not (may_try(self, RETRY_CONNECT) and x.upstream.pay(self.engine.now)):
                     break
                 x.tries += 1

@@ -169,6 +169,7 @@ cdef class UpstreamConnection(Connection):
     cdef bint held                  # a response hook has the answer
     cdef bint recorded              # how the present attempt ended was told to the endpoint
     cdef int64_t sent_at            # monotonic us, of the present attempt
+    cdef uint32_t ticket            # its endpoint's
 
     cdef void leave_pool(self)
     cdef void take_up(self, Exchange x) noexcept
@@ -251,5 +252,6 @@ cdef class Engine:
     cdef void accepted(self, str name, int fd, sockaddr_storage* address)
     cdef void link_timer(self, Connection connection, int64_t tick) noexcept
     cdef void look_soon(self)
+    cdef void tell(self, Endpoint endpoint, int event)
     cdef UpstreamConnection obtain(self, Exchange x, Endpoint endpoint, bint fresh)
     cdef UpstreamConnection connect(self, Exchange x, Endpoint endpoint)

@@ -22,10 +22,12 @@ from gateway._speedups.exchange cimport *
 from gateway._speedups.headers cimport *
 from gateway._speedups.histogram cimport *
 from gateway._speedups.http1 cimport *
+from gateway._speedups.balance cimport hash_key
 from gateway._speedups.pool cimport *
 from gateway._speedups.proxy_protocol cimport parse_proxy_header
 from gateway._speedups.sockets cimport *
 from gateway._speedups.token_bucket cimport BucketTable
+from gateway._speedups.upstream_state cimport OUT_NEUTRAL, U_HEDGES, U_QUEUE_TIMEOUTS, classify_status
 from gateway._speedups.wire cimport cw_put_hex
 
 import logging
@@ -713,6 +715,12 @@ cdef class Engine:
                 self.report(x.connection, error)
             self.go_on()
 
+    cdef void tell(self, Endpoint endpoint, int event):
+        """A line in the log: an endpoint went out or came back."""
+        told = endpoint.state.explain(event)
+        words = told.pop("event")
+        self.log.warning("endpoint %s", words, extra=told)
+
     cdef void look_soon(self):
         if self.look_handle is None and self.loop is not None:
             self.look_handle = self.loop.call_later(QUEUE_LOOK_MS / 1e3, self.look)
@@ -753,13 +761,17 @@ cdef class Engine:
     cdef UpstreamConnection connect(self, Exchange x, Endpoint endpoint):
         cdef UpstreamConnection connection
         cdef int fd, result
+        if not x.upstream.open_one():
+            return None
         fd = cw_socket(endpoint.sockaddr.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
         if fd < 0:
+            x.upstream.close_one()
             return None
         cw_nodelay(fd)
         result = cw_connect(fd, <sockaddr*>&endpoint.sockaddr, endpoint.length)
         if result < 0 and errno != EINPROGRESS:
             cw_close(fd)
+            x.upstream.close_one()
             self.slot.counters[C_UPSTREAM_CONNECT_FAILURES] += 1
             return None
         connection = UpstreamConnection.__new__(UpstreamConnection)
@@ -772,6 +784,7 @@ cdef class Engine:
             self.register(connection, fd, WATCH)
         except OSError as error:                    # closed already; as good as unreachable
             self.log.error("cannot watch a connection", exc_info=error)
+            x.upstream.close_one()
             return None
         self.upstreams += 1
         self.slot.counters[C_UPSTREAM_CONNECTS] += 1

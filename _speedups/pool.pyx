@@ -1,17 +1,35 @@
-"""Choosing endpoints (smooth weighted round robin) and holding the connections that wait at each.
+"""Endpoints and upstreams; see pool.pxd.
 
-Strategy: see pool.pxd. An endpoint is one address; a name with several addresses is several endpoints. When discovery finds
-other addresses, those that stay keep their pools and those that go are retired: their idle connections are closed, exchanges
-under way finish. Python is called from here: while a snapshot is built and when endpoints change.
+Strategy: an endpoint is one address; a name with several addresses is several endpoints. When discovery finds other addresses,
+those that stay keep their pools and those that go are retired: their idle connections are closed, exchanges under way finish.
+What the endpoints' states allow is looked at every few milliseconds and after each event of this worker; the state itself has the
+last word when a request is admitted. Python is called from here: while a snapshot is built and when endpoints change.
+
+Safety: the balancer's pointers lead into the Endpoint objects of `endpoints`, and rebuild() gives it that list as their owner;
+the list is replaced, never changed in place, while the balancer holds it.
 """
 
-from libc.stdint cimport int64_t, uint32_t, uint64_t
-from gateway._speedups.sockets cimport cw_parse_address
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+from gateway._speedups.balance cimport (SAMPLE_ABANDONED, SAMPLE_BAD, SAMPLE_GOOD, Balancer, Candidate, candidate_reset,
+                                        hash_key)
+from gateway._speedups.sockets cimport cw_monotonic_us, cw_parse_address
+from gateway._speedups.upstream_state cimport *
 
+import mmap
 import os
+
+from gateway._speedups import balance as _balance
+from gateway._speedups.upstream_table import UpstreamTable
+
+cdef enum:
+    LOOK_US = 5000              # how old a look at the endpoints' states may be
+    PROBE_US = 30000000         # a probe whose process was killed blocks the next one so long
+    OVERDUE_US = 1000000        # an endpoint that waits so long for a safe request to try it gets any
 
 cdef dict RETRY_BITS = {"connect-failure": RETRY_CONNECT, "reset": RETRY_RESET, "timeout": RETRY_TIMEOUT, "429": RETRY_429,
                         "500": RETRY_500, "502": RETRY_502, "503": RETRY_503, "504": RETRY_504}
+cdef dict KEY_KINDS = {"": KEY_NONE, "client": KEY_CLIENT, "source": KEY_SOURCE, "header": KEY_HEADER, "cookie": KEY_COOKIE}
 
 
 cdef class Endpoint:
@@ -31,30 +49,25 @@ cdef class Endpoint:
         self.weight = weight
         self.zone = zone
         self.idle = []
+        encoded = address.encode("ascii")
+        candidate_reset(&self.candidate, hash_key(encoded, len(encoded)), weight, 1)
+        self.candidate.usable = True
 
     @property
     def idle_connections(self) -> int:
         return len(self.idle)
 
-    cdef object succeed(self, Endpoint before, Upstream upstream):
-        """Take over the pool of the endpoint that this one replaces."""
-        self.idle, before.idle = before.idle, []
-        for connection in self.idle:
-            connection.moved(self, upstream)
-        self.down_until = before.down_until
-        self.current = before.current
 
-    cdef void begin(self, int64_t now) noexcept:
-        self.active += 1
-
-    cdef void leave(self) noexcept:
-        self.active -= 1
-
-    cdef void finish(self, Upstream upstream, int64_t now, int outcome, int status, int64_t us, int64_t retry_after_us):
-        if outcome == OUTCOME_CONNECT:
-            self.down_until = now + 1000000
-        elif outcome == OUTCOME_ANSWERED:
-            self.down_until = 0
+cdef object succeed(Endpoint endpoint, Endpoint before, Upstream upstream):
+    """Take over the pool of the endpoint that is replaced, and what is known of its speed."""
+    before.retired = True
+    endpoint.idle, before.idle = before.idle, []
+    for connection in endpoint.idle:
+        connection.moved(endpoint, upstream)
+    endpoint.candidate.ewma_us = before.candidate.ewma_us
+    endpoint.candidate.ewma_at = before.candidate.ewma_at
+    endpoint.candidate.penalty_until = before.candidate.penalty_until
+    endpoint.candidate.hold_until = before.candidate.hold_until
 
 
 cdef object retire(Endpoint endpoint):
@@ -65,17 +78,42 @@ cdef object retire(Endpoint endpoint):
         connection.discard()
 
 
+def private_table() -> UpstreamTable:
+    """A table of this process alone, for an upstream that is tried out or tested."""
+    size = UpstreamTable.size_for(1, 1, 64)
+    return UpstreamTable(mmap.mmap(-1, size), 0, 1, 1, 64)
+
+
 cdef class Upstream:
-    """A named group of endpoints with its timeouts (seconds) and pool limits."""
+    """A named group of endpoints with its timeouts (seconds), limits, and rules for further attempts.
+
+    `table` is the UpstreamTable that all processes share, `worker` this process's index in it; None: a table of its own.
+    """
 
     def __init__(self, str name not None, list endpoints not None, *, double connect=2, double head=15, double idle=30,
-                 double total=60, int keep_connections=64, double keep_idle=55, double keep_age=3600, int requests=1024,
-                 str host="preserve", int attempts=1, retry_on=("connect-failure",), double per_try=0, double backoff=0.025,
-                 double backoff_max=0.25, int64_t replay=65536, bint honours_key=False, double hedge=0,
-                 bint finish_abandoned=True, int pending=256, double queue=1):
+                 double total=60, int keep_connections=64, double keep_idle=55, double keep_age=3600, str host="preserve",
+                 uint32_t requests=1024, uint32_t endpoint_requests=0, uint32_t connections=0, uint32_t pending=256,
+                 double queue=1, dict adaptive=None, str balance="p2c_ewma", str key="", int load=125, double slow_start=0,
+                 str zone=None, int attempts=1, retry_on=("connect-failure",), double per_try=0, double backoff=0.025,
+                 double backoff_max=0.25, int64_t replay=65536, bint honours_key=False, double budget=0.2, int reserve=10,
+                 double hedge=0, bint finish_abandoned=True, dict eject=None, bint panic=False, table=None, int worker=0):
         self.name = name
-        self.endpoints = endpoints
         self.unresolved = set()
+        self.zone = zone
+        self.table = private_table() if table is None else table
+        self.worker = 0 if table is None else worker
+        self.state = self.table.upstream(self.worker, name)
+        self.state.configure(limit=requests, panic=panic, budget=budget, reserve=reserve, **(eject or {}))
+        self.adaptive = adaptive is not None
+        if adaptive is not None:
+            self.state.adapt(highest=requests, **adaptive)
+        else:
+            self.state.fixed()
+        self.balancer = Balancer(_balance.ALGORITHMS.index(balance), slow_start_us=round(slow_start * 1e6), load_percent=load)
+        kind, _, name_of_key = key.partition(":")
+        self.key_kind = KEY_KINDS[kind]
+        self.key_name = name_of_key.lower().encode("ascii") if kind == "header" else name_of_key.encode("ascii")
+        self.panic = panic
         self.connect_us = <int64_t>(connect * 1e6)
         self.head_us = <int64_t>(head * 1e6)
         self.idle_us = <int64_t>(idle * 1e6)
@@ -84,11 +122,16 @@ cdef class Upstream:
         self.keep_idle_us = <int64_t>(keep_idle * 1e6)
         self.keep_age_us = <int64_t>(keep_age * 1e6)
         self.requests_max = requests
+        self.endpoint_max = endpoint_requests
+        self.connections_max = connections
+        self.pending_max = pending
+        self.queue_us = <int64_t>(queue * 1e6)
+        self.waiting = {}
         self.host_literal = host.encode("ascii")
         self.host_mode = HOST_PRESERVE if host == "preserve" else HOST_TARGET if host == "target" else HOST_LITERAL
         self.attempts = attempts
-        for name in retry_on:
-            self.retry_on |= <uint32_t>RETRY_BITS[name]
+        for failure in retry_on:
+            self.retry_on |= <uint32_t>RETRY_BITS[failure]
         self.random = int.from_bytes(os.urandom(8), "little") | 1
         self.per_try_us = <int64_t>(per_try * 1e6)
         self.backoff_us = <int64_t>(backoff * 1e6)
@@ -97,9 +140,10 @@ cdef class Upstream:
         self.honours_key = honours_key
         self.hedge_us = <int64_t>(hedge * 1e6)
         self.finish_abandoned = finish_abandoned
-        self.waiting = {}
-        self.pending_max = pending
-        self.queue_us = <int64_t>(queue * 1e6)
+        self.endpoints = []
+        self.replace(endpoints)
+
+    # -- endpoints come and go ----------------------------------------------------------------------------------------
 
     def replace(self, list endpoints not None) -> tuple:
         """Let these be the endpoints from now on; returns (those that are new, those that are gone), as lists.
@@ -119,6 +163,7 @@ cdef class Upstream:
                 before.zone = endpoint.zone
             kept.append(before)
         self.endpoints = kept
+        self.rebuild()
         for endpoint in known.values():
             retire(endpoint)
         return added, list(known.values())
@@ -127,48 +172,99 @@ cdef class Upstream:
         """Take over what the same upstream of the snapshot before knew: pools, and addresses that are not found anew yet."""
         cdef Endpoint endpoint, before
         known = {(endpoint.address, endpoint.target): endpoint for endpoint in old.endpoints}
+        kept = []
         for endpoint in self.endpoints:
             before = known.pop((endpoint.address, endpoint.target), None)
             if before is not None and before is not endpoint:
-                before.retired = True
-                endpoint.succeed(before, self)
-        for before in list(known.values()):
+                succeed(endpoint, before, self)
+            kept.append(endpoint)
+        for before in known.values():
             if before.target in self.unresolved:
                 endpoint = Endpoint(before.address, before.weight, target=before.target, zone=before.zone)
-                before.retired = True
-                endpoint.succeed(before, self)
-                self.endpoints.append(endpoint)
+                succeed(endpoint, before, self)
+                kept.append(endpoint)
             else:
                 retire(before)
+        self.endpoints = kept
+        self.rebuild()
 
     def abandon(self) -> None:
         """The upstream is in no snapshot any more."""
         for endpoint in self.endpoints:
             retire(endpoint)
 
+    cdef object join(self, Endpoint endpoint):
+        """Give an endpoint its place in what all processes know, and its candidate what the configuration says."""
+        if endpoint.state is None:
+            endpoint.state = self.table.endpoint(self.worker, self.name, endpoint.address, target=endpoint.target,
+                                                 zone=endpoint.zone, weight=endpoint.weight)
+        endpoint.retired = False
+        endpoint.candidate.weight = endpoint.weight
+        endpoint.candidate.local = self.zone is None or endpoint.zone is None or endpoint.zone == self.zone
+
+    cdef object rebuild(self):
+        """The balancer chooses among the present endpoints from now on."""
+        cdef Py_ssize_t count = len(self.endpoints), i
+        cdef Candidate** candidates = <Candidate**>malloc((count + 1) * sizeof(Candidate*))
+        if candidates == NULL:
+            raise MemoryError
+        try:
+            for i in range(count):
+                self.join(self.endpoints[i])
+                candidates[i] = &(<Endpoint>self.endpoints[i]).candidate
+            self.balancer.rebuild(candidates, <int>count, self.endpoints)
+        finally:
+            free(candidates)
+        self.state.set_members([(<Endpoint>endpoint).state for endpoint in self.endpoints])
+        self.look_at = 0
+
+    # -- places -------------------------------------------------------------------------------------------------------
+
     cdef bint enter(self, int64_t now) noexcept:
-        if self.active >= self.requests_max:
+        if self.connections_max and self.state.connections() >= self.connections_max and not self.has_idle():
             return False
-        self.active += 1
+        if not self.state.enter(self.state.allowed(self.requests_max) if self.adaptive else self.requests_max):
+            return False
+        self.state.deposit(now)
         return True
 
-    cdef void leave(self) noexcept:
-        self.active -= 1
+    cdef bint has_idle(self) noexcept:
+        cdef Endpoint endpoint
+        for endpoint in self.endpoints:
+            if endpoint.idle:
+                return True
+        return False
 
-    cdef int room(self, int64_t now) noexcept:
-        return self.requests_max - self.active
+    cdef void leave(self, bint good) noexcept:
+        self.state.leave()
+        if good:
+            self.state.count(U_SUCCESSES)
+
+    cdef int room(self) noexcept:
+        cdef uint32_t limit = self.state.allowed(self.requests_max) if self.adaptive else self.requests_max
+        cdef uint32_t there = self.state.in_flight()
+        return <int>(limit - there) if there < limit else 0
 
     cdef bint queue(self, object x) except -1:
-        if len(self.waiting) >= self.pending_max:
+        if self.pending_max == 0 or not self.state.enqueue(self.pending_max):
             return False
         self.waiting[x] = None
         return True
 
     cdef void unqueue(self, object x):
-        self.waiting.pop(x, None)
+        if self.waiting.pop(x, self) is None:
+            self.state.dequeue()
+
+    cdef bint open_one(self) noexcept:
+        return self.state.connect(self.connections_max)
+
+    cdef void close_one(self) noexcept:
+        self.state.disconnect()
+
+    # -- attempts -----------------------------------------------------------------------------------------------------
 
     cdef bint pay(self, int64_t now) noexcept:
-        return True
+        return self.state.withdraw(now)
 
     cdef int64_t backoff(self, int tries) noexcept:
         """Full jitter: anything up to base x 2^tries, capped."""
@@ -182,22 +278,107 @@ cdef class Upstream:
         self.random ^= self.random << 17
         return <int64_t>(self.random % <uint64_t>(most + 1))
 
-    cdef Endpoint pick(self, int64_t now, object x, Endpoint avoid):
-        cdef Endpoint endpoint, best = None, fallback = None
-        cdef int total = 0
-        if len(self.endpoints) == 1:
-            return <Endpoint>self.endpoints[0]
+    cdef void look(self, int64_t now) noexcept:
+        """Take over what all processes know of the endpoints by now."""
+        cdef Endpoint endpoint
+        cdef int found
+        cdef bint usable
+        self.look_at = now + LOOK_US
+        self.usable = 0
+        self.probes = 0
         for endpoint in self.endpoints:
-            if endpoint.down_until > now or endpoint is avoid:
-                # All down: the one that comes back first is tried rather than nothing.
-                if fallback is None or endpoint.down_until < fallback.down_until:
-                    fallback = endpoint
+            found = endpoint.state.availability(now)
+            usable = found == USABLE
+            self.probes += found == MAY_PROBE
+            self.usable += usable
+            endpoint.candidate.elsewhere = <int32_t>(endpoint.state.in_flight() - endpoint.state.own_in_flight())
+            endpoint.candidate.born = endpoint.state.usable_since()
+            endpoint.candidate.usable = usable
+            endpoint.state.set_ewma(<int64_t>self.balancer.expected_us(&endpoint.candidate, now))
+        self.balancer.changed()
+
+    cdef Endpoint probe(self, int64_t now, bint safe):
+        """An endpoint whose time out is over, if this request may be the one to try it."""
+        cdef Endpoint endpoint
+        for endpoint in self.endpoints:
+            if endpoint.state.availability(now) != MAY_PROBE:
                 continue
-            endpoint.current += endpoint.weight
-            total += endpoint.weight
-            if best is None or endpoint.current > best.current:
-                best = endpoint
-        if best is None:
-            return fallback
-        best.current -= total
-        return best
+            if not safe and self.usable and now - endpoint.state.ejected_until() < OVERDUE_US:
+                continue
+            endpoint.ticket = endpoint.state.admit(now, PROBE_US)
+            if endpoint.ticket and endpoint.state.enter(0):
+                self.look_at = 0
+                return endpoint
+        return None
+
+    cdef Endpoint pick(self, int64_t now, uint64_t key, bint safe, Endpoint avoid):
+        cdef Endpoint endpoint
+        cdef int at, turn, avoided = -1
+        if now >= self.look_at:
+            self.look(now)
+        if self.probes:
+            endpoint = self.probe(now, safe)
+            if endpoint is not None:
+                return endpoint
+        if avoid is not None:
+            avoided = self.index_of(avoid)
+        for turn in range(8):
+            at = self.balancer.choose(now, key, avoided)
+            if at < 0:
+                break
+            endpoint = <Endpoint>self.endpoints[at]
+            endpoint.ticket = endpoint.state.admit(now, PROBE_US)
+            if endpoint.ticket and endpoint.state.enter(self.endpoint_max):
+                return endpoint
+            endpoint.candidate.usable = False       # until the next look: out since the last one, or full
+            self.balancer.changed()
+        if self.panic and self.endpoints:
+            at = <int>(<uint64_t>(now + avoided) % <uint64_t>len(self.endpoints))
+            endpoint = <Endpoint>self.endpoints[at]
+            if endpoint.state.enter(self.endpoint_max):
+                endpoint.ticket = endpoint.state.ticket()
+                return endpoint
+        self.state.count(U_NO_ENDPOINT)
+        return None
+
+    cdef int index_of(self, Endpoint wanted) noexcept:
+        cdef int i
+        for i in range(<int>len(self.endpoints)):
+            if self.endpoints[i] is wanted:
+                return i
+        return -1
+
+    cdef void decline(self, Endpoint endpoint, int64_t now) noexcept:
+        endpoint.state.report(self.state, OUT_CANCELLED, endpoint.ticket, now)
+        endpoint.state.leave()
+
+    cdef void start(self, Endpoint endpoint, bint again) noexcept:
+        self.balancer.started(&endpoint.candidate)
+        if again:
+            endpoint.state.count(E_RETRIES)
+
+    cdef int finish(self, Endpoint endpoint, uint32_t ticket, int64_t now, int outcome, int status, int64_t us,
+                    int64_t retry_after_us) noexcept:
+        cdef int out = OUT_CANCELLED, sample = SAMPLE_BAD, event
+        if outcome == OUTCOME_NONE:
+            sample = SAMPLE_ABANDONED
+        elif outcome == OUTCOME_ANSWERED:
+            out = classify_status(status)
+            if out == OUT_OK:
+                sample = SAMPLE_GOOD
+        elif outcome == OUTCOME_CONNECT:
+            out = OUT_CONNECT
+        elif outcome == OUTCOME_TIMEOUT:
+            out = OUT_TIMEOUT
+        else:
+            out = OUT_RESET
+        self.balancer.finished(&endpoint.candidate, now, us if us > 0 else 0, sample, retry_after_us)
+        if self.adaptive and outcome == OUTCOME_ANSWERED:
+            self.state.sampled(now - us, now)
+        event = endpoint.state.report(self.state, out, ticket, now)
+        if event:
+            self.look_at = 0
+        return event
+
+    cdef void stop(self, Endpoint endpoint) noexcept:
+        endpoint.state.leave()

@@ -80,13 +80,19 @@ cdef class UpstreamConnection(Connection):
         """Joins connection and exchange."""
         self.x = x
         self.recorded = False
-        self.endpoint.begin(self.engine.now)
+        self.ticket = self.endpoint.ticket
+        self.sent_at = self.engine.now
+        self.upstream.start(self.endpoint, x.tries > 0)
 
     cdef void record(self, int outcome, int status, int64_t retry_after_us):
         """How this attempt ended, once: its endpoint is judged by that."""
+        cdef int event
         if not self.recorded:
             self.recorded = True
-            self.endpoint.finish(self.upstream, self.engine.now, outcome, status, self.engine.now - self.sent_at, retry_after_us)
+            event = self.upstream.finish(self.endpoint, self.ticket, self.engine.now, outcome, status,
+                                         self.engine.now - self.sent_at, retry_after_us)
+            if event:
+                self.engine.tell(self.endpoint, event)
 
     cdef void detach(self):
         """Parts connection and exchange."""
@@ -97,7 +103,7 @@ cdef class UpstreamConnection(Connection):
             else:
                 self.x.upstream_connection = None
             self.x = None
-            self.endpoint.leave()
+            self.upstream.stop(self.endpoint)
 
     cdef void close_now(self):
         """Whatever is under way on it: the client gets an answer or a reset."""
@@ -117,6 +123,7 @@ cdef class UpstreamConnection(Connection):
     cdef void close(self):
         if self.fd >= 0:
             self.engine.upstreams -= 1
+            self.upstream.close_one()
             if self.state == U_IDLE:
                 self.engine.upstreams_idle -= 1
         self.state = U_CLOSED

@@ -470,8 +470,8 @@ cdef class UpstreamState:
         """Set the limits of this process's snapshot: `limit` requests in flight (to be shown; enter() is told each time).
 
         Ejection: consecutive `failures` (0: never), or a `ratio` of failures in ten seconds with at least `minimum` requests
-        (0: never), for `base` seconds, doubled up to `maximum`, of at most a `share` of the endpoints. The only endpoint of
-        an upstream is ejected (unless share is 0), but not with `panic`, where it would be used all the same.
+        (0: never), for `base` seconds, doubled up to `maximum`, of at most a `share` of the endpoints, but at least one of
+        several. The only endpoint of an upstream is ejected with a share of 1 only.
         Retries: `budget` per original request and `reserve` per second. Raises ValueError for what is out of range.
         """
         if not (0 <= ratio <= 1 and 0 <= share <= 1 and 0 <= budget <= 10 and 0 <= reserve <= 1_000_000 and failures >= 0
@@ -602,9 +602,10 @@ cdef class UpstreamState:
             sw_add(&self.block.counters[counter], 1)
 
     cpdef uint32_t cap(self) noexcept nogil:
-        if self.member_count == 1:
-            return 0 if self.eject.panic or self.eject.share_permille == 0 else 1
-        return self.member_count * self.eject.share_permille // 1000
+        # Of several, one always may be out. A single one only with a share of 100 %: else seven failures of one resource would
+        # take away the whole service.
+        cdef uint32_t most = self.member_count * self.eject.share_permille // 1000
+        return 1 if most == 0 and self.member_count > 1 and self.eject.share_permille else most
 
     cdef uint32_t others_out(self, const EndpointSlot* own, uint64_t now_ms) noexcept nogil:
         """How many endpoints other than this one are out or about to be."""

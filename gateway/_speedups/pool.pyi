@@ -1,9 +1,13 @@
 """What Python sees of _speedups/pool.pyx."""
 
 from collections.abc import Iterable
+from typing import Any
+
+from gateway._speedups.upstream_table import UpstreamTable
+
+def private_table() -> UpstreamTable: ...
 
 class Endpoint:
-    active: int
     retired: bool
     def __init__(self, address: str, weight: int = 1, *, target: str | None = None, zone: str | None = None) -> None: ...
     @property
@@ -20,7 +24,6 @@ class Endpoint:
     def idle_connections(self) -> int: ...
 
 class Upstream:
-    active: int
     def __init__(
         self,
         name: str,
@@ -33,8 +36,18 @@ class Upstream:
         keep_connections: int = 64,
         keep_idle: float = 55,
         keep_age: float = 3600,
-        requests: int = 1024,
         host: str = "preserve",
+        requests: int = 1024,
+        endpoint_requests: int = 0,
+        connections: int = 0,
+        pending: int = 256,
+        queue: float = 1,
+        adaptive: dict[str, Any] | None = None,
+        balance: str = "p2c_ewma",
+        key: str = "",
+        load: int = 125,
+        slow_start: float = 0,
+        zone: str | None = None,
         attempts: int = 1,
         retry_on: Iterable[str] = ("connect-failure",),
         per_try: float = 0,
@@ -42,10 +55,14 @@ class Upstream:
         backoff_max: float = 0.25,
         replay: int = 65536,
         honours_key: bool = False,
+        budget: float = 0.2,
+        reserve: int = 10,
         hedge: float = 0,
         finish_abandoned: bool = True,
-        pending: int = 256,
-        queue: float = 1,
+        eject: dict[str, Any] | None = None,
+        panic: bool = False,
+        table: UpstreamTable | None = None,
+        worker: int = 0,
     ) -> None: ...
     @property
     def name(self) -> str: ...
@@ -53,6 +70,8 @@ class Upstream:
     def endpoints(self) -> list[Endpoint]: ...
     @property
     def unresolved(self) -> set[str]: ...
+    @property
+    def zone(self) -> str | None: ...
     def replace(self, endpoints: list[Endpoint]) -> tuple[list[Endpoint], list[Endpoint]]: ...
     def adopt(self, old: Upstream) -> None: ...
     def abandon(self) -> None: ...

@@ -150,7 +150,7 @@ class Eject(Model):
     minimum: Int = Field(default=5, ge=1, le=1_000_000, description="requests in 10 s before the ratio counts")
     base: Deadline = setting("1s", "the first time; it doubles with each further one")
     max: Deadline = setting("60s", "longest time")
-    share: Percent = setting("50%", "of the endpoints that may be out at once; one always may when there are several")
+    share: Percent = setting("50%", "of the endpoints that may be out at once; of several one always may, a single one only with 100%")
 
     @model_validator(mode="after")
     def _order(self) -> Self:

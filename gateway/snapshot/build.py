@@ -8,7 +8,7 @@ check() is the same build, thrown away.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from gateway._speedups.exchange import Edits, ListenerEntry, RouteEntry, Snapshot, Step
 from gateway._speedups.pool import Upstream
@@ -31,7 +31,7 @@ class Names(Protocol):
     def add(self, name: str) -> int: ...
 
 
-def build(config: Config, *, names: Names, seed: int, version: int, worker: int = -1) -> Snapshot:
+def build(config: Config, *, names: Names, seed: int, version: int, worker: int = -1, upstreams: Any = None) -> Snapshot:
     """Compile `config`. `seed` must be the same in every worker; `version` counts up with each reload.
 
     `worker` is the index that audit records name; -1 for a snapshot that is only tried out.
@@ -39,7 +39,7 @@ def build(config: Config, *, names: Names, seed: int, version: int, worker: int 
     Raises ConfigError for what cannot be opened or made, all of it, each at its place in the file.
     """
     workshop = Workshop(config.base, seed, worker)
-    snapshot, problems = _build(config, names, version, workshop)
+    snapshot, problems = _build(config, names, version, workshop, upstreams)
     if snapshot is None:
         raise ConfigError(problem for problem in problems if problem.severity == "error")
     return snapshot
@@ -58,12 +58,12 @@ class _Numbers:
         return UNROUTED
 
 
-def _build(config: Config, names: Names, version: int, workshop: Workshop) -> tuple[Snapshot | None, list[Problem]]:
+def _build(config: Config, names: Names, version: int, workshop: Workshop, table: Any = None) -> tuple[Snapshot | None, list[Problem]]:
     faults = Faults(config.document)
     upstreams: dict[str, Upstream] = {}
     for name, settings in config.upstreams.items():
         with faults.at(("upstreams", name), f"upstream '{name}' cannot be used"):
-            upstreams[name] = _upstream(name, settings, workshop)
+            upstreams[name] = _upstream(name, settings, config.zone, workshop, table)
     routes = [
         _route(index, route, config, upstreams.get(route.upstream), names.add(route.name), workshop, faults)
         for index, route in enumerate(config.routes)
@@ -83,15 +83,27 @@ def _build(config: Config, names: Names, version: int, workshop: Workshop) -> tu
     return snapshot, problems
 
 
-def _upstream(name: str, settings: schema.Upstream, workshop: Workshop) -> Upstream:
+def _upstream(name: str, settings: schema.Upstream, zone: str | None, workshop: Workshop, table: Any) -> Upstream:
     times, keep, limits, retries = settings.timeouts, settings.keepalive, settings.limits, settings.retries
+    balance, eject, adaptive = settings.balance, settings.health.eject, limits.adaptive
     upstream = Upstream(
         name, [], connect=times.connect, head=times.head, idle=times.idle, total=times.total,
-        keep_connections=keep.connections, keep_idle=keep.idle, keep_age=keep.age, requests=limits.requests,
-        host=settings.host, attempts=retries.attempts, retry_on=retries.on, per_try=retries.per_try or 0,
-        backoff=retries.backoff.base, backoff_max=retries.backoff.max, replay=retries.body, honours_key=retries.idempotency_key,
-        hedge=settings.hedge.after if settings.hedge else 0, finish_abandoned=settings.abandoned == "finish",
+        keep_connections=keep.connections, keep_idle=keep.idle, keep_age=keep.age, host=settings.host,
+        requests=limits.requests, endpoint_requests=limits.endpoint_requests or 0, connections=limits.connections or 0,
         pending=limits.pending, queue=limits.queue,
+        adaptive=None if adaptive is None else {
+            "lowest": min(adaptive.lowest, limits.requests), "samples": adaptive.samples, "buffer": adaptive.buffer,
+            "update": adaptive.update, "measure": adaptive.measure,
+        },
+        balance=balance.algorithm, key=balance.maglev.key if balance.maglev else "",
+        load=balance.maglev.load if balance.maglev else 125, slow_start=settings.slow_start, zone=zone,
+        attempts=retries.attempts, retry_on=retries.on, per_try=retries.per_try or 0, backoff=retries.backoff.base,
+        backoff_max=retries.backoff.max, replay=retries.body, honours_key=retries.idempotency_key, budget=retries.budget,
+        reserve=retries.reserve, hedge=settings.hedge.after if settings.hedge else 0,
+        finish_abandoned=settings.abandoned == "finish",
+        eject={"failures": eject.failures, "ratio": eject.ratio or 0, "minimum": eject.minimum, "base": eject.base,
+               "maximum": eject.max, "share": eject.share},
+        panic=settings.health.when_all_bad == "panic", table=table, worker=max(workshop.worker, 0),
     )
     endpoints = Endpoints(upstream, settings, loud=workshop.worker <= 0)
     if endpoints.moving:
