@@ -164,8 +164,18 @@ def provenance(result: Mapping[str, Any]) -> str:
     return (
         f"{result['date'][:10]}, commit {result['commit']}: {machine['cores']}-core {kind} ({machine['cpu']}), "
         f"Linux {machine['kernel']}; {programs}. Medians over interleaved rounds of {options['seconds']:g} s, the program on "
-        "one core, the load and the origin on another. CPU time is that of the whole process tree."
+        "one core, the load and the origin on another. CPU time is that of the whole process tree." + steadiness(result)
     )
+
+
+def steadiness(result: Mapping[str, Any]) -> str:
+    """Return how steady the machine was: what was repeated, and how the processor's own speed varied."""
+    said, pace = "", result.get("pace_us", {})
+    if repeated := result.get("repeated"):
+        said += f" {repeated} interval{'s' if repeated > 1 else ''} that other programs disturbed {'were' if repeated > 1 else 'was'} repeated."
+    if pace.get("best"):
+        said += f" A fixed piece of work took {pace['best']:,.0f} to {pace['worst']:,.0f} us on the program's core, timed before each run."
+    return said
 
 
 def block(result: Mapping[str, Any], memory: Mapping[str, Any] | None, full: bool) -> str:
