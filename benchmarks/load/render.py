@@ -209,15 +209,15 @@ def draw(result: Mapping[str, Any]) -> dict[Path, str]:
     return {ROOT / "docs" / "images" / name: drawn for name, (plot, _) in PLOTS.items() if (drawn := plot(result))}
 
 
-def replace_between(text: str, new: str, where: str) -> str:
+def replace_between(text: str, new: str, where: str, start: str = START, end: str = END) -> str:
     """Return the text with what stands between the markers replaced.
 
-    Raises Unrenderable unless there is exactly one START and, after it, exactly one END.
+    Raises Unrenderable unless there is exactly one `start` and, after it, exactly one `end`.
     """
-    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
-        raise Unrenderable(f"{where}: put one line `{START}` and, below it, one line `{END}` where the figures belong")
-    head, _, rest = text.partition(START)
-    return f"{head}{START}\n\n{new}\n\n{END}{rest.partition(END)[2]}"
+    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+        raise Unrenderable(f"{where}: put one line `{start}` and, below it, one line `{end}` where the figures belong")
+    head, _, rest = text.partition(start)
+    return f"{head}{start}\n\n{new}\n\n{end}{rest.partition(end)[2]}"
 
 
 def load(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
