@@ -39,7 +39,7 @@ from benchmarks.load.programs import Bench, missing
 from benchmarks.load.results import FORMAT
 from benchmarks.load.scenarios import Catalogue, Cell, Scenario, configuration_hash
 
-START = 0.7  # seconds that a start takes until the program answers, for the estimate
+START = 0.3  # seconds that a start and a stop take, for the estimate
 PROOFS = {"plain": 0, "routes": 1, "token": 2}  # starts that prove a cell once, before its first visit
 GENERATOR_START = 0.5
 ATTEMPTS = 2  # at one visit

@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks.load import arithmetic, compare, comparison, plots, render
+from benchmarks.load import arithmetic, compare, comparison, plots, render, results
 from benchmarks.load.arithmetic import FixedRun, InvalidRun, Run
 from benchmarks.load.comparison import FULL, QUICK, Comparison
 from benchmarks.load.processes import Unusable, cpu_clocks, pss, tick_clocks
@@ -332,6 +332,12 @@ def test_the_full_block_has_ranges_saturation_latency_verdicts_and_reasons() -> 
     assert "`haproxy.cfg` abcd" in text and "(images/benchmarks-latency.svg)" in text
 
 
+def test_a_missed_ratio_says_by_how_much() -> None:
+    result = a_result()
+    result["ratios"] = arithmetic.judge([replace(CPU, at_most=0.5)], {"plain/crossway": [a_run(1, 16.0)], "plain/haproxy": [a_run(1, 20.0)]}, {})
+    assert "| plain/crossway / plain/haproxy | 0.800 | <= 0.50 | missed by 60.0% |" in render.block(result, None, full=True)
+
+
 def test_plots_are_well_formed_and_show_what_was_measured() -> None:
     for drawn in (plots.cost_plot(a_result()), plots.latency_plot(a_result())):
         words = [element.text for element in ElementTree.fromstring(drawn).iter() if element.text]
@@ -384,6 +390,18 @@ def test_a_result_with_caveats_is_not_rendered_unasked(tmp_path, monkeypatch, ca
     assert (tmp_path / "README.md").read_text() == f"{render.START}\n{render.END}\n"
     assert render.main([*command, "--preliminary"]) == 0
     assert "Not for quoting" in (tmp_path / "README.md").read_text()
+
+
+def test_without_a_name_the_newest_result_is_rendered(tmp_path, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    monkeypatch.setattr(render, "ROOT", tmp_path)
+    assert render.main(["--only", "README.md"]) == 2 and "measure first" in capsys.readouterr().err
+    (tmp_path / "README.md").write_text(f"{render.START}\n{render.END}\n")
+    for name, date in (("a", "2031-01-02T03:04:05Z"), ("b", "2030-01-02T03:04:05Z")):
+        (tmp_path / f"{name}.json").write_text(json.dumps(a_result() | {"date": date}))
+    (tmp_path / "z-memory.json").write_text(json.dumps({"date": "2032-01-01T00:00:00Z", "format": 1}))
+    assert render.main(["--only", "README.md"]) == 0
+    assert "2031-01-02, commit" in (tmp_path / "README.md").read_text()
 
 
 def test_memory_of_another_commit_is_refused(tmp_path, capsys) -> None:  # type: ignore[no-untyped-def]
