@@ -5,7 +5,8 @@ Engine.poll(), and what the warm-up collected is forgotten at measured_from_here
 requests is the cost of one. What the kernel does in system calls is not in it: benchmarks/load measures that.
 
     script/instructions            measure this commit and add it to benchmarks/results/instructions.csv
-    script/instructions --check    measure the working tree and print its ratio to the last row; writes nothing
+    script/instructions --check    measure the working tree and print its ratio to the last row; writes nothing, and fails
+                                   when a request became dearer than --most allows
 """
 
 import argparse
@@ -19,13 +20,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from benchmarks.instructions.callgrind import costs, top
-from benchmarks.instructions.record import SCENARIOS, Function, Row, added, comparison, read, report, write
+from benchmarks.instructions.record import SCENARIOS, Function, Row, added, comparison, dearer, read, report, write
 from benchmarks.load.machine import commit, printed
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "benchmarks" / "results" / "instructions.csv"
 PAGE = TABLE.with_suffix(".md")
 REQUESTS = 1280
+MOST = 1.03
 SHOWN = 15
 # Cython numbers methods, hence the star. The names must match one function each: a nested match would switch collecting off.
 POLL = "__pyx_pw_7gateway_9_speedups_6engine_6Engine_*poll"
@@ -76,10 +78,11 @@ def measure(requests: int) -> tuple[Row, dict[str, list[Function]]]:
 
 
 def main() -> int:
-    """Measure; compare or record. Return the exit code: 0, or 2 when nothing could be measured or recorded."""
+    """Measure; compare or record. Return the exit code: 0, 1 when --check finds a scenario dearer, 2 when nothing could be measured."""
     parser = argparse.ArgumentParser(prog="script/instructions", description="instructions per request under callgrind")
     parser.add_argument("--check", action="store_true", help="compare with the last row instead of adding one")
     parser.add_argument("--requests", type=int, default=REQUESTS, help=f"measured requests (default {REQUESTS})")
+    parser.add_argument("--most", type=float, default=MOST, metavar="RATIO", help=f"what --check bears (default {MOST})")
     options = parser.parse_args()
     rows = read(TABLE.read_text("utf-8")) if TABLE.exists() else []
     if not options.check and not commit()[1]:
@@ -96,6 +99,9 @@ def main() -> int:
         TABLE.parent.mkdir(exist_ok=True)
         TABLE.write_text(write(added(rows, row)), "utf-8")
         PAGE.write_text(report(row, functions), "utf-8")
+    elif rows and (worse := dearer(rows[-1], row, options.most)):
+        print(f"instructions: dearer than {options.most}x: {', '.join(worse)}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -72,6 +72,13 @@ def comparison(last: Row | None, new: Row) -> str:
     return "\n".join(lines)
 
 
+def dearer(last: Row, new: Row, most: float) -> list[str]:
+    """Return the scenarios whose count rose above `most` times the last one; none where the two cannot be compared."""
+    if (last.python, last.compiler) != (new.python, new.compiler):
+        return []
+    return [name for name in SCENARIOS if getattr(new, name) > most * getattr(last, name)]
+
+
 def report(row: Row, functions: Mapping[str, Sequence[Function]]) -> str:
     """Return the page beside the table: where the instructions of one commit are spent."""
     taken = f"Commit {row.commit}, {row.date}, Python {row.python}, {row.compiler}."

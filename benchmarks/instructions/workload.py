@@ -21,7 +21,8 @@ from pathlib import Path
 
 import uvloop
 
-from benchmarks.load.scenarios import ANSWER, PAYMENT, fill
+from benchmarks.load.programs import fill
+from benchmarks.load.scenarios import ANSWER, PAYMENT
 from benchmarks.load.tokens import Issuer
 from gateway._speedups.engine import Engine
 from gateway._speedups.timing import measured_from_here

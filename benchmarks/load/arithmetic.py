@@ -21,8 +21,12 @@ FOREIGN_LIMIT = 0.03
 CLOCK_TOLERANCE = 0.05
 # Medians over rounds survive a few disturbed runs, not many.
 NOISY_SHARE = 0.1
-# The fixed rate is this share of what the slowest program can carry.
+# The fixed rate is at most this share of what the slowest program can carry, and of what the load's core can drive: the
+# open loop shares that core with the origin, and pays for each request about twice what wrk does at saturation.
 FIXED_SHARE = 0.5
+LOAD_SHARE = 0.25
+# Above this the load's core, not the program, may be what the latencies show.
+LOAD_BUSY = 0.8
 IDLE_WORKER_BYTES = 40 * 2**20
 CONNECTION_BYTES = 8 * 2**10
 
@@ -56,7 +60,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class FixedRun:
-    """One interval of one program at a fixed rate."""
+    """One interval of one program at a fixed rate; `foreign` is the share of a core that other programs used meanwhile."""
 
     round: int
     rate: int
@@ -64,6 +68,7 @@ class FixedRun:
     p50_us: float | None
     p99_us: float | None
     p999_us: float | None
+    foreign: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,8 @@ class Run:
     """One measured interval of one program. Times are seconds; `cpu` is that of its whole process tree.
 
     `load_cpu` is that of wrk and the origin together; the `busy` fields are what the kernel counted on the two cores. `pss`
-    is the memory of the tree right after the load, in bytes. Percentiles are those of a closed loop at saturation.
+    is the memory of the tree right after the load, in bytes. Percentiles are those of a closed loop at saturation. `pace_us`
+    is what a fixed piece of work took on the program's core just before: on a shared host the processor itself is not steady.
     """
 
     round: int
@@ -86,6 +92,7 @@ class Run:
     p50_us: int
     p99_us: int
     pss: int = 0
+    pace_us: float = 0.0
 
     @property
     def us_per_request(self) -> float:
@@ -100,7 +107,7 @@ class Run:
     @property
     def foreign(self) -> float:
         """The larger share, of the two cores, of the interval that went to programs outside the benchmark (0 to 1)."""
-        return max(0.0, self.core_busy - self.cpu, self.load_busy - self.load_cpu) / self.seconds
+        return foreign_share(self.core_busy - self.cpu, self.load_busy - self.load_cpu, self.seconds)
 
     @property
     def utilisation(self) -> float:
@@ -144,13 +151,21 @@ def read_bench(document: Mapping[str, Any]) -> Latency:
         raise InvalidRun(f"the result of `crossway bench run` has no {error}") from None
 
 
-def fixed_rate(saturations: Iterable[float]) -> int:
-    """Return one rate below everyone's saturation: half of the lowest, rounded down to two digits; 0 when there is none."""
-    lowest = min(saturations, default=0.0) * FIXED_SHARE
+def fixed_rate(cells: Iterable[Sequence[Run]]) -> int:
+    """Return one rate below everyone's saturation, the load's included, rounded down to two digits; 0 when there is none."""
+    measured = [runs for runs in cells if runs]
+    carried = min((median(run.rps for run in runs) for runs in measured), default=0.0)
+    driven = min((median(run.requests / run.load_cpu for run in runs) for runs in measured), default=0.0)
+    lowest = min(carried * FIXED_SHARE, driven * LOAD_SHARE)
     if lowest < 1:
         return 0
     step: int = 10 ** max(0, floor(log10(lowest)) - 1)
     return int(lowest // step) * step
+
+
+def foreign_share(core: float, load: float, seconds: float) -> float:
+    """Return the larger of two cores' seconds that went to programs outside the benchmark, as a share of the interval."""
+    return max(0.0, core, load) / seconds
 
 
 def spent(before: Mapping[int, float], after: Mapping[int, float]) -> float:
@@ -226,15 +241,22 @@ def cpu_ratios(requirement: Requirement, runs: Mapping[str, Sequence[Run]]) -> l
 
 
 def p99_ratios(requirement: Requirement, fixed: Mapping[str, Sequence[FixedRun]]) -> list[float]:
-    """Return the one ratio of median p99 at the fixed rate; `SCENARIO/best` is the best of the other HTTP programs."""
-    medians = {name: value for name, runs in fixed.items() if (value := middle(run.p99_us for run in runs))}
+    """Return the one ratio of median p99 at the fixed rate; `SCENARIO/best` is the best of the other HTTP programs.
+
+    Two programs are compared over the rounds that both have: one that lost a bad round must not look better for it.
+    """
+    known = {name: {run.round: run.p99_us for run in runs if run.p99_us} for name, runs in fixed.items()}
     scenario, _, program = requirement.to.partition("/")
-    if program == BEST:
-        outside = {requirement.of, f"{scenario}/passthrough"}
-        others = [value for name, value in medians.items() if name.startswith(f"{scenario}/") and name not in outside]
-    else:
-        others = [medians[requirement.to]] if requirement.to in medians else []
-    return [medians[requirement.of] / min(others)] if others and requirement.of in medians else []
+    outside = {requirement.of, f"{scenario}/passthrough"}
+    others = [name for name in known if name.startswith(f"{scenario}/") and name not in outside]
+    if program != BEST:
+        others = [requirement.to]
+    ours, found = known.get(requirement.of, {}), []
+    for name in others:
+        theirs = known.get(name, {})
+        if both := ours.keys() & theirs.keys():
+            found.append(median(ours[number] for number in both) / median(theirs[number] for number in both))
+    return [max(found)] if found else []
 
 
 def judge(
@@ -259,19 +281,34 @@ def judge(
     return rows
 
 
-def caveats(runs: Mapping[str, Sequence[Run]], due: Mapping[str, int], clean_tree: bool) -> list[str]:
+def listed(names: Sequence[str]) -> str:
+    """Return a count of cells with the first names."""
+    return f"{len(names)} cell{'s' if len(names) > 1 else ''} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+
+
+def disturbed(runs: Mapping[str, Sequence[Run | FixedRun]]) -> list[str]:
+    """Return the cells that other programs disturbed so often that a median does not help: in half of the runs or more."""
+    return [name for name, each in runs.items() if each and sum(run.foreign > FOREIGN_LIMIT for run in each) * 2 >= len(each)]
+
+
+def caveats(
+    runs: Mapping[str, Sequence[Run]], fixed: Mapping[str, Sequence[FixedRun]], due: Mapping[str, int], clean_tree: bool
+) -> list[str]:
     """Return why these figures must not be quoted, one sentence each; an empty list means that they may.
 
     `due` is how many rounds each measured cell should have.
     """
     found: list[str] = []
-    short = sorted(name for name, rounds in due.items() if len(runs.get(name, ())) < rounds)
-    if short:
-        found.append(f"{len(short)} cells have fewer rounds than scenarios.yaml asks for: {', '.join(short[:3])}...")
+    if short := sorted(name for name, rounds in due.items() if len(runs.get(name, ())) < rounds):
+        found.append(f"{listed(short)} with fewer rounds than scenarios.yaml asks for")
     every = [run for of_one in runs.values() for run in of_one]
     noisy = sum(run.foreign > FOREIGN_LIMIT for run in every)
     if noisy > NOISY_SHARE * len(every):
         found.append(f"in {noisy} of {len(every)} runs other programs used more than {FOREIGN_LIMIT:.0%} of a core")
+    elif cells := disturbed(runs):
+        found.append(f"other programs used more than {FOREIGN_LIMIT:.0%} of a core in half of the runs of {listed(cells)}")
+    if cells := disturbed(fixed):
+        found.append(f"the same in half of the runs at the fixed rate of {listed(cells)}")
     stolen = median([run.steal / run.seconds for run in every]) if every else 0.0
     if stolen > FOREIGN_LIMIT:
         found.append(f"the hypervisor took {stolen:.0%} of the proxy's core")

@@ -6,8 +6,11 @@ Strategy: both run on the load's core, one thread each, and are believed only wh
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +46,8 @@ def body_file(bench: Bench, scenario: Scenario) -> Path | None:
     return path
 
 
-def wrk(bench: Bench, scenario: Scenario, port: int, seconds: int) -> Load:
-    """Load the program from one thread, closed loop; raise InvalidRun when anything but a success came back."""
+def wrk_command(bench: Bench, scenario: Scenario, port: int, seconds: int) -> list[str]:
+    """Return the command that loads the program from one thread, closed loop."""
     words = [f"method={scenario.method}"]
     body = body_file(bench, scenario)
     if body is not None:
@@ -57,11 +60,28 @@ def wrk(bench: Bench, scenario: Scenario, port: int, seconds: int) -> Load:
         paths = bench.directory / f"{scenario.name}.paths"
         paths.write_text("\n".join(scenario.paths()) + "\n")
         words.append(f"paths={paths}")
-    command = [
+    return [
         *(program("taskset"), "-c", str(bench.load_core), program("wrk")),
         *("-t1", f"-c{scenario.connections}", f"-d{seconds}s", "-s", str(HERE / "load.lua")),
         *(f"http://127.0.0.1:{port}{scenario.paths()[0]}", "--", *words),
     ]
+
+
+def warm(bench: Bench, scenario: Scenario, port: int, seconds: float) -> None:
+    """Load the program for a moment; nothing is counted. wrk knows whole seconds only, and ends early when interrupted."""
+    command = wrk_command(bench, scenario, port, ceil(seconds) + 1)
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
+        try:
+            time.sleep(seconds)
+            running.send_signal(signal.SIGINT)
+            running.wait(PATIENCE)
+        finally:
+            running.kill()
+
+
+def wrk(bench: Bench, scenario: Scenario, port: int, seconds: int) -> Load:
+    """Measure a closed loop; raise InvalidRun when anything but a success came back."""
+    command = wrk_command(bench, scenario, port, seconds)
     done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + PATIENCE, check=False)
     if done.returncode:
         raise InvalidRun(f"wrk ended with status {done.returncode}:\n{done.stdout}{done.stderr}")

@@ -3,6 +3,7 @@
 Strategy: the prose is written by hand; what stands between the two markers is replaced as a whole, so that no figure in the
 documentation is typed. The plots go to docs/images. A result with caveats is refused unless asked for, and then the caveats are printed with it.
 
+    python -m benchmarks.load.render                                    the newest result
     python -m benchmarks.load.render benchmarks/results/NAME.json
 """
 
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.load.plots import cost_plot, latency_plot
-from benchmarks.load.results import FORMAT
+from benchmarks.load.results import FORMAT, newest
 from benchmarks.load.scenarios import ROOT
 
 START = "<!-- benchmarks:start -->"
@@ -136,7 +137,10 @@ def ratio_table(result: Mapping[str, Any]) -> str:
     rows = []
     for row in result["ratios"]:
         bound = "-" if row["at_most"] is None else f"<= {row['at_most']:.2f}"
-        rows.append([row["title"] + (f" ({row['note']})" if row["note"] else ""), f"{row['ratio']:.3f}", bound, row["verdict"]])
+        told = row["verdict"]
+        if told == "missed":
+            told += f" by {row['ratio'] / row['at_most'] - 1:.1%}"
+        rows.append([row["title"] + (f" ({row['note']})" if row["note"] else ""), f"{row['ratio']:.3f}", bound, told])
     return table(["ratio", "measured", "asked for", "verdict"], rows) if rows else ""
 
 
@@ -164,8 +168,18 @@ def provenance(result: Mapping[str, Any]) -> str:
     return (
         f"{result['date'][:10]}, commit {result['commit']}: {machine['cores']}-core {kind} ({machine['cpu']}), "
         f"Linux {machine['kernel']}; {programs}. Medians over interleaved rounds of {options['seconds']:g} s, the program on "
-        "one core, the load and the origin on another. CPU time is that of the whole process tree."
+        "one core, the load and the origin on another. CPU time is that of the whole process tree." + steadiness(result)
     )
+
+
+def steadiness(result: Mapping[str, Any]) -> str:
+    """Return how steady the machine was: what was repeated, and how the processor's own speed varied."""
+    said, pace = "", result.get("pace_us", {})
+    if repeated := result.get("repeated"):
+        said += f" {repeated} interval{'s' if repeated > 1 else ''} that other programs disturbed {'were' if repeated > 1 else 'was'} repeated."
+    if pace.get("best"):
+        said += f" A fixed piece of work took {pace['best']:,.0f} to {pace['worst']:,.0f} us on the program's core, timed before each run."
+    return said
 
 
 def block(result: Mapping[str, Any], memory: Mapping[str, Any] | None, full: bool) -> str:
@@ -199,15 +213,15 @@ def draw(result: Mapping[str, Any]) -> dict[Path, str]:
     return {ROOT / "docs" / "images" / name: drawn for name, (plot, _) in PLOTS.items() if (drawn := plot(result))}
 
 
-def replace_between(text: str, new: str, where: str) -> str:
+def replace_between(text: str, new: str, where: str, start: str = START, end: str = END) -> str:
     """Return the text with what stands between the markers replaced.
 
-    Raises Unrenderable unless there is exactly one START and, after it, exactly one END.
+    Raises Unrenderable unless there is exactly one `start` and, after it, exactly one `end`.
     """
-    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
-        raise Unrenderable(f"{where}: put one line `{START}` and, below it, one line `{END}` where the figures belong")
-    head, _, rest = text.partition(START)
-    return f"{head}{START}\n\n{new}\n\n{END}{rest.partition(END)[2]}"
+    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+        raise Unrenderable(f"{where}: put one line `{start}` and, below it, one line `{end}` where the figures belong")
+    head, _, rest = text.partition(start)
+    return f"{head}{start}\n\n{new}\n\n{end}{rest.partition(end)[2]}"
 
 
 def load(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -233,7 +247,10 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m benchmarks.load.render", description="Put a result into the documentation."
     )
     parser.add_argument(
-        "result", type=Path, help="benchmarks/results/NAME.json; NAME-memory.json beside it is used too"
+        "result",
+        type=Path,
+        nargs="?",
+        help="benchmarks/results/NAME.json (default: the newest); NAME-memory.json beside it is used too",
     )
     parser.add_argument("--only", choices=list(DOCUMENTS), action="append", help="write this document only")
     parser.add_argument(
@@ -241,27 +258,31 @@ def main(argv: list[str] | None = None) -> int:
     )
     options = parser.parse_args(argv)
     try:
-        result, memory = load(options.result)
+        path = options.result or newest()
+        if path is None:
+            raise Unrenderable("benchmarks/results holds no result: measure first, with script/bench")
+        result, memory = load(path)
         if result["caveats"] and not options.preliminary:
             told = "\n  ".join(result["caveats"])
             raise Unrenderable(
-                f"{options.result} must not be quoted:\n  {told}\nMeasure again on a quiet machine, or pass --preliminary."
+                f"{path} must not be quoted:\n  {told}\nMeasure again on a quiet machine, or pass --preliminary."
             )
         written = {}
         for name in options.only or DOCUMENTS:
-            path = ROOT / name
-            if not path.exists():
+            page = ROOT / name
+            if not page.exists():
                 raise Unrenderable(f"{name} does not exist")
-            written[path] = replace_between(path.read_text(), block(result, memory, DOCUMENTS[name]), name)
+            written[page] = replace_between(page.read_text(), block(result, memory, DOCUMENTS[name]), name)
     except Unrenderable as error:
         print(f"render: {error}", file=sys.stderr)
         return 2
     if not options.only:
         written |= draw(result)
-    for path, text in written.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-        print(f"written: {path.relative_to(ROOT)}")
+    print(f"from {path}")
+    for page, text in written.items():
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(text)
+        print(f"written: {page.relative_to(ROOT)}")
     return 0
 
 

@@ -12,6 +12,16 @@ RESULTS = ROOT / "benchmarks" / "results"
 FORMAT = 2
 
 
+def newest() -> Path | None:
+    """Return the latest comparison by the date inside it; None when there is none. Memory and other files do not count."""
+    dated = []
+    for path in RESULTS.glob("*.json"):
+        result = json.loads(path.read_text())
+        if "scenarios" in result and result.get("format") == FORMAT:
+            dated.append((result["date"], path))
+    return max(dated)[1] if dated else None
+
+
 def write_result(name: str, result: dict[str, object]) -> Path:
     """Write benchmarks/results/NAME.json and return its path."""
     RESULTS.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""Run the micro benchmarks: python -m benchmarks.micro [--fast] [--only TEXT] [-o FILE.json]
+"""Run the micro benchmarks: python -m benchmarks.micro [--fast] [--only TEXT] [-o FILE.json] [--render]
 
 Strategy: a round is pyperf's one process for each case, all cases in turn; rounds are repeated and their medians compared
 round by round, so that a slow minute of the machine meets everything that is compared. FILE.json is pyperf's own format:
-`python -m pyperf compare_to` reads it.
+`python -m pyperf compare_to` reads it. --render puts the table into docs/micro-benchmarks.md, with where it comes from.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from pathlib import Path
 
 import pyperf
 
+from benchmarks.load.machine import facts
+from benchmarks.load.render import replace_between
 from benchmarks.micro.cases import GROUPS
-from benchmarks.micro.table import lines, render
+from benchmarks.micro.table import END, PAGE, START, lines, provenance, render
 
 ROOT = Path(__file__).resolve().parents[2]
 ROUNDS, VALUES, MIN_TIME = 5, 5, 0.05  # seconds
@@ -41,12 +43,16 @@ def main() -> int:
     parser.add_argument("--fast", action="store_true", help="one short round: does it work, roughly how fast")
     parser.add_argument("--only", default="", metavar="TEXT", help="only the cases whose name holds this text")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE.json", help="keep every run in pyperf's format")
+    parser.add_argument("--render", action="store_true", help="put the table into docs/micro-benchmarks.md")
     options = parser.parse_args()
+    if options.render and options.only:
+        parser.error("--render needs all cases, not --only some")
     plan = (FAST_ROUNDS, FAST_VALUES, FAST_MIN_TIME) if options.fast else (ROUNDS, VALUES, MIN_TIME)
     if not any(options.only in f"{group}: {name}" for group, cases in GROUPS.items() for name in cases):
         parser.error(f"no case's name holds {options.only!r}")
     suite: pyperf.BenchmarkSuite | None = None
     rounds: dict[str, list[float]] = {}
+    about = facts()
     with tempfile.TemporaryDirectory(prefix="crossway-micro-") as folder:
         for number in range(plan[0]):
             print(f"round {number + 1} of {plan[0]}", file=sys.stderr, flush=True)
@@ -60,9 +66,13 @@ def main() -> int:
                 suite = found
             else:
                 suite.add_runs(found)
-    print(render(lines(rounds, {group: [f"{group}: {name}" for name in cases] for group, cases in GROUPS.items()})))
+    table = render(lines(rounds, {group: [f"{group}: {name}" for name in cases] for group, cases in GROUPS.items()}))
+    print(table)
     if options.output and suite is not None:
         suite.dump(str(options.output), replace=True)
+    if options.render:
+        block = f"{provenance(about, plan[0])}\n\n{table}"
+        PAGE.write_text(replace_between(PAGE.read_text("utf-8"), block, PAGE.name, START, END), "utf-8")
     return 0
 
 

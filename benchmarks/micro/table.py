@@ -6,8 +6,13 @@ job; the first is ours, and the others are divided by it round by round, where b
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
+from typing import Any
 
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "micro-benchmarks.md"
+START, END = "<!-- micro:start -->", "<!-- micro:end -->"
+BUSY = 0.5  # load average at the start, for each core: above it somebody else was at work
 UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns"))
 
 
@@ -49,6 +54,22 @@ def lines(rounds: Mapping[str, Sequence[float]], groups: Mapping[str, Sequence[s
             values = rounds[name]
             found.append(Line(group, name, median(values), min(values), max(values), ratio(values, rounds[measured[0]])))
     return found
+
+
+def provenance(facts: Mapping[str, Any], rounds: int) -> str:
+    """Return the sentences above the table: commit, machine, rounds, and whether the figures are more than a look."""
+    machine = facts["machine"]
+    kind = "virtual machine" if machine["virtual"] else "machine"
+    changed = "" if facts["clean_tree"] else " with changes that are not in it"
+    text = (
+        f"{facts['date'][:10]}, commit {facts['commit']}{changed}: {rounds} round{'s' if rounds > 1 else ''} on a "
+        f"{machine['cores']}-core {kind} ({machine['cpu']}), Linux {machine['kernel']}, Python {facts['versions']['python']}."
+    )
+    if machine["load_average"] > BUSY * machine["cores"]:
+        text += f" The machine was busy (load average {machine['load_average']}): good for orders of magnitude; ratios near 1 mean nothing."
+    elif rounds == 1:
+        text += " One short round: good for orders of magnitude."
+    return text
 
 
 def render(found: Sequence[Line]) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from gateway.bench.gateway_process import MeasuredGateway
 from gateway.bench.machine import machine
 from gateway.bench.percentiles import PERCENTILES, duration, needed
-from gateway.bench.runner import MOST_CPU, Document, Show, run
+from gateway.bench.runner import LATE_WARNING, MOST_CPU, Document, Show, run
 from gateway.bench.settings import Settings, UsageError, seconds
 
 SCHEMA, VERSION = "crossway-bench-sweep", 1
@@ -60,6 +60,7 @@ class Point:
     gateway_us: float  # CPU of the gateway's process tree for each answer
     generator_share: float  # of a core
     connections: tuple[int, ...]  # of each worker
+    late: float = 0.0  # seconds that the generator was late by itself
 
     @property
     def imbalance(self) -> float | None:
@@ -173,6 +174,7 @@ def _point(plan: Plan, gateway: MeasuredGateway, settings: Settings, rate: float
         gateway_us=result["server_us_per_request"],
         generator_share=result["generator"]["core_share"],
         connections=tuple(connections),
+        late=(result["generator"]["late_max_ms"] or 0.0) / 1e3,
     )
 
 
@@ -209,12 +211,16 @@ def recommend(counts: Sequence[Count], objective: Objective, cpus: int) -> tuple
     if not sound:
         return False, (
             f"The machine is too small to tell: it has {cpus} CPU{'' if cpus == 1 else 's'}, the generator needs one "
-            f"for itself, and even {ordered[0].workers} worker{'' if ordered[0].workers == 1 else 's'} share it."
+            f"for itself, and even {ordered[0].workers} worker{' shares' if ordered[0].workers == 1 else 's share'} it."
         )
+    late = max((point.late for count in sound for point in count.points), default=0.0)
+    if late > LATE_WARNING:
+        limit += f"; the generator was up to {late * 1e3:.0f} ms late because something else used its core: measure again on a quiet machine"
+    believed = not doubtful and late <= LATE_WARNING
     carrying = [(count, count.best) for count in sound if count.best is not None]
     if not carrying:
         why = sound[0].points[-1].why if sound[0].points else "nothing was measured"
-        return not doubtful, f"No rate held {objective}: {why}{limit}."
+        return believed, f"No rate held {objective}: {why}{limit}."
     chosen, best = carrying[0]
     reason = f"it holds {objective} up to {best.rate:,.0f}/s"
     for count, point in carrying[1:]:
@@ -228,7 +234,7 @@ def recommend(counts: Sequence[Count], objective: Objective, cpus: int) -> tuple
         reason += " (the generator was nearly at its own limit)"
     if best.imbalance is not None and best.imbalance > UNEVEN:
         reason += f" (connections were uneven, {best.imbalance:.1f} times the mean; use more of them)"
-    return not doubtful, f"Use {chosen.workers} worker{'' if chosen.workers == 1 else 's'}: {reason}{limit}."
+    return believed, f"Use {chosen.workers} worker{'' if chosen.workers == 1 else 's'}: {reason}{limit}."
 
 
 def _document(

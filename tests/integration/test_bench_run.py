@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 import pytest
 
 from gateway._speedups.load import Load
-from gateway.bench.runner import CannotConnect, run
+from gateway.bench.runner import LATE_WARNING, CannotConnect, run
 from gateway.bench.settings import Allowance, Settings
 from gateway.cli import main
 from tests.integration.bench_server import BenchServer
@@ -38,15 +38,16 @@ def short(url: str, **more: Any) -> Settings:
 PERIOD, STALL = 1.0, 0.2
 
 
-def analytic(q: float) -> float:
-    """Latency at q in seconds: the share STALL/PERIOD of all arrivals waits for a time that is uniform between 0 and STALL."""
-    above = (1 - q) * PERIOD / STALL
-    return STALL * max(0.0, 1 - above)
+def analytic(q: float, period: float = PERIOD, stall: float = STALL) -> float:
+    """Latency at q in seconds: the share stall/period of all arrivals waits for a time that is uniform between 0 and stall."""
+    above = (1 - q) * period / stall
+    return stall * max(0.0, 1 - above)
 
 
-def test_a_stalling_server_looks_as_bad_as_it_is() -> None:
-    rate, seconds = 500.0, 4
-    with BenchServer(PERIOD, STALL) as stalling:
+@pytest.mark.parametrize(("period", "stall", "seconds"), [(PERIOD, STALL, 4), (10.0, 1.0, 10)])
+def test_a_stalling_server_looks_as_bad_as_it_is(period: float, stall: float, seconds: int) -> None:
+    rate = 500.0
+    with BenchServer(period, stall) as stalling:
         request = Settings(url=stalling.url(), rate=rate).request()
         load = Load("127.0.0.1", stalling.port, request, connections=8, rate=rate)
         assert load.connect() == 8
@@ -60,10 +61,10 @@ def test_a_stalling_server_looks_as_bad_as_it_is() -> None:
     for q in (0.90, 0.95, 0.99):
         measured = load.latency.value_at(q) / 1e9
         assert measured == pytest.approx(truth[int(q * len(truth)) - 1] / 1e9, abs=0.03), q
-        assert measured > analytic(q) - 0.02, q
+        assert measured > analytic(q, period, stall) - 0.02, q
     # Eight requests are all that a stall finds under way, so the service times look fine where it hurts.
-    assert load.service.value_at(0.95) / 1e9 < analytic(0.95) / 2
-    assert load.counters()["backlog_max"] >= 0.5 * STALL * rate
+    assert load.service.value_at(0.95) / 1e9 < analytic(0.95, period, stall) / 2
+    assert load.counters()["backlog_max"] >= 0.5 * stall * rate
 
 
 def test_a_closed_loop_does_not_see_the_stall_and_says_so() -> None:
@@ -231,8 +232,10 @@ def test_a_sweep_finds_a_rate_and_says_what_to_use(server: BenchServer, tmp_path
     code = command("sweep", "/x", "-c", str(config), *words, *TIMES, "--duration", "2s")
     document = json.loads(path.read_text())
     enough = document["machine"]["cpus_available"] >= 2
-    assert code == (0 if enough else 3)
     [count] = document["counts"]
+    # A busy machine makes the generator late, which is told and not believed.
+    late = any(point["late"] > LATE_WARNING for point in count["points"])
+    assert code == (0 if enough and not late else 3)
     assert [point["rate"] for point in count["points"]] == [100, 150]
     # A busy machine may fail one of them; what holds is found, and its highest is the answer.
     assert count["best"]["rate"] == max(point["rate"] for point in count["points"] if point["holds"])

@@ -226,8 +226,8 @@ def test_foreign_files_are_refused(tmp_path: Path, change: dict[str, Any] | None
 # -- sweeps
 
 
-def found(workers: int, rate: float | None, *, trusted: bool = True, connections: tuple[int, ...] = (8, 8)) -> Count:
-    point = Point(rate or 10.0, rate is not None, "p99 was bad", rate or 10.0, 1.0, 2.0, 3.0, 2.0, 20.0, 0.3, connections)
+def found(workers: int, rate: float | None, *, trusted: bool = True, connections: tuple[int, ...] = (8, 8), late: float = 0.0) -> Count:
+    point = Point(rate or 10.0, rate is not None, "p99 was bad", rate or 10.0, 1.0, 2.0, 3.0, 2.0, 20.0, 0.3, connections, late)
     return Count(workers, 1e5, trusted, [point])
 
 
@@ -248,6 +248,9 @@ def test_objectives() -> None:
         ([found(1, 1000), found(2, 800, trusted=False)], False, ["Use 1 worker:", "2 CPUs", "so 2 cannot be told here"]),
         ([found(1, 1000, trusted=False)], False, ["too small to tell"]),
         ([found(1, None)], True, ["No rate held", "p99 was bad"]),
+        ([found(1, None, late=0.38)], False, ["No rate held", "380 ms late", "quiet machine"]),
+        ([found(1, 1000), found(2, 1900, late=0.2)], False, ["Use 2 workers", "200 ms late"]),
+        ([found(1, 1000), found(2, 900, trusted=False, late=0.2)], False, ["Use 1 worker:", "so 2 cannot be told here"]),
         ([found(2, 1000, connections=(15, 1))], True, ["uneven, 1.9 times"]),
     ],
 )

@@ -9,13 +9,14 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks.load import arithmetic, compare, comparison, plots, render
+from benchmarks.load import arithmetic, compare, comparison, plots, render, results
 from benchmarks.load.arithmetic import FixedRun, InvalidRun, Run
 from benchmarks.load.comparison import FULL, QUICK, Comparison
 from benchmarks.load.processes import Unusable, cpu_clocks, pss, tick_clocks
@@ -141,9 +142,19 @@ def test_a_document_without_figures_is_an_invalid_run() -> None:
         arithmetic.read_bench({"valid": True})
 
 
+def a_cell(rps: float, load_us: float = 1.0) -> list[Run]:
+    """Return the one run of a program that carries `rps`, where the load and the origin need `load_us` for a request."""
+    return [a_run(1, 1.0, requests=int(rps * 5), load_cpu=rps * 5 * load_us / 1e6)]
+
+
 @pytest.mark.parametrize(("rps", "rate"), [([52_446, 25_606, 12_999], 6400), ([780], 390), ([15], 7), ([], 0), ([1], 0)])
 def test_the_fixed_rate_is_half_of_the_slowest_in_two_digits(rps: list[float], rate: int) -> None:
-    assert arithmetic.fixed_rate(rps) == rate
+    assert arithmetic.fixed_rate([*(a_cell(one) for one in rps), []]) == rate
+
+
+def test_the_fixed_rate_leaves_the_loads_core_room_too() -> None:
+    # 20 us each: the core drives 50,000 a second at most, a quarter of that is offered.
+    assert arithmetic.fixed_rate([a_cell(40_000, 20.0), a_cell(45_000, 19.0)]) == 12_000
 
 
 CPU = Requirement("plain/crossway", "plain/haproxy", at_most=0.85)
@@ -170,8 +181,21 @@ def test_latency_is_judged_against_the_best_http_program_of_the_scenario() -> No
         "token/envoy": [a_fixed_run(1, 1.0)],
     }
     (row,) = arithmetic.judge([P99], {}, fixed)
+    # envoy: 90 / 100 in the round that both have; haproxy: 90 / 200.
+    assert (row["ratio"], row["verdict"]) == (0.9, "met")
+    fixed["plain/envoy"] += [a_fixed_run(2, 100.0), a_fixed_run(3, 100.0)]
+    (row,) = arithmetic.judge([P99], {}, fixed)
     assert (row["ratio"], row["verdict"]) == (1.1, "missed")
     assert arithmetic.judge([P99], {}, {"plain/crossway": fixed["plain/crossway"]}) == []
+
+
+def test_a_round_that_only_one_program_survived_does_not_count_against_it() -> None:
+    fixed = {
+        "plain/crossway": [a_fixed_run(4, 255.0), a_fixed_run(5, 38_600.0)],
+        "plain/haproxy": [a_fixed_run(4, 418.0)],
+    }
+    (row,) = arithmetic.judge([P99], {}, fixed)
+    assert row["ratio"] == pytest.approx(0.61, abs=0.001)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +214,7 @@ DUE = {"plain/haproxy": 5}
 
 def test_a_quiet_benchmark_with_all_its_rounds_has_no_caveats() -> None:
     runs = {"plain/haproxy": [a_run(number, 18.0) for number in range(5)]}
-    assert arithmetic.caveats(runs, DUE, clean_tree=True) == []
+    assert arithmetic.caveats(runs, {}, DUE, clean_tree=True) == []
 
 
 @pytest.mark.parametrize(
@@ -203,18 +227,32 @@ def test_a_quiet_benchmark_with_all_its_rounds_has_no_caveats() -> None:
 )
 def test_a_busy_machine_is_a_caveat(changes: dict[str, float], words: str) -> None:
     runs = {"plain/haproxy": [a_run(number, 18.0, **changes) for number in range(5)]}
-    (found,) = arithmetic.caveats(runs, DUE, clean_tree=True)
+    (found,) = arithmetic.caveats(runs, {}, DUE, clean_tree=True)
     assert words in found
 
 
 def test_one_disturbed_run_among_many_is_what_medians_are_for() -> None:
     runs = {"plain/haproxy": [a_run(1, 18.0, core_busy=4.0), *(a_run(number, 18.0) for number in range(2, 20))]}
-    assert arithmetic.caveats(runs, DUE, clean_tree=True) == []
+    assert arithmetic.caveats(runs, {}, DUE, clean_tree=True) == []
+
+
+def test_one_cell_that_was_mostly_disturbed_is_a_caveat_among_many_quiet_ones() -> None:
+    runs = {"plain/haproxy": [a_run(number, 18.0) for number in range(40)]}
+    runs["token/haproxy"] = [a_run(1, 18.0, core_busy=4.0), a_run(2, 18.0, core_busy=4.0), a_run(3, 18.0)]
+    (found,) = arithmetic.caveats(runs, {}, DUE, clean_tree=True)
+    assert "in half of the runs of 1 cell (token/haproxy)" in found
+
+
+def test_a_disturbed_run_at_the_fixed_rate_is_a_caveat_unless_the_median_outvotes_it() -> None:
+    noisy, quiet = FixedRun(1, 9000, 18.0, 400.0, 9e4, None, foreign=0.4), FixedRun(2, 9000, 18.0, 400.0, 2500.0, None, foreign=0.01)
+    assert arithmetic.caveats({}, {"plain/crossway": [noisy, quiet, quiet]}, {}, clean_tree=True) == []
+    (found,) = arithmetic.caveats({}, {"plain/crossway": [noisy, quiet], "plain/envoy": [quiet]}, {}, clean_tree=True)
+    assert "at the fixed rate of 1 cell (plain/crossway)" in found
 
 
 def test_missing_rounds_and_a_changed_tree_are_caveats() -> None:
-    found = arithmetic.caveats({"plain/haproxy": [a_run(1, 18.0)]}, {**DUE, "plain/envoy": 5}, clean_tree=False)
-    assert len(found) == 2 and "2 cells have fewer rounds" in found[0] and "not in the commit" in found[1]
+    found = arithmetic.caveats({"plain/haproxy": [a_run(1, 18.0)]}, {}, {**DUE, "plain/envoy": 5}, clean_tree=False)
+    assert len(found) == 2 and "2 cells (plain/envoy, plain/haproxy) with fewer rounds" in found[0] and "not in the commit" in found[1]
 
 
 def memory_reading(pss: float) -> dict[str, int]:
@@ -266,7 +304,9 @@ def a_result(rounds: int = 5) -> dict[str, object]:
             },
         },
         "ratios": arithmetic.judge([CPU], names, fixed),
-        "caveats": arithmetic.caveats(names, {"plain/haproxy": 5}, clean_tree=True),
+        "caveats": arithmetic.caveats(names, fixed, {"plain/haproxy": 5}, clean_tree=True),
+        "repeated": 2,
+        "pace_us": {"best": 201.04, "worst": 255.5},
     }
 
 
@@ -279,6 +319,7 @@ def test_the_short_block_has_costs_latency_and_why_a_cell_is_empty_but_not_the_v
     assert "0.85" not in text and "Not for quoting" not in text
     assert "2-core virtual machine (a processor), Linux 6.1" in text
     assert "(docs/images/benchmarks-cpu.svg)" in text
+    assert "2 intervals that other programs disturbed were repeated. A fixed piece of work took 201 to 256 us" in text
 
 
 def test_the_full_block_has_ranges_saturation_latency_verdicts_and_reasons() -> None:
@@ -289,6 +330,12 @@ def test_the_full_block_has_ranges_saturation_latency_verdicts_and_reasons() -> 
     assert "- no latency of HAProxy: the generator was too slow" in text
     assert "| plain/crossway / plain/haproxy | 0.800 | <= 0.85 | met |" in text
     assert "`haproxy.cfg` abcd" in text and "(images/benchmarks-latency.svg)" in text
+
+
+def test_a_missed_ratio_says_by_how_much() -> None:
+    result = a_result()
+    result["ratios"] = arithmetic.judge([replace(CPU, at_most=0.5)], {"plain/crossway": [a_run(1, 16.0)], "plain/haproxy": [a_run(1, 20.0)]}, {})
+    assert "| plain/crossway / plain/haproxy | 0.800 | <= 0.50 | missed by 60.0% |" in render.block(result, None, full=True)
 
 
 def test_plots_are_well_formed_and_show_what_was_measured() -> None:
@@ -317,7 +364,7 @@ def test_memory_stands_in_both_blocks() -> None:
 
 
 def test_caveats_are_printed_with_the_figures() -> None:
-    assert "**Not for quoting:** 1 cells have fewer rounds" in render.block(a_result(rounds=2), None, full=False)
+    assert "**Not for quoting:** 1 cell (plain/haproxy) with fewer rounds" in render.block(a_result(rounds=2), None, full=False)
 
 
 def test_only_the_text_between_the_markers_is_replaced_and_twice_is_once() -> None:
@@ -343,6 +390,18 @@ def test_a_result_with_caveats_is_not_rendered_unasked(tmp_path, monkeypatch, ca
     assert (tmp_path / "README.md").read_text() == f"{render.START}\n{render.END}\n"
     assert render.main([*command, "--preliminary"]) == 0
     assert "Not for quoting" in (tmp_path / "README.md").read_text()
+
+
+def test_without_a_name_the_newest_result_is_rendered(tmp_path, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    monkeypatch.setattr(render, "ROOT", tmp_path)
+    assert render.main(["--only", "README.md"]) == 2 and "measure first" in capsys.readouterr().err
+    (tmp_path / "README.md").write_text(f"{render.START}\n{render.END}\n")
+    for name, date in (("a", "2031-01-02T03:04:05Z"), ("b", "2030-01-02T03:04:05Z")):
+        (tmp_path / f"{name}.json").write_text(json.dumps(a_result() | {"date": date}))
+    (tmp_path / "z-memory.json").write_text(json.dumps({"date": "2032-01-01T00:00:00Z", "format": 1}))
+    assert render.main(["--only", "README.md"]) == 0
+    assert "2031-01-02, commit" in (tmp_path / "README.md").read_text()
 
 
 def test_memory_of_another_commit_is_refused(tmp_path, capsys) -> None:  # type: ignore[no-untyped-def]
@@ -469,12 +528,48 @@ def compared(monkeypatch):  # type: ignore[no-untyped-def]
     monkeypatch.setattr(comparison.machine, "facts", lambda: {"clean_tree": True})
     monkeypatch.setattr(Comparison, "saturate", lambda self, number, cell, started, port: a_run(number, 18.0))
     monkeypatch.setattr(comparison, "bench_run", lambda *_: arithmetic.read_bench(open_loop()))
+    # An interval of no length: its shares of a core mean nothing.
+    monkeypatch.setattr(comparison.Reading, "load_since", lambda self, before: 0.0)
+    monkeypatch.setattr(comparison.Reading, "foreign_since", lambda self, before: 0.0)
 
     def make(plan: comparison.Plan, programs: str = "haproxy,nginx", **broken: int) -> Comparison:
         chosen = compare.choose(CATALOGUE, "plain,download-16k", programs)
-        return Comparison(FakeBench(broken), SimpleNamespace(pid=0), CATALOGUE, chosen, plan)  # type: ignore[arg-type]
+        return Comparison(FakeBench(broken), SimpleNamespace(pid=os.getpid()), CATALOGUE, chosen, plan)  # type: ignore[arg-type]
 
     return make
+
+
+def test_a_disturbed_interval_is_repeated_and_the_least_disturbed_stays(compared, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    # The quiet run is the dearest: what decides is what other programs did, not the figure.
+    taken = iter([a_run(1, 18.0, core_busy=4.0), a_run(1, 17.0, core_busy=3.0), a_run(1, 19.0)])
+    monkeypatch.setattr(Comparison, "saturate", lambda self, *_: next(taken, a_run(1, 20.0)))
+    under_way = compared(replace(FULL, rounds=1), programs="haproxy")
+    under_way.run(lambda line: None)
+    assert under_way.runs["plain/haproxy"] == [a_run(1, 19.0)]
+    assert under_way.repeated == under_way.result()["repeated"] == 2
+
+
+def test_without_spare_time_a_disturbed_interval_stays_and_is_a_caveat(compared, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(Comparison, "saturate", lambda self, number, *_: a_run(number, 18.0, core_busy=4.0))
+    under_way = compared(replace(FULL, spare=0), programs="haproxy")
+    under_way.run(lambda line: None)
+    assert under_way.repeated == 0
+    assert any("other programs" in doubt for doubt in under_way.result()["caveats"])
+
+
+def test_a_run_at_the_fixed_rate_that_fails_is_tried_once_more(compared, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    answers = iter([open_loop(valid=False, reasons=["a stall"])])
+    monkeypatch.setattr(comparison, "bench_run", lambda *_: arithmetic.read_bench(next(answers, open_loop())))
+    under_way = compared(FULL, programs="haproxy")
+    under_way.run(lambda line: None)
+    assert [run.round for run in under_way.fixed["plain/haproxy"]] == [3, 4, 5]
+
+
+def test_latency_is_not_taken_where_the_loads_core_is_what_is_measured(compared, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(comparison.Reading, "load_since", lambda self, before: 0.9 * (self.at - before.at))
+    under_way = compared(FULL, programs="haproxy")
+    under_way.run(lambda line: None)
+    assert "load and origin used 90% of their core" in under_way.result()["scenarios"]["plain"]["cells"]["haproxy"]["fixed"]["reason"]
 
 
 def test_rounds_are_interleaved_and_the_last_ones_measure_latency(compared) -> None:  # type: ignore[no-untyped-def]
@@ -489,9 +584,9 @@ def test_rounds_are_interleaved_and_the_last_ones_measure_latency(compared) -> N
         "download-16k/haproxy": 3,
         "download-16k/nginx": 3,
     }
-    assert [run.round for run in under_way.fixed["plain/haproxy"]] == [4, 5]
+    assert [run.round for run in under_way.fixed["plain/haproxy"]] == [3, 4, 5]
     assert [run.round for run in under_way.fixed["download-16k/nginx"]] == [3]
-    assert under_way.rates == {"plain": 10_000, "download-16k": 10_000}
+    assert under_way.rates == {"plain": 6200, "download-16k": 6200}  # a quarter of what the load drives
 
 
 def test_with_one_round_latency_comes_after_it_for_the_headline_only(compared) -> None:  # type: ignore[no-untyped-def]
@@ -523,7 +618,7 @@ def test_a_program_that_fails_once_is_started_again(compared) -> None:  # type: 
 def test_the_end_of_the_time_keeps_what_was_measured_and_is_a_caveat(compared, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     clock = iter(range(0, 100_000, 300))
     monkeypatch.setattr(comparison.time, "monotonic", lambda: next(clock))
-    under_way = compared(FULL)
+    under_way = compared(replace(FULL, most=20 * 60))
     under_way.run(lambda line: None)
     assert under_way.ended == "the 20 minutes ended in round 2, at plain/haproxy"
     assert set(under_way.runs) == {"plain/haproxy", "plain/nginx", "download-16k/haproxy", "download-16k/nginx"}

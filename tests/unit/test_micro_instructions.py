@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.instructions.callgrind import costs, readable_name, readable_object, top
-from benchmarks.instructions.record import Row, added, comparison, read, report, write
+from benchmarks.instructions.record import Row, added, comparison, dearer, read, report, write
 
 # Callers' lines are inclusive and must not count; names are spelled out once, also inside cfn= and cob=.
 FILE = """\
@@ -117,3 +117,12 @@ def test_the_page_gives_each_function_its_share() -> None:
     page = report(a_row(), {"bare": [("http1.fields", "http1", 2450.0)], "edge": []})
     assert "| `http1.fields` | http1 | 2,450 | 25.0% |" in page
     assert "## edge: 22,400" in page
+
+
+def test_a_dearer_request_is_seen_by_the_scenario_that_became_it() -> None:
+    assert dearer(a_row(), a_row(bare=10_100.0, edge=22_500.0), 1.03) == ["bare"]
+    assert dearer(a_row(), a_row(bare=10_090.0, edge=20_000.0), 1.03) == []
+
+
+def test_counts_of_another_compiler_are_judged_by_nobody() -> None:
+    assert dearer(a_row(), a_row(bare=20_000.0, compiler="cc 13.1.0"), 1.03) == []

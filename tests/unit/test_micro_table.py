@@ -2,7 +2,8 @@
 
 import pytest
 
-from benchmarks.micro.table import duration, lines, ratio, render
+from benchmarks.load.render import replace_between
+from benchmarks.micro.table import END, PAGE, START, duration, lines, provenance, ratio, render
 
 
 @pytest.mark.parametrize(
@@ -57,3 +58,20 @@ def test_the_table_names_a_group_once_and_gives_no_ratio_to_one_alone() -> None:
         ["b", "ours", "1.00 s", "1.00 s - 1.00 s", ""],
     ]
     assert len({len(row) for row in text.splitlines()}) == 1
+
+
+def facts(load: float, clean: bool = True) -> dict[str, object]:
+    machine = {"virtual": True, "cores": 2, "cpu": "a processor", "kernel": "6.1", "load_average": load}
+    return {"date": "2030-01-02T03:04:05Z", "commit": "0123456789ab", "clean_tree": clean, "machine": machine, "versions": {"python": "3.11"}}
+
+
+def test_above_the_table_stands_where_it_comes_from() -> None:
+    quiet = provenance(facts(0.2), 5)
+    assert quiet == "2030-01-02, commit 0123456789ab: 5 rounds on a 2-core virtual machine (a processor), Linux 6.1, Python 3.11."
+    assert "load average 6.0" in provenance(facts(6.0), 5) and "One short round" in provenance(facts(0.2), 1)
+    assert "changes that are not in it" in provenance(facts(0.2, clean=False), 5)
+
+
+def test_the_page_has_the_place_for_the_table() -> None:
+    page = PAGE.read_text("utf-8")
+    assert f"{START}\n\nnew\n\n{END}" in replace_between(page, "new", PAGE.name, START, END)
