@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
-from tests.unit.upstream_memory import SECOND, START, seen_by, table
 
 from gateway._speedups.upstream_state import UpstreamState
+from tests.unit.upstream_memory import SECOND, START, seen_by, table
 
 FIXED = {"update": 0.1, "measure": 60.0, "jitter": 0.15}
 
@@ -69,7 +71,7 @@ def test_min_rtt_is_measured_again_later_than_the_interval_by_up_to_the_jitter()
         upstream.seed(seed)
         _, limits = drive([upstream], START, 40, capacity=100)
         begins = [n for n in range(1, len(limits)) if limits[n] == 3 and limits[n - 1] != 3]
-        gaps = [(b - a) / 20 for a, b in zip(begins, begins[1:], strict=False)]
+        gaps = [(b - a) / 20 for a, b in itertools.pairwise(begins)]
         assert gaps and all(10 <= gap <= 17 for gap in gaps)
         seen.add(tuple(gaps))
     assert len(seen) > 3, "the seed decides"

@@ -11,6 +11,8 @@ import itertools
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from gateway._speedups.upstream_state import EndpointState, UpstreamState, classify_grpc, classify_status
 from tests.unit.upstream_memory import (
     CANCELLED,
     CHECK_FAILED,
@@ -36,8 +38,6 @@ from tests.unit.upstream_memory import (
     send,
     table,
 )
-
-from gateway._speedups.upstream_state import EndpointState, UpstreamState, classify_grpc, classify_status
 
 FAILURES = (CONNECT, RESET, TIMEOUT, STATUS)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tests.unit.upstream_memory import OK, SECOND, START, STATUS, seen_by, send, table
 
 PLACES = [("enter", "leave", "in_flight"), ("enqueue", "dequeue", "queued"), ("connect", "disconnect", "connections")]

@@ -23,7 +23,6 @@ from tests.unit.upstream_memory import (
     MAY_PROBE,
     NONE,
     OK,
-    PROBE,
     RETURNED,
     SECOND,
     START,
