@@ -23,6 +23,7 @@ from gateway._speedups.journal cimport Journal
 from gateway._speedups.route_trie cimport Match, RouteTrie
 from gateway._speedups.token_bucket cimport BucketTable, Decision, RateLimit
 from gateway._speedups.token_cache cimport TokenCache
+from gateway._speedups.upstream_state cimport OUT_OK, EndpointState, UpstreamState
 
 cdef enum:
     KEYS_MAX = 65536
@@ -247,6 +248,45 @@ def time_observe(uint64_t loops, WorkerSlot slot not None, uint32_t routes) -> f
         slot.observe(route, 1, 200, 1 + ((i * 2654435761) & 8191), 1, 112, 119)
         route = 0 if route + 1 == routes else route + 1
     return seconds() - began
+
+
+def time_attempts(uint64_t loops, UpstreamState upstream not None, EndpointState endpoint not None, uint32_t limit,
+                  int64_t now_us) -> float:
+    """Seconds for `loops` successful requests, a microsecond apart: admitted within the limits of both, and reported."""
+    cdef uint64_t i, sent = 0
+    cdef uint32_t ticket
+    cdef int64_t now
+    cdef double began = seconds()
+    for i in range(loops):
+        now = now_us + <int64_t>i
+        if not upstream.enter(limit):
+            continue
+        ticket = endpoint.admit(now, 1000000)
+        if ticket and endpoint.enter(0):
+            upstream.deposit(now)
+            endpoint.report(upstream, OUT_OK, ticket, now)
+            endpoint.leave()
+            sent += 1
+        upstream.leave()
+    began = seconds() - began
+    if sent != loops:
+        raise ValueError(f"{loops - sent} of {loops} requests were not sent")
+    return began
+
+
+def time_places(uint64_t loops, UpstreamState upstream not None, EndpointState endpoint not None, int64_t now_us) -> float:
+    """Seconds for `loops` times a place of the upstream's limit taken, a success noted, and the place given back."""
+    cdef uint64_t i, taken = 0
+    cdef uint32_t ticket = endpoint.ticket()
+    cdef double began = seconds()
+    for i in range(loops):
+        taken += upstream.enter(1024)
+        endpoint.report(upstream, OUT_OK, ticket, now_us + <int64_t>i)
+        upstream.leave()
+    began = seconds() - began
+    if taken != loops or ticket == 0:
+        raise ValueError(f"{loops - taken} of {loops} places were not there")
+    return began
 
 
 def time_append(uint64_t loops, Journal journal not None, bytes line not None) -> float:

@@ -37,6 +37,7 @@ from gateway._speedups.pool import Endpoint, Upstream
 from gateway._speedups.route_trie import Route, RouteTrie
 from gateway._speedups.token_bucket import BucketTable, RateLimit
 from gateway._speedups.token_cache import Principal, TokenCache
+from gateway._speedups.upstream_table import UpstreamTable
 from gateway.policies.jwt_keys import parse_key_set
 from gateway.policies.jwt_settings import JwtSettings
 from gateway.policies.jwt_verify import Verifier
@@ -212,6 +213,27 @@ def verification(library: str, algorithm: str) -> Timer:
     return timed(lambda: verifier.verify(raw, now))
 
 
+# -- upstreams
+
+
+def attempts(what: str, workers: int) -> Timer:
+    """Take a place of a limit over `workers` workers, report a success, give the place back; or all a request does."""
+    table = UpstreamTable(mmap.mmap(-1, UpstreamTable.size_for(32, 1, 1)), 0, 32, 1, 1)
+    seats = [(table.upstream(worker, "origin"), table.endpoint(worker, "origin", "127.0.0.1:9001")) for worker in range(workers)]
+    upstream, endpoint = seats[0]
+    upstream.set_members([endpoint])
+    clock = time.monotonic_ns() // 1000
+
+    def run(loops: int) -> float:
+        nonlocal clock
+        clock += loops
+        if what == "place":
+            return timing.time_places(loops, upstream, endpoint, clock - loops)
+        return timing.time_attempts(loops, upstream, endpoint, 1024, clock - loops)
+
+    return run
+
+
 # -- records
 
 
@@ -276,6 +298,11 @@ GROUPS: dict[str, dict[str, Callable[[], Timer]]] = {
         "Crossway, 1 route": partial(observation, "crossway", 1),
         "Crossway, 100 routes": partial(observation, "crossway", 100),
         "prometheus_client, one histogram": partial(observation, "prometheus_client", 1),
+    },
+    "a request at an endpoint": {
+        "place and success, 2 workers": partial(attempts, "place", 2),
+        "place and success, 32 workers": partial(attempts, "place", 32),
+        "all of it, 2 workers": partial(attempts, "all", 2),
     },
     "audit record": {"journal": partial(record, "journal"), "a write() for each": partial(record, "write")},
     "an empty C loop": {"what each C loop adds": lambda: timing.time_nothing},

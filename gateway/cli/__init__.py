@@ -26,6 +26,7 @@ COMMANDS = {
     "schema": ("print the JSON Schema of the configuration", "gateway.cli.schema"),
     "reload": ("make the running gateway read its configuration again", "gateway.cli.reload"),
     "workers": ("show the workers: pid, rps, connections, CPU, configuration", "gateway.cli.workers"),
+    "upstreams": ("show upstreams and endpoints: state, load, failures, retries", "gateway.cli.upstreams"),
     "status": ("show what the running gateway runs", "gateway.cli.status"),
     "health": ("exit 0 when the gateway is ready, 1 when it is not", "gateway.cli.health"),
     "version": ("print the version and whether the core is compiled", "gateway.cli.version"),

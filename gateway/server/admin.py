@@ -1,4 +1,4 @@
-"""The admin process: /livez, /readyz, /metrics, /status, /workers and POST /reload.
+"""The admin process: /livez, /readyz, /metrics, /status, /workers, /upstreams and POST /reload.
 
 Strategy: its own process, so that a scrape never delays a request and a defect here never stops one. It answers from the
 shared memory and from the state that the supervisor pushes whenever something changes; only a reload asks back. The
@@ -34,6 +34,7 @@ from gateway.server.launch import AdminLaunch
 from gateway.server.log import log
 from gateway.server.metrics import exposition, worker_counters
 from gateway.server.process import cpu_seconds
+from gateway.telemetry.upstreams import report
 
 MAX_HEAD = 32 * 1024  # bytes
 CONCURRENT = 100  # connections and requests; beyond it 503
@@ -64,6 +65,7 @@ class Admin:
             Route("/metrics", self.metrics),
             Route("/status", self.status),
             Route("/workers", self.workers),
+            Route("/upstreams", self.upstreams),
             Route("/reload", self.reload, methods=["POST"]),
         ]
         token = launch.config.admin.token
@@ -96,6 +98,10 @@ class Admin:
             cpu = cpu_seconds(worker["pid"]) if worker["pid"] else None
             rows.append({**worker, **worker_counters(self.memory, worker["slot"]), "cpu_seconds": cpu})
         return json({"monotonic": time.monotonic(), "time": time.time(), "workers": rows})
+
+    async def upstreams(self, request: Request) -> Response:
+        """What all workers know of the upstreams; counters count since the gateway started."""
+        return json({"monotonic": time.monotonic(), "time": time.time(), "upstreams": report(self.memory)})
 
     async def reload(self, request: Request) -> Response:
         """Reload, if the running configuration is the one in If-Match; answers when all workers changed or none did."""

@@ -21,6 +21,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from gateway._speedups.histogram import CLASSIC_BOUNDS_US, COUNTER_NAMES, OVERFLOW, WorkerSlot
+from gateway.telemetry import upstreams
 from gateway.telemetry.shared import SharedState
 
 # The order of headers.pxd's Method; unknown methods are "_OTHER" (OpenTelemetry, http.request.method).
@@ -136,6 +137,7 @@ class SharedCollector(Collector):
         else:
             yield from self._slots([("", self._shared.total())])
         yield from self._gauges()
+        yield from upstreams.metrics(self._shared)
         yield from self._config_metrics()
 
     def _slots(self, slots: list[tuple[str, WorkerSlot]]) -> Iterator[Metric]:
