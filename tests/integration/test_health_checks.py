@@ -30,6 +30,7 @@ class Patient(ScriptedOrigin):
         self.overlapping = 0  # checks that began while another was under way: several streams
         self.under_way = 0
         super().__init__(_answer, port, address)
+        self.name = f"{address}:{self.port}".encode()
 
     @property
     def checked(self) -> int:
@@ -42,7 +43,7 @@ def _answer(origin: ScriptedOrigin, stream: Stream) -> None:
         request = stream.request()
         if not request.path.startswith("/health"):
             origin.requests += 1
-            stream.send(ok(str(origin.port).encode()))
+            stream.send(ok(origin.name))
             continue
         origin.checks[request.path] += 1
         origin.under_way += 1
@@ -75,7 +76,7 @@ def write(folder: Path, *origins: Patient, check: str = CHECK, workers: int = 2,
     health = f", health: {{check: {{{check}}}}}" if check else ""
     path.write_text(
         f"version: 1\nworkers: {workers}\nadmin: {{bind: 127.0.0.1:0}}\nlisteners: {{public: {{bind: 127.0.0.1:0}}}}\n"
-        f"upstreams: {{pay: {{{upstream or f'targets: [{targets}]'}{health}}}}}\n"
+        f"upstreams: {{pay: {{balance: round_robin, {upstream or f'targets: [{targets}]'}{health}}}}}\n"
         "routes: [{name: pay, match: {prefix: /x}, upstream: pay}]\n"
     )
     return path
@@ -97,6 +98,19 @@ def more(origin: Patient, count: int = 5) -> None:
     eventually(lambda: origin.checked >= goal, "more checks")
 
 
+def only(gateway: Gateway, origin: Patient, *others: Patient) -> None:
+    """Wait until an origin answers every request, and see that no other gets any from then on."""
+    mine = (200, origin.name)
+
+    def all_mine() -> bool:
+        return all([gateway.get("/x") == mine for _ in range(10)])
+
+    eventually(all_mine, "the end of the traffic elsewhere")
+    before = [other.requests for other in others]
+    assert all_mine() and all_mine()
+    assert [other.requests for other in others] == before
+
+
 def reload(gateway: Gateway) -> None:
     done = gateway.command("reload")
     assert done.returncode == 0, done.stderr
@@ -108,17 +122,15 @@ def test_an_endpoint_that_fails_its_checks_gets_no_traffic_until_it_passes_them(
     sick, fine = two
     with Gateway(write(tmp_path, sick, fine)) as gateway:
         more(sick), more(fine)
-        assert {gateway.get("/x")[1] for _ in range(20)} == {str(sick.port).encode(), str(fine.port).encode()}
+        assert {gateway.get("/x")[1] for _ in range(20)} == {sick.name, fine.name}
         sick.well = False
         (line,) = eventually(lambda: told(gateway, FAILED), "the verdict")
         assert (line["upstream"], line["endpoint"], line["reason"]) == ("pay", f"127.0.0.1:{sick.port}", "status 500")
         assert line["process"] == "checker"
-        before = sick.requests
-        assert [gateway.get("/x") for _ in range(40)] == [(200, str(fine.port).encode())] * 40
-        assert sick.requests == before
+        only(gateway, fine, sick)
         sick.well = True
         eventually(lambda: told(gateway, PASSED), "the verdict")
-        eventually(lambda: gateway.get("/x")[1] == str(sick.port).encode(), "traffic at the endpoint that is back")
+        eventually(lambda: gateway.get("/x")[1] == sick.name, "traffic at the endpoint that is back")
 
 
 def test_endpoints_are_checked_once_whatever_the_number_of_workers(tmp_path: Path, two: tuple[Patient, Patient]) -> None:
@@ -146,16 +158,15 @@ def test_a_checker_that_dies_is_back_and_its_verdicts_hold_meanwhile(
     sick.well = False
     with Gateway(write(tmp_path, sick, fine)) as gateway:
         eventually(lambda: told(gateway, FAILED), "the verdict")
-        before, requests = eventually(lambda: checker(gateway)), sick.requests
-        os.kill(before, signal.SIGSTOP)  # nothing is checked from here on, so nothing can renew the verdict
-        assert [gateway.get("/x")[1] for _ in range(20)] == [str(fine.port).encode()] * 20
-        os.kill(before, signal.SIGCONT)
+        before = eventually(lambda: checker(gateway))
+        only(gateway, fine, sick)
+        requests = sick.requests
         os.kill(before, end)
         eventually(lambda: not alive(before), "the end of the checker")
-        assert [gateway.get("/x")[1] for _ in range(20)] == [str(fine.port).encode()] * 20
+        only(gateway, fine)
         eventually(lambda: checker(gateway) not in (0, before), "the next checker")
         more(sick)
-        assert [gateway.get("/x")[1] for _ in range(20)] == [str(fine.port).encode()] * 20
+        only(gateway, fine)
         assert sick.requests == requests
         assert len(told(gateway, FAILED)) == 1  # nothing changed, so nothing is said
         sick.well = True
@@ -188,12 +199,12 @@ def test_a_reload_changes_the_checks(tmp_path: Path, two: tuple[Patient, Patient
         old = sick.checks["/health"]
         more(sick)
         assert sick.checks["/health"] == old
-        assert [gateway.get("/x")[1] for _ in range(20)] == [str(fine.port).encode()] * 20
+        only(gateway, fine, sick)
 
         write(tmp_path, sick, fine, check="")
         reload(gateway)
         eventually(lambda: gateway.admin("/status")[1]["checker"] is None, "the end of the checker")
-        eventually(lambda: gateway.get("/x")[1] == str(sick.port).encode(), "traffic at an endpoint that nobody checks")
+        eventually(lambda: gateway.get("/x")[1] == sick.name, "traffic at an endpoint that nobody checks")
 
         write(tmp_path, sick, fine)
         reload(gateway)
@@ -214,8 +225,7 @@ def test_what_discovery_finds_is_checked_and_what_goes_is_not(tmp_path: Path) ->
             b.well = False
             (line,) = eventually(lambda: told(gateway, FAILED), "the verdict")
             assert (line["endpoint"], line["host"]) == (f"127.0.0.3:{b.port}", f"pay.bank.test:{b.port}")
-            before = b.requests
-            assert {gateway.get("/x")[0] for _ in range(40)} == {200} and b.requests == before
+            only(gateway, a, b)
             names.a("pay.bank.test", "127.0.0.2")
             checked = eventually(lambda: _rested(b, a), "the end of the checks of an address that is gone")
             more(a)
