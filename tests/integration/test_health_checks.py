@@ -103,7 +103,8 @@ def only(gateway: Gateway, origin: Patient, *others: Patient) -> None:
     mine = (200, origin.name)
 
     def all_mine() -> bool:
-        return all([gateway.get("/x") == mine for _ in range(10)])
+        answers = [gateway.get("/x") for _ in range(10)]
+        return answers == [mine] * 10
 
     eventually(all_mine, "the end of the traffic elsewhere")
     before = [other.requests for other in others]
