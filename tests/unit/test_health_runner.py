@@ -41,6 +41,9 @@ class Closable(asyncio.Transport):
     def close(self) -> None:
         pass
 
+    def is_closing(self) -> bool:
+        return True
+
 
 class Network:
     """Opens connections that a test lets fail; counts them."""
