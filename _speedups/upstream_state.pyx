@@ -204,6 +204,7 @@ cdef inline int64_t out_for(const EjectSettings* settings, uint64_t exponent, ui
 
 
 @cython.final
+@cython.no_gc_clear          # its cell is given back at the end of its life: the mapping must be there until then
 cdef class EndpointState:
     def __init__(self):
         raise TypeError("made by UpstreamTable.endpoint()")
@@ -456,6 +457,7 @@ cdef EndpointState endpoint_at(object owner, str address, const Places* places, 
 
 
 @cython.final
+@cython.no_gc_clear          # its cell is given back at the end of its life: the mapping must be there until then
 cdef class UpstreamState:
     def __init__(self):
         raise TypeError("made by UpstreamTable.upstream()")

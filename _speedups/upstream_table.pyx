@@ -93,6 +93,7 @@ cdef inline size_t lines(size_t size) noexcept nogil:
 
 
 @cython.final
+@cython.no_gc_clear          # states that are garbage together with it still write into its buffer
 cdef class UpstreamTable:
     """The table at `offset` of a writable buffer; formatted by the first one that opens it, before the workers are forked.
 

@@ -18,7 +18,7 @@ from gateway.cli import Subparsers
 
 if TYPE_CHECKING:
     from gateway.config import Config
-    from gateway.server.launch import AdminLaunch
+    from gateway.server.launch import AdminLaunch, CheckerLaunch
     from gateway.server.supervisor import Supervisor
 
 CAPACITY = 32  # worker slots that shared memory is reserved for; untouched ones cost address space only
@@ -65,7 +65,7 @@ def run(parsed: argparse.Namespace) -> int:
             config,
             memory,
             capacity,
-            Programs(worker, _admin, compile_file),
+            Programs(worker, _admin, _checker, compile_file),
             workers=parsed.workers,
             inherited=inherited,
             notifier=notifier,
@@ -94,6 +94,13 @@ def _check_workers(path: Path, config: Config, capacity: int) -> None:
 def _admin(launch: AdminLaunch) -> int:
     # uvicorn, starlette and prometheus_client: imported in the one process that serves with them.
     from gateway.server.admin import run
+
+    return run(launch)
+
+
+def _checker(launch: CheckerLaunch) -> int:
+    # h2 and httptools: imported in the one process that checks with them.
+    from gateway.server.checker import run
 
     return run(launch)
 

@@ -27,11 +27,11 @@ TOLD = 8  # endpoints that a line of the log names
 class Discovery:
     """Finds the endpoints of one upstream until it is stopped."""
 
-    def __init__(self, upstream: str, settings: schema.Upstream, apply: Callable[[list[Found]], object]) -> None:
+    def __init__(self, upstream: str, settings: schema.Upstream) -> None:
         self.upstream = upstream
+        self.apply: Callable[[list[Found]], object] = _nobody  # to be set before start()
         self.found: list[Found] = []
         self._settings = settings
-        self._apply = apply
         self._targets: Sequence[Target] = targets_of(settings.targets or settings.discovery.endpoints)
         self._hosts: dict[str, Subscription] = {}
         self._service: Subscription | None = None
@@ -125,7 +125,7 @@ class Discovery:
             before, self.found = self.found, found
             if before:
                 self._tell(before, found)
-            self._apply(found)
+            self.apply(found)
         self._settled.set()
 
     def _tell(self, before: Sequence[Found], after: Sequence[Found]) -> None:
@@ -135,6 +135,10 @@ class Discovery:
             logging.INFO if loud else logging.DEBUG, "endpoints changed",
             extra={"upstream": self.upstream, "added": _some(new - old), "removed": _some(old - new), "endpoints": len(new)},
         )
+
+
+def _nobody(found: list[Found]) -> None:
+    """Hear of endpoints that nobody asked for."""
 
 
 def _some(addresses: set[Address]) -> list[str]:

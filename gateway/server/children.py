@@ -21,6 +21,7 @@ PROVEN = 10.0  # a worker that lived this long was no part of a crash loop
 class Role(StrEnum):
     WORKER = "worker"
     ADMIN = "admin"
+    CHECKER = "checker"
     COMPILER = "compiler"
 
 

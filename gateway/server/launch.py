@@ -43,9 +43,21 @@ class AdminLaunch:
 
 
 @dataclass(frozen=True)
+class CheckerLaunch:
+    """The checker's."""
+
+    config: Config
+    channel: Channel
+    memory: Any
+    board: Board
+    beat: int  # its word of the board
+
+
+@dataclass(frozen=True)
 class Programs:
     """The functions that children run; each returns an exit code."""
 
     worker: Callable[[Launch], int]
     admin: Callable[[AdminLaunch], int]
+    checker: Callable[[CheckerLaunch], int]
     compiler: Callable[[Path, int, int, Any, Channel, int], int]  # path, version, seed, names, channel, memfd

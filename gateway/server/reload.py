@@ -212,6 +212,7 @@ class Reload:
         self._resize()
         if old_config.admin != self.config.admin:
             self._renew_admin()
+        supervisor.checking.change(old_config)
         self._change_log(old_config)
         self._finish_if_all()
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from gateway.server.channel import Message
-from gateway.server.children import Slot
+from gateway.server.children import Child, Slot
 
 if TYPE_CHECKING:
     from gateway.server.supervisor import Supervisor
@@ -43,6 +43,7 @@ def describe(supervisor: Supervisor) -> Message:
             "loaded": supervisor.loaded,
         },
         "workers": [_slot(slot) for slot in supervisor.slots],
+        "checker": _checker(supervisor.checking.child),
         "listeners": [
             {"name": name, "bind": str(listener.bind), "address": str(listener.address)}
             for name, listener in supervisor.listeners.items()
@@ -51,6 +52,10 @@ def describe(supervisor: Supervisor) -> Message:
         "restarts": supervisor.restarts,
         "supervisor": os.getpid(),
     }
+
+
+def _checker(child: Child | None) -> Mapping[str, Any] | None:
+    return None if child is None else {"pid": child.pid, "state": str(child.condition), "started": child.epoch}
 
 
 def _slot(slot: Slot) -> Mapping[str, Any]:

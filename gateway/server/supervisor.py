@@ -24,6 +24,7 @@ from gateway.config.cpus import available_cpus
 from gateway.server import log as logs
 from gateway.server.board import Board
 from gateway.server.channel import Channel, ChannelClosed, Message
+from gateway.server.checking import Checking
 from gateway.server.children import Child, Condition, Role, Slot
 from gateway.server.drain import Shutdown
 from gateway.server.launch import AdminLaunch, Launch, Programs
@@ -46,6 +47,8 @@ class Memory(Protocol):
     names: Any
 
     def fold(self, slot: int) -> None: ...
+
+    def fold_checker(self) -> None: ...
 
 
 class Supervisor:
@@ -79,13 +82,14 @@ class Supervisor:
         self.notifier = notifier or Notifier(None)
         self.on_ready = on_ready
         self.silence = silence
-        self.board = Board(capacity)
+        self.board = Board(capacity + 1)  # the last word is the checker's
         self.wait = Wait(SIGNALS)
         self.children: dict[int, Child] = {}
         self.slots: list[Slot] = []
         self.listeners: dict[str, Listener] = {}
         self.admin_listener: Listener | None = None
         self.admin: Child | None = None
+        self.checking = Checking(self)
         self.reload: Reload | None = None
         self.waiting: list[Request] = []  # asked for while a reload runs; one more reload answers all
         self.shutdown: Shutdown | None = None
@@ -122,6 +126,7 @@ class Supervisor:
         for slot in self.slots:
             self.start_worker(slot)
         self.start_admin()
+        self.checking.start()
         Watchdog(self, self.silence).look()
         if self.notifier.watchdog:
             self._ping(self.notifier.watchdog)
@@ -286,6 +291,9 @@ class Supervisor:
             if self.shutdown is None:
                 log.error("admin ended, starting it again", extra={"child": child.pid, "reason": reason})
                 self.wait.after(0.05 if child.age > 10 else 1.0, self._restart_admin)
+        elif child.role is Role.CHECKER:
+            self.memory.fold_checker()
+            self.checking.ended(child, reason)
         if self.reload is not None:
             self.reload.lost(child, reason)
         if self.shutdown is not None:

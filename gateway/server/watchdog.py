@@ -1,4 +1,4 @@
-"""Replace a worker whose loop stands still.
+"""Replace a worker, or the checker, whose loop stands still.
 
 Strategy: a worker that turns writes the time into its word of the board; one that has not for too long gets SIGABRT, which
 makes Python print where it stands, and SIGKILL a second later (a stopped process hears nothing else). Time in which the
@@ -39,10 +39,17 @@ class Watchdog:
         for child in list(self.supervisor.children.values()):
             if child.role is Role.WORKER and child.condition is not Condition.HUNG and self._owns_slot(child):
                 limit = START_LIMIT if child.condition is Condition.STARTING else self.silence
-                silent = min(self.supervisor.board.silence(child.slot), now - self._trusted_since, child.age)
-                if silent > limit:
+                if (silent := self._silence(child, self.supervisor.board.silence(child.slot), now)) > limit:
                     self._replace(child, silent)
+        checker = self.supervisor.checking.child
+        if checker is not None and checker.condition is not Condition.HUNG:
+            silent = self._silence(checker, self.supervisor.board.silence(self.supervisor.capacity), now)
+            if silent > (START_LIMIT if checker.condition is Condition.STARTING else self.silence):
+                self._replace(checker, silent)
         self.supervisor.wait.after(min(1.0, self.silence / 4), self.look)
+
+    def _silence(self, child: Child, silence: float, now: float) -> float:
+        return min(silence, now - self._trusted_since, child.age)
 
     def _owns_slot(self, child: Child) -> bool:
         slots = self.supervisor.slots
@@ -50,7 +57,7 @@ class Watchdog:
 
     def _replace(self, child: Child, silent: float) -> None:
         log.error(
-            "worker hangs and is replaced",
+            f"{child.role} hangs and is replaced",
             extra={"slot": child.slot, "child": child.pid, "silent": round(silent, 3)},
         )
         child.condition = Condition.HUNG

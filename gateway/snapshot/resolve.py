@@ -23,7 +23,8 @@ class Endpoints:
     def __init__(self, upstream: Upstream, settings: schema.Upstream, *, loud: bool = True) -> None:
         self.upstream = upstream
         self.loud = loud
-        self.discovery = Discovery(upstream.name, settings, self._apply)
+        self.discovery = Discovery(upstream.name, settings)
+        self.discovery.apply = self._apply
         self.moving = self.discovery.moving
         self._apply(self.discovery.given())
 

@@ -106,7 +106,7 @@ def test_a_file_with_mistakes_changes_nothing(tmp_path: Path, two: tuple[Scripte
             assert not b.ledger.executed
             renamed(file, f"- 127.0.0.1:{b.port}\n")
             flowing(b)
-            assert "a file of endpoints can be used again" in gateway.events()
+            eventually(lambda: "a file of endpoints can be used again" in gateway.events())
         settled(payers, a, b)
 
 

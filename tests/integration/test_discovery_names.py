@@ -82,7 +82,7 @@ def test_a_name_that_moves_takes_its_traffic_along(tmp_path: Path, names: NameSe
             flowing(pair.b)
             assert len(pair.a.ledger.executed) == before
         settled(payers, pair.a, pair.b)
-        changes = [line for line in gateway.log() if line["event"] == "endpoints changed"]
+        changes = eventually(lambda: [line for line in gateway.log() if line["event"] == "endpoints changed"])
         assert [(line["added"], line["removed"]) for line in changes] == [
             ([f"127.0.0.3:{pair.port}"], [f"127.0.0.2:{pair.port}"])
         ]
@@ -145,6 +145,7 @@ def test_a_name_server_that_fails_changes_nothing(tmp_path: Path, names: NameSer
             names.failing, names.silent = {}, False
             names.a(NAME, "127.0.0.3")
             flowing(pair.b)
+            eventually(lambda: told("a name is found again"), "the line about the end of it")
             assert len(told("a name is found again")) == 1
         settled(payers, pair.a, pair.b)
 

@@ -20,7 +20,7 @@ from typing import Any
 from gateway.config import Config, load
 from gateway.errors import ConfigError
 from gateway.server.channel import Channel, ChannelClosed, Message
-from gateway.server.launch import AdminLaunch, Launch, Programs
+from gateway.server.launch import AdminLaunch, CheckerLaunch, Launch, Programs
 from gateway.server.sockets import Listener
 from gateway.server.store import problems_of, read_config
 from gateway.server.supervisor import Supervisor
@@ -37,6 +37,9 @@ class Memory:
 
     def fold(self, slot: int) -> None:
         self.folded.append(slot)
+
+    def fold_checker(self) -> None:
+        self.folded.append(-1)
 
 
 def write_config(
@@ -72,6 +75,16 @@ def admin(launch: AdminLaunch) -> int:
     launch.channel.send({"type": "ready"})
     for _ in orders(launch.channel):
         pass
+    return 0
+
+
+def checker(launch: CheckerLaunch) -> int:
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    launch.channel.send({"type": "ready"})
+    for order in orders(launch.channel):
+        launch.board.beat(launch.beat)
+        if order is not None and order[0]["type"] == "drain":
+            return 0
     return 0
 
 
@@ -146,7 +159,7 @@ class Running:
     def __init__(self, path: Path, *, silence: float = 30.0, **options: Any) -> None:
         self.memory = Memory()
         self.ready = 0
-        programs = Programs(worker, admin, compiler)
+        programs = Programs(worker, admin, checker, compiler)
         self.supervisor = Supervisor(
             path, load(path), self.memory, 8, programs, on_ready=self._count, silence=silence, **options
         )

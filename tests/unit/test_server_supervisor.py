@@ -10,7 +10,7 @@ import pytest
 from gateway.server.children import LONGEST_DELAY, Slot
 from gateway.server.reload import Request
 from gateway.server.report import describe
-from tests.unit.server_fakes import running, write_config
+from tests.unit.server_fakes import Running, running, write_config
 
 
 @pytest.fixture
@@ -242,3 +242,63 @@ def _readable(sock: socket.socket) -> bool:
     import select
 
     return bool(select.select([sock], [], [], 0)[0])
+
+
+def checked(path: Path, upstream: str = "good", interval: str = "5s") -> None:
+    """Give the configuration's upstream a health check."""
+    text = write_config(path, behaviour=upstream).read_text()
+    path.write_text(text.replace("[127.0.0.1:9]", f"[127.0.0.1:9], health: {{check: {{tcp: {{}}, interval: {interval}}}}}"))
+
+
+def checker(run: Running) -> int:
+    """The process id of the checker, 0 while there is none that is ready."""
+    child = run.supervisor.checking.child
+    return child.pid if child is not None and child.condition == "ready" else 0
+
+
+def test_a_checker_runs_as_long_as_there_is_something_to_check(path: Path) -> None:
+    with running(path) as run:
+        run.until(lambda: run.ready)
+        assert checker(run) == 0 and describe(run.supervisor)["checker"] is None
+        checked(path)
+        run.reload()
+        pid = run.until(lambda: checker(run))
+        assert describe(run.supervisor)["checker"]["pid"] == pid
+        write_config(path)
+        run.reload()
+        run.until(lambda: run.supervisor.checking.child is None)
+        assert not Path(f"/proc/{pid}").exists() and -1 in run.memory.folded
+
+
+def test_a_checker_is_replaced_when_its_checks_change_and_only_then(path: Path) -> None:
+    checked(path)
+    with running(path) as run:
+        first = run.until(lambda: checker(run))
+        checked(path)
+        path.write_text(path.read_text().replace("workers: 2", "workers: 1"))
+        run.reload()
+        assert checker(run) == first
+        checked(path, interval="9s")
+        run.reload()
+        second = run.until(lambda: checker(run) not in (0, first) and checker(run))
+        assert not Path(f"/proc/{first}").exists() and second != first
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_checker_that_dies_or_hangs_is_replaced(path: Path, number: signal.Signals) -> None:
+    checked(path)
+    with running(path, silence=1.0) as run:
+        first = run.until(lambda: checker(run))
+        os.kill(first, number)
+        run.until(lambda: checker(run) not in (0, first))
+        assert not Path(f"/proc/{first}").exists()
+
+
+def test_a_stopping_gateway_starts_no_checker(path: Path) -> None:
+    checked(path)
+    with running(path) as run:
+        first = run.until(lambda: checker(run))
+        os.kill(os.getpid(), signal.SIGTERM)
+        run.until(lambda: run.supervisor.shutdown is not None)
+        os.kill(first, signal.SIGKILL)
+        assert run.until_exit() == 0
