@@ -94,7 +94,7 @@ cdef class Balancer:
     cdef int take_p2c(self, const Group* group, int64_t now, int avoid) noexcept nogil
     cdef int take_fewest(self, const Group* group, int64_t now, int avoid) noexcept nogil
     cdef int take_smooth(self, const Group* group, int avoid) noexcept nogil
-    cdef int take_maglev(self, const Group* group, uint64_t key, int avoid) noexcept nogil
+    cdef int take_maglev(self, const Group* group, int64_t now, uint64_t key, int avoid) noexcept nogil
     cdef int draw(self, const Group* group, int but) noexcept nogil
     cdef uint64_t below(self, uint64_t bound) noexcept nogil
 

@@ -9,8 +9,9 @@ Peak EWMA: a latency above the average replaces it, one below is blended in with
 projects and stores nothing, so a look never changes what is seen. Four things the plain algorithm gets wrong:
  1. An idle endpoint decays to nothing, and nothing times any number in flight is nothing: all requests go there until the first
     answers. Here what is known of an endpoint decays towards *half of what is typical for this upstream* (a running median of the
-    endpoints' averages, so that one slow endpoint does not move it; 30 ms before there is any): an idle or new endpoint is tried soon, yet with one request in
-    flight it costs as much as a typical idle one, with two more. So it gets a probe, never a burst.
+    endpoints' averages, so that one slow endpoint does not move it; 30 ms before there is any). So an endpoint that was slow is
+    tried again, but never carries more than twice what the others do before it has shown its speed; after a rest all are alike.
+    An endpoint that never answered is taken for a typical one: as much as the others, with a slow start less.
  2. Failures are fast and look cheap. A failure makes its endpoint cost the time until the penalty ends, 5 s or what Retry-After
     asks for (at most 300 s), if that is more than its average. The penalty runs off with the clock, where a recorded latency of
     5 s would need ln(5 s / 2 ms) = 8 time constants: one failure in 10,000 would keep most endpoints of a busy upstream empty
@@ -30,7 +31,8 @@ Maglev [Eisenbud et al., NSDI 2016]: the table is made of all candidates, usable
 process and machine has the same one. A place whose candidate is not usable, or has more than its share of the requests in flight
 (125 %), passes the key on to the next place: nobody else's keys move, and a key returns when its endpoint does. A candidate may
 take one more request iff in_flight < load x (total + 1) x its share of the weight; the shares add up to 1 and load is over 1, so
-somebody always may, but for `avoid`. Slow start shrinks the share, not the places: keys keep their endpoint.
+somebody always may, but for `avoid`. A key is not passed on to an endpoint under penalty, which would otherwise collect what the
+others have too much of; its own keys stay with it until it is ejected. Slow start shrinks the share, not the places: keys keep their endpoint.
 
 Slow start: weight x max(10 %, age / window). Zones: everything stays local while 70 % of the local weight is usable; below that
 the local part is usable / 70 %, and the rest goes to the other zones, as far as they are themselves usable (Envoy's priority
@@ -334,7 +336,7 @@ cdef class Balancer:
     cdef double latency(self, const Candidate* candidate, int64_t now) noexcept nogil:
         cdef double rest = self.typical_us * 0.5
         if candidate.ewma_at == 0:
-            return rest
+            return self.typical_us
         if now <= candidate.ewma_at:
             return candidate.ewma_us
         # now > ewma_at: the exponent is negative, the factor in [0, 1); both ends are finite and positive, so is what lies between.
@@ -408,7 +410,7 @@ cdef class Balancer:
         if self.algorithm == BALANCE_P2C_EWMA:
             return self.take_p2c(group, now, avoid)
         if self.algorithm == BALANCE_MAGLEV and self.table != NULL:
-            return self.take_maglev(group, key, avoid)
+            return self.take_maglev(group, now, key, avoid)
         if self.algorithm == BALANCE_LEAST_REQUEST:
             return self.take_fewest(group, now, avoid)
         if self.algorithm == BALANCE_RANDOM:
@@ -470,8 +472,9 @@ cdef class Balancer:
         best.current -= total       # the group has two, and at most one is `avoid`
         return found
 
-    cdef int take_maglev(self, const Group* group, uint64_t key, int avoid) noexcept nogil:
+    cdef int take_maglev(self, const Group* group, int64_t now, uint64_t key, int avoid) noexcept nogil:
         cdef uint32_t place = <uint32_t>(key % self.table_size)
+        cdef const Candidate* candidate
         cdef const Slot* slot
         cdef const Slot* best = NULL
         cdef double unit, ratio, lowest = 0
@@ -485,7 +488,9 @@ cdef class Balancer:
             at = self.slot_of[self.table[place]]
             if group.first <= at < end:
                 slot = &self.slots[at]
-                if slot.index != avoid and <double>load_of(self.candidates[slot.index]) < unit * <double>slot.weight:
+                candidate = self.candidates[slot.index]
+                if (slot.index != avoid and <double>load_of(candidate) < unit * <double>slot.weight
+                        and (i == 0 or candidate.penalty_until <= now)):
                     return slot.index
             place += 1
             if place == self.table_size:

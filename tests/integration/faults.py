@@ -298,8 +298,10 @@ class ScriptedOrigin:
 class OriginProcess:
     """An origin that can be stopped and killed: below /never nothing is answered, below /half half, all else at once."""
 
-    def __init__(self, port: int) -> None:
-        command = [sys.executable, "-m", "tests.integration.faults", str(port)]
+    module = "tests.integration.faults"
+
+    def __init__(self, port: int, *words: str) -> None:
+        command = [sys.executable, "-m", self.module, str(port), *words]
         self.process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         assert int(self.process.stdout.readline()) == port
@@ -368,25 +370,40 @@ class Payers:
         for turn in range(1_000_000):
             if self._stop.is_set():
                 break
-            payment = f"{number}-{turn}-{os.urandom(4).hex()}"
+            payment = self.name(number, turn)
             try:
                 if stream is None:
                     stream = connect(self.port)
-                answer = stream.ask(post(self.path, payment.encode(), f"idempotency-key: {payment}"))
-            except (Cut, OSError):
-                self.told[payment] = 0
+                answer = self.ask(stream, payment)
+            except (Cut, OSError) as error:
+                self.broke(payment, error)
                 if stream is not None:
                     stream.close()
                 stream = None
                 continue
-            self.told[payment] = answer.status
-            if answer.status == 200 and answer.body != payment.encode():
-                self.mistaken.append((payment, answer.body))
+            self.hear(payment, answer)
             if self.fresh or answer.fields.get("connection") == "close":
                 stream.close()
                 stream = None
         if stream is not None:
             stream.close()
+
+    def name(self, number: int, turn: int) -> str:
+        """The next payment's id."""
+        return f"{number}-{turn}-{os.urandom(4).hex()}"
+
+    def ask(self, stream: Stream, payment: str) -> Message:
+        """Pay and wait for the whole answer. Raises Cut."""
+        return stream.ask(post(self.path, payment.encode(), f"idempotency-key: {payment}"))
+
+    def hear(self, payment: str, answer: Message) -> None:
+        self.told[payment] = answer.status
+        if answer.status == 200 and answer.body != payment.encode():
+            self.mistaken.append((payment, answer.body))
+
+    def broke(self, payment: str, error: Exception) -> None:
+        """The connection ended without an answer, or within one."""
+        self.told[payment] = 0
 
     def paid(self, more: int) -> None:
         """Wait for that many further answers of 200."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from math import sqrt
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ ANY = pytest.mark.parametrize("algorithm", ALGORITHMS)
 EVEN_KEYS = 0x9E3779B97F4A7C15
 
 
-def fleet(algorithm: str, weights: list[int], **options: int) -> Fleet:
+def fleet(algorithm: str, weights: list[int], **options: Any) -> Fleet:
     return Fleet(ALGORITHMS.index(algorithm), weights, **options)
 
 
@@ -217,12 +218,11 @@ def test_an_endpoint_without_history_gets_no_burst() -> None:
 def test_the_typical_latency_is_that_of_the_upstream_not_a_constant() -> None:
     assert fleet("p2c_ewma", [1]).typical_us == 30 * MS
     assert learned("p2c_ewma", [3 * MS]).typical_us == 3 * MS
-    # A new endpoint among fast ones is worth a try at once: half of what is typical, not 30 ms.
-    many = learned("p2c_ewma", [3 * MS, 3 * MS])
+    # A new endpoint among fast ones is taken for one of them, not for one of 30 ms, which nobody would try for half a minute.
     fresh = fleet("p2c_ewma", [1, 1, 1])
     fresh.start(0)
     fresh.finish(0, NOW, 3 * MS)
-    assert many.expected_us(0, NOW) == 3 * MS and fresh.expected_us(2, NOW) == 1.5 * MS
+    assert fresh.expected_us(2, NOW) == 3 * MS
 
 
 @pytest.mark.parametrize("algorithm", ["p2c_ewma", "least_request"])
@@ -455,6 +455,20 @@ def test_a_hot_key_never_lifts_an_endpoint_above_its_bound() -> None:
         many.start(index)
         assert max(many.in_flight(i) for i in range(8)) <= -(-total * 125 // (100 * 8))
     assert many.in_flight(many.choose(NOW, hot)) < 63
+
+
+def test_what_one_has_too_much_of_is_not_passed_on_to_one_that_fails() -> None:
+    many = fleet("maglev", [1] * 4)
+    hot = keys(1)[0]
+    own = many.choose(NOW, hot)
+    failing = (own + 1) % 4
+    for _ in range(40):
+        many.start(failing)
+        many.finish(failing, NOW, 50, "bad")
+        many.start(many.choose(NOW, hot))
+    # The other three may carry 3/4 of 125 %: one in sixteen must go somewhere.
+    assert many.in_flight(failing) <= 3 < many.in_flight(own)
+    assert failing in {many.choose(NOW, key) for key in keys(100)}  # its own keys stay
 
 
 def test_a_slow_start_shrinks_the_bound_and_moves_no_idle_key() -> None:
