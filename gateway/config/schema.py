@@ -16,6 +16,7 @@ from pydantic.json_schema import WithJsonSchema
 
 from gateway.config.base import Model, Shorthand, listed, needed, part, setting
 from gateway.config.policies import Policy, PolicyRef
+from gateway.config.redis import Redis
 from gateway.config.source import Document, Path_
 from gateway.config.values import Deadline, Duration, FilePath, Flag, Int, Name, Secret, Size, Text, Workers, fault
 from gateway.config.web import (
@@ -290,6 +291,7 @@ class Config(Model):
     log: Log = part(Log, "the gateway's own log")
     admin: Admin = part(Admin, "the admin endpoint")
     listeners: Annotated[dict[Name, Listener], Field(min_length=1)] = needed("where clients connect, by name")
+    redis: Redis | None = setting(None, "where limits of several gateways are kept")
     upstreams: Annotated[dict[Name, Upstream], Field(min_length=1)] = needed("services behind the gateway, by name")
     policies: Annotated[dict[Name, Policy], BeforeValidator(_nothing_is_empty)] = setting(
         {}, "policies that routes use, by name"

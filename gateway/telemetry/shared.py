@@ -1,4 +1,4 @@
-"""The shared memory of all processes: metric slots, route names and the rate-limit table.
+"""The shared memory of all processes: metric slots, route names, the rate-limit table and the leases from Redis.
 
 Strategy: one anonymous MAP_SHARED mapping, made by the supervisor before it forks and laid out once; every process uses the
 same object afterwards, inherited by fork. Pages are given by the kernel when they are first touched (the mapping reserves
@@ -10,11 +10,17 @@ from __future__ import annotations
 import mmap
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from gateway._speedups.histogram import NAMES_BYTES, SLOT_BYTES, FoldGuard, NameTable, WorkerSlot
 from gateway._speedups.token_bucket import BucketTable
 
+if TYPE_CHECKING:
+    from gateway._speedups.lease_table import LeaseTable
+
 DEFAULT_BUCKET_SLOTS = 65_536       # 1 MiB; see token_bucket.pyx for sizing
+LEASE_SLOTS = 65_536                # 4 MiB of addresses; nothing is touched unless limits of several machines are used
+LEASE_SLOT_BYTES = 64
 FOLD_PATIENCE = 1.0                 # seconds; a fold takes about a millisecond
 
 
@@ -42,8 +48,12 @@ class Layout:
         return self.buckets + _pages(BucketTable.size_for(self.bucket_slots)) + index * _pages(SLOT_BYTES)
 
     @property
-    def size(self) -> int:
+    def leases(self) -> int:
         return self.slot(self.workers + 1)
+
+    @property
+    def size(self) -> int:
+        return self.leases + LEASE_SLOTS * LEASE_SLOT_BYTES
 
 
 class SharedState:
@@ -66,6 +76,12 @@ class SharedState:
     @property
     def workers(self) -> int:
         return self.layout.workers
+
+    def leases(self) -> LeaseTable:
+        """The table of leases from Redis. Its module is loaded here, for those who use one."""
+        from gateway._speedups.lease_table import LeaseTable
+
+        return LeaseTable(self.memory, self.layout.leases, LEASE_SLOTS)
 
     def slot(self, index: int) -> WorkerSlot:
         """Worker `index`'s slot, from 0."""
