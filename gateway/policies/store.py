@@ -18,7 +18,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
-from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import NoScriptError
 
 from gateway._speedups.leased_limit import Switch
 from gateway.config.redis import Redis
@@ -200,7 +200,7 @@ class Store:
         self.counts.add("redis_commands", len(commands))
         try:
             replies = await _run(client, commands)
-        except (RedisError, OSError, TimeoutError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, there is no answer
             if asyncio.current_task() in self._flights:     # else it was given up before
                 self._away(_reason(error))
             return
@@ -289,7 +289,7 @@ class Store:
             try:
                 self._client = await self._greet()
                 break
-            except (RedisError, OSError, TimeoutError) as error:
+            except Exception as error:  # noqa: BLE001 - whatever it is (a cluster's errors are no RedisError), try again
                 self.counts.add("redis_errors")
                 if (reason := _reason(error)) != self._reason:
                     self._reason = reason
@@ -380,17 +380,20 @@ async def settle(seconds: float) -> None:
 
 
 async def _run(client: Any, commands: Sequence[tuple[Script, str, Sequence[int | str]]]) -> list[Any]:
-    """Run scripts in one pipeline; those that the server has forgotten once more, with their text."""
+    """Run scripts in one pipeline; those that the server has forgotten once more, with their text.
+
+    By execute_command: a cluster's pipeline has no evalsha(), although scripts of one key go where their key is.
+    """
     pipe = client.pipeline(transaction=False)
     for script, key, arguments in commands:
-        pipe.evalsha(script.sha, 1, key, *arguments)
+        pipe.execute_command("EVALSHA", script.sha, 1, key, *arguments)
     replies: list[Any] = await pipe.execute(raise_on_error=False)
     forgotten = [index for index, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
     if forgotten:
         pipe = client.pipeline(transaction=False)
         for index in forgotten:
             script, key, arguments = commands[index]
-            pipe.eval(script.text, 1, key, *arguments)
+            pipe.execute_command("EVAL", script.text, 1, key, *arguments)
         for index, reply in zip(forgotten, await pipe.execute(raise_on_error=False), strict=True):
             replies[index] = reply
     return replies

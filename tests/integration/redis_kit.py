@@ -14,7 +14,7 @@ import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -38,8 +38,10 @@ def free_port() -> int:
 class RedisServer:
     """A redis-server process; start() again after kill() is the same server, empty."""
 
-    def __init__(self, folder: Path, *arguments: str, port: int | None = None, tls: bool = False) -> None:
+    def __init__(self, folder: Path, *arguments: str, port: int | None = None, tls: bool = False, **options: Any) -> None:
+        """`options` are those of the test's own client."""
         self.folder = folder
+        self.options = options
         self.port = port or free_port()
         self.tls = tls
         self.arguments = arguments
@@ -52,7 +54,11 @@ class RedisServer:
         common = ["--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", str(self.folder), "--daemonize", "no"]
         with (self.folder / "redis.log").open("ab") as log:
             self.process = subprocess.Popen(["redis-server", *common, *listen, *self.arguments], stdout=log, stderr=log)
-        eventually(self.answers, "redis-server")
+        try:
+            eventually(self.answers, "redis-server")
+        except BaseException:
+            self.kill()
+            raise
 
     def answers(self) -> bool:
         assert self.process is not None
@@ -64,7 +70,7 @@ class RedisServer:
 
     def client(self) -> redis.Redis:
         secure: dict[str, Any] = {"ssl": True, "ssl_cert_reqs": "none", "ssl_check_hostname": False} if self.tls else {}
-        return redis.Redis(port=self.port, socket_timeout=PATIENCE, **secure)
+        return redis.Redis(port=self.port, socket_timeout=PATIENCE, **secure, **self.options)
 
     def kill(self) -> None:
         if self.process is not None:
@@ -239,3 +245,49 @@ def metrics(gateway: Gateway) -> dict[str, float]:
     """Every sample of /metrics by its name with labels."""
     lines = (line.rpartition(" ") for line in gateway.admin("/metrics")[1].splitlines() if not line.startswith("#"))
     return {name: float(value) for name, _, value in lines}
+
+
+def shared_config(rest: str, origin: CountingOrigin, settings: str, *, workers: int = 2) -> str:
+    """A configuration whose `rest` gives policies and routes; `settings` are those of redis, in braces."""
+    return (
+        f"version: 1\nworkers: {workers}\nadmin: {{bind: 127.0.0.1:0}}\nlisteners: {{public: {{bind: 127.0.0.1:0}}}}\n"
+        f"redis: {settings}\nupstreams: {{origin: {{targets: [127.0.0.1:{origin.port}]}}}}\n{rest}"
+    )
+
+
+@contextlib.contextmanager
+def gateways(folder: Path, text: str, count: int = 2) -> Iterator[list[Gateway]]:
+    """So many gateways with one configuration, each in a folder of its own; Redis is there for all their workers."""
+    with contextlib.ExitStack() as stack:
+        running = []
+        for number in range(count):
+            own = folder / f"gateway-{number}"
+            own.mkdir()
+            (own / "edge.yaml").write_text(text)
+            running.append(stack.enter_context(Gateway(own / "edge.yaml")))
+        yield running
+        for gateway in running:
+            assert "Traceback" not in gateway.errors.read_text()
+
+
+def ask(gateway: Gateway, path: str, **headers: str) -> tuple[int, dict[str, str]]:
+    """One request on a connection of its own: status and header fields by lower-case name."""
+    connection = gateway.connect()
+    try:
+        connection.request("GET", path, headers=headers)
+        response = connection.getresponse()
+        response.read()
+        return response.status, {name.lower(): value for name, value in response.getheaders()}
+    finally:
+        connection.close()
+
+
+def there(gateway: Gateway, up: float = 1.0) -> bool:
+    """Whether every worker says that Redis is there (or away, with `up` 0)."""
+    found = [value for name, value in metrics(gateway).items() if name.startswith("crossway_redis_up{")]
+    return bool(found) and len(found) == len(gateway.workers()) and set(found) == {up}
+
+
+def longest_wait(gateway: Gateway) -> float:
+    """The longest that any request of the gateway's workers has waited for Redis, in seconds, as the workers measured it."""
+    return max(value for name, value in metrics(gateway).items() if name.startswith("crossway_worker_limit_wait_max_seconds"))
