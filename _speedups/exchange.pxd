@@ -154,6 +154,7 @@ cdef class Exchange:
     cdef char trace[55]
     cdef Principal principal
     # -- steps
+    cdef int64_t store_us               # time spent waiting for limits kept elsewhere, of all steps
     cdef int step                       # next to run
     cdef Step parked                    # in the slow lane
     cdef object task                    # its asyncio task, when it suspended

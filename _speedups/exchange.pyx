@@ -243,6 +243,7 @@ cdef class Exchange:
         self.keep_alive = False
         self.body_at = 0
         self.path_len = 0
+        self.store_us = 0
         self.step = 0
         self.parked = None
         self.task = None

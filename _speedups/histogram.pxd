@@ -36,6 +36,18 @@ cdef enum:                      # counters; anonymous, so that a member indexes 
     C_TOKEN_REFUSED
     C_LIMITED
     C_LIMIT_TABLE_FULL
+    C_LIMIT_LOCAL               # Redis was away: counted on this machine alone
+    C_LIMIT_DENIED              # ... refused
+    C_LIMIT_ALLOWED             # ... let pass
+    C_LIMIT_LEASES              # leases entered
+    C_LIMIT_LEASED              # their tokens
+    C_LIMIT_RETURNED            # tokens given back unspent
+    C_LIMIT_WAITS               # requests that waited for Redis
+    C_LIMIT_WAIT_US
+    C_LEASE_TABLE_FULL
+    C_REDIS_TRIPS
+    C_REDIS_COMMANDS
+    C_REDIS_ERRORS
     C_AUDIT_RECORDS
     C_AUDIT_LOST
     C_HOOKS
@@ -68,6 +80,8 @@ cdef enum:                      # gauges
     G_RSS                       # bytes
     G_BUFFERS                   # blocks that connections hold
     G_DESCRIPTORS               # sockets that the engine watches
+    G_REDIS                     # 0 not configured, 1 away, 2 there
+    G_LIMIT_WAIT_MAX_US         # the longest that a request has waited for Redis
     G_USED
     GAUGE_COUNT = 32
 

@@ -266,23 +266,11 @@ cdef class HeadLimitsStep(Step):
         return STEP_GO
 
 
-cdef enum:
-    KEY_CLIENT = 0
-    KEY_IP
-    KEY_HEADER
-    KEY_ROUTE
-
-
 cdef class RateLimitStep(Step):
     """A token bucket per key, exact over all workers; reserved before anything is forwarded.
 
     Every answer carries RateLimit-Policy and RateLimit (draft-ietf-httpapi-ratelimit-headers), a 429 Retry-After.
     """
-
-    cdef RateLimit rate
-    cdef int kind
-    cdef bytes header, policy, quoted
-    cdef uint64_t route_key
 
     def __init__(self, str name, RateLimit rate not None, str key, *, int window, str label):
         self.phase = PHASE_LIMIT
@@ -311,23 +299,32 @@ cdef class RateLimitStep(Step):
         return x.buckets.hash_key(<const char*>x.client, length)
 
     cdef int run(self, Exchange x) except -1:
+        return self.take(x)
+
+    cdef int take(self, Exchange x) except -1:
+        """Counts the request in this machine's shared memory."""
         cdef Decision decision
         cdef int admitted = x.buckets.take(&self.rate.limit, self.key(x), <uint64_t>x.started, &decision)
-        cdef int64_t wait
         if admitted == 1:
             x.add_answer_header(self.line(decision.remaining, (decision.reset_us + 999999) // 1000000))
             return STEP_GO
         if admitted < 0:
             # Every place that could count this caller is taken: admitting without counting would break the limit.
             x.slot.counters[C_LIMIT_TABLE_FULL] += 1
-            x.refuse(503, b"limit-unavailable", b"the rate limit cannot be checked now; the request was not sent")
-            x.reply_headers = b"retry-after: 1\r\n"
-            return STEP_ANSWERED
+            return self.unavailable(x)
+        return self.refuse(x, decision.retry_after_us)
+
+    cdef int refuse(self, Exchange x, int64_t wait_us) except -1:
+        cdef int64_t wait = (wait_us + 999999) // 1000000
         x.slot.counters[C_LIMITED] += 1
-        wait = (decision.retry_after_us + 999999) // 1000000
         x.add_answer_header(self.line(0, wait))
         x.refuse(429, b"rate-limited", b"too many requests; the request was not sent")
         x.reply_headers = b"retry-after: %d\r\n" % (wait if wait > 0 else 1)
+        return STEP_ANSWERED
+
+    cdef int unavailable(self, Exchange x) except -1:
+        x.refuse(503, b"limit-unavailable", b"the rate limit cannot be checked now; the request was not sent")
+        x.reply_headers = b"retry-after: 1\r\n"
         return STEP_ANSWERED
 
     cdef bytes line(self, int64_t remaining, int64_t seconds):

@@ -34,6 +34,7 @@ PHASE_OF = {
     "scopes": "authorise",
     "claims": "authorise",
     "rate_limit": "limit",
+    "quota": "limit",
     "limits": "limit",
     "python": "validate",
     "headers": "transform",

@@ -16,6 +16,7 @@ from gateway.config.keyfile import MAX_JWKS, read_file
 from gateway.config.names import check_names
 from gateway.config.overlaps import check_overlaps
 from gateway.config.policies import AUDIT_FIELDS, DESCRIPTORS, Audit, Jwt, Policy, Python
+from gateway.config.redis_check import check_redis
 from gateway.config.schema import Config, Route, Upstream
 from gateway.config.source import Document, Key
 from gateway.config.web import Bind, parameters
@@ -39,6 +40,7 @@ def findings(config: Config) -> list[Problem]:
         _files(policy, place, document)
     for name, upstream in config.upstreams.items():
         _upstream(upstream, ("upstreams", name), document)
+    check_redis(config.redis, _all_policies(config), document)
     for number, route in enumerate(config.routes):
         _route(config, number, route, document)
     check_overlaps(config)
@@ -237,10 +239,11 @@ def _route(config: Config, number: int, route: Route, document: Document) -> Non
             )
         if policy.kind == "claims" and "jwt" not in first:
             document.report(at, "claims without a token to carry them", "add a jwt policy to this route")
-        if policy.rate_limit is not None and policy.rate_limit.key == "client" and not identified:
+        counting = policy.rate_limit or policy.quota
+        if counting is not None and counting.key == "client" and not identified:
             document.report(
                 at,
-                "a limit by client without a policy that says who calls",
+                f"a {'limit' if policy.rate_limit else 'quota'} by client without a policy that says who calls",
                 "add a jwt or api_key policy to this route, or use `key: ip`",
             )
         if policy.rewrite is not None:

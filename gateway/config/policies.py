@@ -18,6 +18,7 @@ from pydantic_core import CoreSchema
 
 from gateway.config.base import Model, Shorthand, listed, needed, part, setting
 from gateway.config.identity import ALGORITHMS, ApiKey, ApiKeyEntry, Jwt, Scope, TokenCache
+from gateway.config.limits import Quota, RateLimit
 from gateway.config.values import (
     MAX_FIELDS,
     MAX_HEAD,
@@ -27,13 +28,12 @@ from gateway.config.values import (
     Flag,
     Int,
     Rate,
-    RateText,
     Size,
     Text,
     fault,
     parse_name,
 )
-from gateway.config.web import EditName, FieldName, FieldValue, HostPattern, Network, Prefix, Template, parse_field_name
+from gateway.config.web import EditName, FieldName, FieldValue, HostPattern, Network, Prefix, Template
 
 Scalar = str | int | float | bool
 
@@ -68,37 +68,6 @@ class Ip(Model):
         if not self.allow and not self.deny:
             raise fault("neither `allow` nor `deny`: this policy does nothing", "list networks such as 10.0.0.0/8")
         return self
-
-
-def _rate_key(raw: Any) -> str:
-    hint = "one of client, ip, route, or header:NAME such as header:x-tenant"
-    if isinstance(raw, str) and raw.startswith("header:"):
-        return f"header:{parse_field_name(raw[7:])}"
-    if raw not in ("client", "ip", "route"):
-        raise fault("expected what to count by", hint)
-    return str(raw)
-
-
-class RateLimit(Model):
-    """A token bucket that is exact over all workers; refusals are 429 with Retry-After."""
-
-    kind: ClassVar[str] = "rate_limit"
-
-    key: Annotated[
-        str,
-        BeforeValidator(_rate_key),
-        WithJsonSchema({"type": "string", "x-is": "`client`, `ip`, `route` or `header:NAME`"}),
-    ] = needed("whose requests are counted together")
-    rate: RateText = needed("how many requests in what time")
-    burst: Int | None = Field(
-        default=None, ge=1, le=1_000_000_000, description="how many may come at once; default: the rate's count"
-    )
-    name: Text | None = setting(None, "name in the RateLimit fields; default: the policy's name")
-
-    @property
-    def burst_size(self) -> int:
-        """Return the burst, which is the rate's count unless it is given."""
-        return self.rate.count if self.burst is None else self.burst
 
 
 class LimitsPolicy(Model):
@@ -292,6 +261,7 @@ Settings = (
     | ApiKey
     | Ip
     | RateLimit
+    | Quota
     | LimitsPolicy
     | Headers
     | Rewrite
@@ -309,6 +279,7 @@ KINDS = (
     "scopes",
     "claims",
     "rate_limit",
+    "quota",
     "limits",
     "headers",
     "rewrite",
@@ -329,6 +300,7 @@ class Policy(Model):
         None, "claims that the token must carry: a value, or one of a list"
     )
     rate_limit: RateLimit | None = setting(None, "limit requests per time")
+    quota: Quota | None = setting(None, "limit requests per hour, day or month, over all gateways")
     limits: LimitsPolicy | None = setting(None, "bound the body or the time")
     headers: Headers | None = setting(None, "edit headers")
     rewrite: Rewrite | None = setting(None, "rewrite path or host")
@@ -383,6 +355,6 @@ PolicyRef = Annotated[PolicyUse, Shorthand(_widen_use, None)]
 
 __all__ = [
     "ALGORITHMS", "AUDIT_FIELDS", "KINDS", "ApiKey", "ApiKeyEntry", "Audit", "Cors", "HeaderEdits", "Headers",
-    "Ip", "Jwt", "LimitsPolicy", "Policy", "PolicyRef", "PolicyUse", "Python", "Rate", "RateLimit", "Rewrite",
+    "Ip", "Jwt", "LimitsPolicy", "Policy", "PolicyRef", "PolicyUse", "Python", "Quota", "Rate", "RateLimit", "Rewrite",
     "Scalar", "Scopes", "SecretStr", "Settings", "TokenCache",
 ]  # fmt: skip

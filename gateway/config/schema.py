@@ -19,6 +19,7 @@ from gateway.config.base import Model, Shorthand, listed, needed, part, setting
 from gateway.config.discovery import Discovery
 from gateway.config.health import Health
 from gateway.config.policies import Policy, PolicyRef
+from gateway.config.redis import Redis
 from gateway.config.resilience import Balance, BalanceSettings, Hedge, Retries, RetrySettings, UpstreamLimits
 from gateway.config.source import Document, Path_
 from gateway.config.values import (
@@ -323,6 +324,7 @@ class Config(Model):
     log: Log = part(Log, "the gateway's own log")
     admin: Admin = part(Admin, "the admin endpoint")
     listeners: Annotated[dict[Name, Listener], Field(min_length=1)] = needed("where clients connect, by name")
+    redis: Redis | None = setting(None, "where limits of several gateways are kept")
     upstreams: Annotated[dict[Name, Upstream], Field(min_length=1)] = needed("services behind the gateway, by name")
     policies: Annotated[dict[Name, Policy], BeforeValidator(_nothing_is_empty)] = setting(
         {}, "policies that routes use, by name"

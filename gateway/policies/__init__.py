@@ -4,6 +4,7 @@ Strategy: `compile_policy` looks up the kind's function in one table. Each funct
 is being compiled; what several routes share (verifiers, caches, journals) comes from the Workshop of the snapshot.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from gateway._speedups.hooks import settle
 from gateway.policies.authorise import compile_claims, compile_ip, compile_scopes
 from gateway.policies.base import RouteParts, SettingError, Use, Workshop
 from gateway.policies.identify import compile_api_key, compile_jwt
-from gateway.policies.limit import compile_limits, compile_rate_limit
+from gateway.policies.limit import compile_limits, compile_quota, compile_rate_limit
 from gateway.policies.python import compile_python
 from gateway.policies.record import close_journals, compile_audit
 from gateway.policies.transform import compile_cors, compile_headers, compile_rewrite
@@ -23,6 +24,7 @@ COMPILERS: dict[str, Callable[[Any, Use, RouteParts], None]] = {
     "scopes": compile_scopes,
     "claims": compile_claims,
     "rate_limit": compile_rate_limit,
+    "quota": compile_quota,
     "limits": compile_limits,
     "headers": compile_headers,
     "rewrite": compile_rewrite,
@@ -35,8 +37,12 @@ PHASES = ("identify", "authorise", "limit", "validate", "transform", "record")
 
 
 async def end(seconds: float) -> None:
-    """Finish what policies do after the last exchange: on_end calls, then the audit records. Each takes at most `seconds`."""
+    """Finish what policies do after the last exchange, each within `seconds`: on_end calls, leases given back, audit records."""
     await settle(seconds)
+    if "gateway.policies.store" in sys.modules:
+        from gateway.policies import store
+
+        await store.settle(seconds)
     close_journals(seconds)
 
 

@@ -9,9 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gateway._speedups.exchange import Step
+
+if TYPE_CHECKING:
+    from gateway.config.redis import Redis
+    from gateway.telemetry.shared import SharedState
 
 Made = TypeVar("Made")
 
@@ -59,8 +63,13 @@ class Use:
 class Workshop:
     """What the routes of one snapshot share, made on first use."""
 
-    def __init__(self, base: Path, seed: int, worker: int = -1, *, check: bool = False) -> None:
+    def __init__(
+        self, base: Path, seed: int, worker: int = -1, *, check: bool = False, redis: Redis | None = None,
+        memory: SharedState | None = None,
+    ) -> None:
         self.base = base
+        self.redis = redis                              # where limits of several machines are kept
+        self.memory = memory                            # of the gateway's processes; None when nothing of it will run
         self.worker = worker                            # index, in audit records; -1 outside of a worker
         self.seed = seed                                # of Principal.key, the same in every worker
         self.check = check                              # nothing of it will run: leave no trace

@@ -65,7 +65,7 @@ class Worker:
 
     def _build(self, config: Any, version: int) -> Snapshot:
         memory, launch = self.launch.memory, self.launch
-        return build(config, names=memory.names, seed=launch.seed, version=version, worker=launch.slot, upstreams=memory.upstreams)
+        return build(config, names=memory.names, seed=launch.seed, version=version, worker=launch.slot, memory=memory)
 
     async def run(self) -> None:
         """Serve until drained."""

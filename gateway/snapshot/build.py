@@ -8,7 +8,7 @@ check() is the same build, thrown away.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from gateway._speedups.exchange import Edits, ListenerEntry, RouteEntry, Snapshot, Step
 from gateway._speedups.pool import Upstream
@@ -22,6 +22,9 @@ from gateway.snapshot.faults import Faults, Place
 from gateway.snapshot.matching import RouteSpec, spec_of
 from gateway.snapshot.resolve import Endpoints
 
+if TYPE_CHECKING:
+    from gateway.telemetry.shared import SharedState
+
 UNROUTED = 0                # metric id of the empty name: requests that reached no route
 
 
@@ -31,15 +34,18 @@ class Names(Protocol):
     def add(self, name: str) -> int: ...
 
 
-def build(config: Config, *, names: Names, seed: int, version: int, worker: int = -1, upstreams: Any = None) -> Snapshot:
+def build(
+    config: Config, *, names: Names, seed: int, version: int, worker: int = -1, memory: SharedState | None = None
+) -> Snapshot:
     """Compile `config`. `seed` must be the same in every worker; `version` counts up with each reload.
 
-    `worker` is the index that audit records name; -1 for a snapshot that is only tried out.
+    `worker` is the index that audit records name; -1 for a snapshot that is only tried out. `memory` is what the gateway's
+    processes share; a snapshot that is only tried out needs none.
 
     Raises ConfigError for what cannot be opened or made, all of it, each at its place in the file.
     """
-    workshop = Workshop(config.base, seed, worker)
-    snapshot, problems = _build(config, names, version, workshop, upstreams)
+    workshop = Workshop(config.base, seed, worker, redis=config.redis, memory=memory)
+    snapshot, problems = _build(config, names, version, workshop, None if memory is None else memory.upstreams)
     if snapshot is None:
         raise ConfigError(problem for problem in problems if problem.severity == "error")
     return snapshot
@@ -48,7 +54,7 @@ def build(config: Config, *, names: Names, seed: int, version: int, worker: int 
 def check(config: Config) -> list[Problem]:
     """Build `config` as a worker does and throw it away; return what is wrong or doubtful. Starts and creates nothing."""
     with folder_first(config.base):
-        return _build(config, _Numbers(), 0, Workshop(config.base, 0, check=True))[1]
+        return _build(config, _Numbers(), 0, Workshop(config.base, 0, check=True, redis=config.redis))[1]
 
 
 class _Numbers:

@@ -47,6 +47,7 @@ class _Total:
     name: str
     help: str
     label: tuple[str, str] | None = None
+    factor: float = 1
 
 
 def _grouped(name: str, help: str, label: str, **values: str) -> dict[str, _Total]:
@@ -78,6 +79,17 @@ COUNTERS: dict[str, _Total] = {
                token_hits="cached", token_misses="verified", token_refused="refused"),
     "limited": _Total("rate_limited", "Requests refused by a rate limit."),
     "limit_table_full": _Total("rate_limit_table_full", "Rate-limit decisions without a free slot in the table."),
+    **_grouped("limit_without_redis", "Requests whose limit over several gateways was decided without Redis.", "decision",
+               limit_local="local", limit_denied="deny", limit_allowed="allow"),
+    "limit_leases": _Total("limit_leases", "Leases of tokens taken from Redis in advance."),
+    "limit_leased": _Total("limit_leased_tokens", "Tokens taken from Redis in advance."),
+    "limit_returned": _Total("limit_returned_tokens", "Leased tokens given back to Redis unspent."),
+    "limit_waits": _Total("limit_waits", "Requests that waited for an answer of Redis about a limit."),
+    "limit_wait_us": _Total("limit_wait_seconds", "Time that requests waited for Redis.", factor=1e-6),
+    "lease_table_full": _Total("lease_table_full", "Callers for whom there was no room in the table of leases."),
+    "redis_trips": _Total("redis_round_trips", "Round trips to Redis."),
+    "redis_commands": _Total("redis_commands", "Scripts that Redis was asked to run."),
+    "redis_errors": _Total("redis_errors", "Errors and timeouts of Redis, attempts to come back included."),
     "audit_records": _Total("audit_records", "Audit records accepted for writing."),
     "audit_lost": _Total("audit_records_lost", "Audit records lost because the buffer was full."),
     "hooks": _Total("hooks", "Calls of Python policies."),
@@ -109,6 +121,7 @@ WORKER_GAUGES = {
     "cpu_us": ("cpu_seconds", "Processor time of the worker since it started.", 1e-6),
     "started": ("start_time_seconds", "When the worker started, in seconds since 1970.", 1.0),
     "rss": ("resident_memory_bytes", "Resident memory of the worker.", 1.0),
+    "limit_wait_max_us": ("limit_wait_max_seconds", "The longest that a request has waited for Redis since the worker started.", 1e-6),
 }
 
 
@@ -159,7 +172,7 @@ class SharedCollector(Collector):
                 families[total.name] = CounterMetricFamily(f"crossway_{total.name}", total.help, labels=labels)
             for worker, slot in slots:
                 values = self._values(worker, [total.label[1]] if total.label else [])
-                families[total.name].add_metric(values, slot.counter(counter))
+                families[total.name].add_metric(values, slot.counter(counter) * total.factor)
         yield from families.values()
 
     def _route(self, route: int) -> str:
@@ -213,6 +226,11 @@ class SharedCollector(Collector):
             for worker, slot in alive:
                 family.add_metric([worker], slot.gauge(gauge) * factor)
             yield family
+        up = GaugeMetricFamily("crossway_redis_up", "1 while the worker can use Redis, 0 while it cannot.", labels=["worker"])
+        for worker, slot in alive:
+            if slot.gauge("redis"):     # 0: none is configured
+                up.add_metric([worker], slot.gauge("redis") - 1)
+        yield up
 
     def _summed(self, alive: list[tuple[str, WorkerSlot]], gauge: str, extra: list[str]) -> Iterator[tuple[list[str], float]]:
         if self._by_worker:

@@ -1,4 +1,4 @@
-"""The shared memory of all processes: metric slots, route names, the rate-limit table and the table of upstreams.
+"""The shared memory of all processes: metric slots, route names, the rate-limit table, the table of upstreams, and leases.
 
 Strategy: one anonymous MAP_SHARED mapping, made by the supervisor before it forks and laid out once; every process uses the
 same object afterwards, inherited by fork. Pages are given by the kernel when they are first touched (the mapping reserves
@@ -11,14 +11,19 @@ import mmap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gateway._speedups.histogram import NAMES_BYTES, SLOT_BYTES, FoldGuard, NameTable, WorkerSlot
 from gateway._speedups.token_bucket import BucketTable
 from gateway._speedups.upstream_table import CHECKER, UpstreamTable
 
+if TYPE_CHECKING:
+    from gateway._speedups.lease_table import LeaseTable
+
 DEFAULT_BUCKET_SLOTS = 65_536       # 1 MiB; see token_bucket.pyx for sizing
 UPSTREAMS, ENDPOINTS = 512, 4096    # places; what is not used costs address space only
+LEASE_SLOTS = 65_536                # 4 MiB of addresses; nothing is touched unless limits of several machines are used
+LEASE_SLOT_BYTES = 64
 FOLD_PATIENCE = 1.0                 # seconds; a fold takes about a millisecond
 
 
@@ -53,8 +58,12 @@ class Layout:
         return self.slot(self.workers + 1)
 
     @property
-    def size(self) -> int:
+    def leases(self) -> int:
         return self.upstreams + _pages(UpstreamTable.size_for(self.workers, UPSTREAMS, ENDPOINTS))
+
+    @property
+    def size(self) -> int:
+        return self.leases + LEASE_SLOTS * LEASE_SLOT_BYTES
 
 
 class SharedState:
@@ -78,6 +87,12 @@ class SharedState:
     @property
     def workers(self) -> int:
         return self.layout.workers
+
+    def leases(self) -> LeaseTable:
+        """The table of leases from Redis. Its module is loaded here, for those who use one."""
+        from gateway._speedups.lease_table import LeaseTable
+
+        return LeaseTable(self.memory, self.layout.leases, LEASE_SLOTS)
 
     def slot(self, index: int) -> WorkerSlot:
         """Worker `index`'s slot, from 0."""

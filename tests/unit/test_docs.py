@@ -81,10 +81,11 @@ def test_every_example_of_a_policy_can_be_used(tmp_path: Path, monkeypatch: pyte
     ((name, policy),) = YAML(typ="safe").load(example).items()
     rewrite: dict[str, Any] = policy.get("rewrite", {})
     match = "prefix: /api" if "prefix" in rewrite else "path: '/api/{id}'"
+    redis = "redis: {url: redis://127.0.0.1:6379}\n" if "quota" in policy or "cluster" in example else ""
     caller = ["caller"] if not {"jwt", "api_key"} & set(policy) else []
     indented = "".join(f"  {line}" for line in example.splitlines(keepends=True))
     (tmp_path / "gateway.yaml").write_text(
-        f"{HEAD}{TOKEN if caller else ''}{indented}"
+        f"{redis}{HEAD}{TOKEN if caller else ''}{indented}"
         f"routes: [{{name: r, match: {{{match}}}, policies: [{', '.join([*caller, name])}], upstream: origin}}]\n"
     )
     config = load(tmp_path / "gateway.yaml")

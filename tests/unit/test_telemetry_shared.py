@@ -9,16 +9,18 @@ import struct
 
 import pytest
 
+from gateway._speedups.lease_table import LeaseTable
 from gateway._speedups.token_bucket import RateLimit
 from gateway.telemetry.percentiles import bins_quantile, quantile, summary
-from gateway.telemetry.shared import Layout, SharedState
+from gateway.telemetry.shared import LEASE_SLOTS, Layout, SharedState
 
 
 def test_areas_lie_apart_on_pages() -> None:
     layout = Layout(3, 64)
     offsets = [0, layout.names, layout.buckets, *(layout.slot(index) for index in range(5))]
     assert all(offset % mmap.PAGESIZE == 0 for offset in offsets) and offsets == sorted(set(offsets))
-    assert layout.upstreams == offsets[-1] < layout.size
+    assert offsets[-1] == layout.upstreams < layout.leases and layout.leases % mmap.PAGESIZE == 0
+    assert layout.size - layout.leases == LeaseTable.size_for(LEASE_SLOTS)
 
 
 @pytest.mark.parametrize("workers", [0, -1, 1025])

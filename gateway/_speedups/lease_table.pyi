@@ -1,0 +1,33 @@
+"""What Python sees of _speedups/lease_table.pyx."""
+
+from typing import Final, final
+
+from typing_extensions import Buffer
+
+MAX_LEASE: Final[int]
+
+@final
+class LeaseTable:
+    full_count: int
+    def __init__(self, buffer: Buffer, offset: int, slots: int) -> None: ...
+    @staticmethod
+    def size_for(slots: int) -> int: ...
+    def take_key(self, key: int, now_us: int) -> tuple[int, int, int, bool]: ...
+    def begin(self, key: int, now_us: int, locked_us: int) -> tuple[int, int, int, int] | None: ...
+    def granted_at(self, number: int) -> int: ...
+    def enter(
+        self,
+        number: int,
+        key: int,
+        now_us: int,
+        granted: int,
+        ends_us: int,
+        kept: bool,
+        left: int,
+        reset_at: int,
+        slice: int = 0,
+    ) -> bool: ...
+    def refuse(self, key: int, now_us: int, until_us: int, retry_at: int) -> bool: ...
+    def end(self, number: int, locked_until: int) -> None: ...
+    def empty(self, number: int, key: int, now_us: int) -> int: ...
+    def held(self, now_us: int) -> int: ...
