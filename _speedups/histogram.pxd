@@ -41,6 +41,15 @@ cdef enum:                      # counters; anonymous, so that a member indexes 
     C_HOOKS
     C_HOOK_ERRORS
     C_HOOK_TIMEOUTS
+    C_MIRRORED_2XX              # copies by the class of their answer's status
+    C_MIRRORED_3XX
+    C_MIRRORED_4XX
+    C_MIRRORED_5XX
+    C_MIRROR_FAILED             # no answer
+    C_MIRROR_DROPPED            # too many in flight
+    C_MIRROR_SKIPPED            # the body was too long, or of unknown length
+    C_FAULT_DELAYS
+    C_FAULT_ABORTS
     C_ACCEPT_PAUSED
     C_LOOP_POLLS
     C_LOOP_EVENTS
