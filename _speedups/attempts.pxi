@@ -83,9 +83,11 @@ cdef bytes cookie_of(Exchange x, bytes name):
 cdef int forward(Downstream d) except -1:
     """The steps let it pass: what earlier hops allow, then a place at the upstream."""
     cdef Exchange x = d.x
-    cdef Upstream upstream = x.route.upstream
+    cdef Upstream upstream
     cdef int64_t allowed
-    x.upstream = upstream
+    if x.route.shape is not None:
+        x.route.shape.apply(x)
+    x.upstream = upstream = x.route.upstream
     x.attempts = upstream.attempts
     if x.trusted:
         allowed = number_of(x.head, F_CROSSWAY_ATTEMPTS)

@@ -622,6 +622,8 @@ cdef class Downstream(Connection):
             x.body.mode = BODY_NONE
             x.keep_alive = False
             return self.cut(413, b"body-too-large", b"the request body is larger than the limit")
+        if x.tap is not None:
+            x.tap.take(x, data, <uint32_t>payload)
         if x.collecting:
             x.collected += PyBytes_FromStringAndSize(data, payload)
         else:

@@ -80,6 +80,16 @@ cdef class Edits:
     cdef readonly tuple remove          # lower-case names, bytes
     cdef readonly bytes add             # complete lines
 
+# What a route with more than one upstream, or with a mirror, does before a request is forwarded; see shaping.
+cdef class Shape:
+    cdef int apply(self, Exchange x) except -1          # x.route becomes the entry of the upstream that was chosen
+
+# Sees a request's body pass by on its way to the upstream; see shaping.
+cdef class Tap:
+    # data[0:n) is what x.body.bytes counted last; x.body.done when it was the end.
+    cdef int take(self, Exchange x, const char* data, uint32_t n) except -1
+    cdef void give_up(self) noexcept                    # the exchange ended before its body did
+
 cdef class RouteEntry(Route):
     cdef readonly Upstream upstream
     cdef readonly uint32_t metric       # id in the shared name table
@@ -97,6 +107,7 @@ cdef class RouteEntry(Route):
     cdef tuple response_hooks, end_hooks
     cdef bint strip_authorization
     cdef object cors                    # CorsStep or None
+    cdef Shape shape                    # None: one upstream, no mirror
 
 cdef class ListenerEntry:
     cdef readonly str name
@@ -165,6 +176,7 @@ cdef class Exchange:
     cdef object view                    # the hooks' Request
     cdef list answer_fields             # the upstream's header fields as (name, value) bytes, for response hooks only
     cdef int answer_hook                # next response hook
+    cdef Tap tap                        # a mirror that waits for the body; None most of the time
     # -- answer
     cdef object upstream_connection
     cdef Endpoint endpoint

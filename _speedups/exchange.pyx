@@ -95,6 +95,23 @@ cdef class Edits:
         self.add = add
 
 
+cdef class Shape:
+    """See exchange.pxd; the one implementation is Shaper in shaping."""
+
+    cdef int apply(self, Exchange x) except -1:
+        return 0
+
+
+cdef class Tap:
+    """See exchange.pxd; the one implementation is Copy in shaping."""
+
+    cdef int take(self, Exchange x, const char* data, uint32_t n) except -1:
+        return 0
+
+    cdef void give_up(self) noexcept:
+        pass
+
+
 cdef class RouteEntry(Route):
     """A route as the engine runs it. `steps` are in the order of their phases already."""
 
@@ -104,7 +121,7 @@ cdef class RouteEntry(Route):
     def __init__(self, str name, int index, *, Upstream upstream, uint32_t metric, tuple steps=(), int64_t body_limit=-1,
                  double head=0, double idle=0, double total=0, Edits request_edits=None, Edits response_edits=None,
                  bytes rewrite_prefix=None, tuple rewrite_path=None, bytes rewrite_host=None, tuple audits=(),
-                 tuple response_hooks=(), tuple end_hooks=(), bint strip_authorization=False, cors=None):
+                 tuple response_hooks=(), tuple end_hooks=(), bint strip_authorization=False, cors=None, Shape shape=None):
         cdef int i
         Route.__init__(self, name, index)
         self.upstream = upstream
@@ -134,6 +151,7 @@ cdef class RouteEntry(Route):
         self.end_hooks = end_hooks
         self.strip_authorization = strip_authorization
         self.cors = cors
+        self.shape = shape
 
     def __dealloc__(self):
         free(self.step)
@@ -276,6 +294,9 @@ cdef class Exchange:
         self.view = None
         self.answer_fields = None
         self.answer_hook = 0
+        if self.tap is not None:
+            self.tap.give_up()
+            self.tap = None
         memset(&self.body, 0, sizeof(Body))
         memset(&self.answer, 0, sizeof(Body))
 

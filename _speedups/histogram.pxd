@@ -53,6 +53,15 @@ cdef enum:                      # counters; anonymous, so that a member indexes 
     C_HOOKS
     C_HOOK_ERRORS
     C_HOOK_TIMEOUTS
+    C_MIRRORED_2XX              # copies by the class of their answer's status
+    C_MIRRORED_3XX
+    C_MIRRORED_4XX
+    C_MIRRORED_5XX
+    C_MIRROR_FAILED             # no answer
+    C_MIRROR_DROPPED            # too many in flight
+    C_MIRROR_SKIPPED            # the body was too long, or of unknown length
+    C_FAULT_DELAYS
+    C_FAULT_ABORTS
     C_ACCEPT_PAUSED
     C_LOOP_POLLS
     C_LOOP_EVENTS
@@ -63,7 +72,7 @@ cdef enum:                      # counters; anonymous, so that a member indexes 
     C_UPSTREAM_QUEUE_TIMEOUTS
     C_SERIES_OVERFLOW           # observations that found no free series; written by observe() only
     C_USED                      # how many there are
-    COUNTER_COUNT = 64          # room in the slot
+    COUNTER_COUNT = 96          # room in the slot
 
 cdef enum:                      # gauges
     G_CONNECTIONS = 0

@@ -78,10 +78,12 @@ COUNTER_NAMES: Final = (
     "timeouts_body", "timeouts_idle", "timeouts_write", "client_aborts", "upstream_connects", "upstream_connect_failures",
     "upstream_reused", "upstream_discarded", "upstream_timeouts", "upstream_bad", "upstream_resets", "retries", "bytes_in",
     "bytes_out", "upstream_bytes_in", "upstream_bytes_out", "token_hits", "token_misses", "token_refused", "limited",
-    "limit_table_full", "limit_local", "limit_denied", "limit_allowed", "limit_leases", "limit_leased", "limit_returned",
-    "limit_waits", "limit_wait_us", "lease_table_full", "redis_trips", "redis_commands", "redis_errors", "audit_records",
-    "audit_lost", "hooks", "hook_errors", "hook_timeouts", "accept_paused", "loop_polls", "loop_events", "retries_denied",
-    "hedges", "orphans", "upstream_overloaded", "upstream_queue_timeouts", "series_overflow",
+    "limit_table_full", "limit_local", "limit_denied", "limit_allowed", "limit_leases", "limit_leased",
+    "limit_returned", "limit_waits", "limit_wait_us", "lease_table_full", "redis_trips", "redis_commands",
+    "redis_errors", "audit_records", "audit_lost", "hooks", "hook_errors", "hook_timeouts", "mirrored_2xx",
+    "mirrored_3xx", "mirrored_4xx", "mirrored_5xx", "mirror_failed", "mirror_dropped", "mirror_skipped", "fault_delays",
+    "fault_aborts", "accept_paused", "loop_polls", "loop_events", "retries_denied", "hedges", "orphans",
+    "upstream_overloaded", "upstream_queue_timeouts", "series_overflow",
 )
 GAUGE_NAMES: Final = (
     "connections", "exchanges", "upstream_active", "upstream_idle", "parked", "config_version", "ready", "draining", "cpu_us",

@@ -240,6 +240,8 @@ cdef class UpstreamConnection(Connection):
         x.body.remaining -= take
         x.body.bytes += take
         x.body.done = x.body.remaining == 0
+        if x.tap is not None:
+            x.tap.take(x, out + n, <uint32_t>take)
         return n + <int>take
 
     cdef int put_again(self, int n) except -999:

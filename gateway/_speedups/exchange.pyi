@@ -27,6 +27,9 @@ class Edits:
     @property
     def add(self) -> bytes: ...
 
+class Shape: ...
+class Tap: ...
+
 class RouteEntry(Route):
     def __init__(
         self,
@@ -50,6 +53,7 @@ class RouteEntry(Route):
         end_hooks: tuple[Step, ...] = (),
         strip_authorization: bool = False,
         cors: Step | None = None,
+        shape: Shape | None = None,
     ) -> None: ...
     @property
     def upstream(self) -> Upstream: ...

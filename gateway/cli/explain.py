@@ -7,6 +7,7 @@ trace of that walk and not a second implementation of the rules. Nothing is boun
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import json
 import re
 import sys
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
-from gateway.cli.routes import policies_of
+from gateway.cli.routes import conditions_of, policies_of, shares
 from gateway.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ PHASE_OF = {
     "python": "validate",
     "headers": "transform",
     "rewrite": "transform",
+    "fault": "transform",
     "audit": "record",
 }
 _ASCII = "".join(map(chr, range(0x21, 0x7F)))
@@ -75,6 +77,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="a header of the request; may be repeated",
     )
     parser.add_argument("-c", "--config", metavar="FILE", required=True, help="the configuration file")
+    parser.add_argument("--client", metavar="NAME", help="who calls, for a split that is sticky by client")
+    parser.add_argument("--source", metavar="ADDRESS", help="the client's address, for a split that is sticky by source")
     parser.add_argument("--listener", metavar="NAME", help="where the request arrives (default: the file's first)")
     parser.add_argument(
         "-o", "--output", choices=("text", "json"), default="text", help="how to print the answer (default: text)"
@@ -94,6 +98,8 @@ def run(args: argparse.Namespace) -> int:
         if listener not in config.listeners:
             raise ValueError(f"there is no listener {listener!r}: the file has {', '.join(config.listeners)}")
         request = read_request(args.method, args.url, args.headers)
+        if args.source is not None:
+            ipaddress.ip_address(args.source)
         routes = routes_on(config, listener)
         trie = build_trie(routes)
     except (ConfigError, ValueError) as error:
@@ -103,16 +109,17 @@ def run(args: argparse.Namespace) -> int:
     try:
         name, params, allowed = trie.find(*where)
         verdicts = trie.explain(*where)
+        by_name = {route.name: route for route in routes}
+        way = None if name is None else _way(config, by_name[name], request, args.client, args.source)
     except ValueError as error:
         return _show(args.output, {"status": 400, "reason": str(error)})
-    by_name = {route.name: route for route in routes}
     losers = [verdict for verdict in verdicts if verdict.outcome != "won"]
     answer: dict[str, Any] = {"listener": listener}
     answer |= {"method": request.method, "host": request.host, "path": request.path}
     if name is None:
         answer |= {"status": 405, "allow": list(allowed)} if allowed else {"status": 404}
     else:
-        answer |= _winner(config, by_name[name], params)
+        answer |= _winner(config, by_name[name], params) | (way or {})
     answer["others"] = [_loser(verdict, by_name[verdict.route]) for verdict in losers]
     return _show(args.output, answer)
 
@@ -151,9 +158,40 @@ def _winner(config: Config, route: Route, params: dict[str, str]) -> dict[str, A
         "pattern": pattern(route),
         "params": params,
         "policies": [{"phase": PHASE_OF[kind], "policy": label, "kind": kind} for label, kind in chain],
-        "upstream": route.upstream,
-        "targets": [str(target.address) for target in config.upstreams[route.upstream].targets],
     }
+
+
+def _way(config: Config, route: Route, request: Request, client: str | None, source: str | None) -> dict[str, Any]:
+    """Return which upstream the request takes and why, or, when only chance decides, what may become of it."""
+    from gateway.snapshot.shaping import chooser_of
+
+    facts: dict[str, Any] = {}
+    chooser, name = chooser_of(route), route.upstream
+    if chooser is not None:
+        how, index = chooser.explain(request.headers, client, source)
+        if how == "canary":
+            name = route.canary[index].upstream
+            facts["canary"] = conditions_of(route.canary[index].when)
+        elif how == "sticky":
+            name = route.splits[index].upstream
+            facts["sticky"] = route.sticky
+        elif route.split is not None:
+            facts["split"] = [
+                {"upstream": split.upstream, "weight": split.weight, "targets": _targets(config, split.upstream)}
+                for split in route.split
+            ]
+            if route.sticky is not None:
+                facts["without"] = route.sticky
+    facts["upstream"] = name
+    if name is not None:
+        facts["targets"] = _targets(config, name)
+    if route.mirror is not None:
+        facts["mirror"] = {"upstream": route.mirror.upstream, "percent": route.mirror.percent}
+    return facts
+
+
+def _targets(config: Config, upstream: str) -> list[str]:
+    return [str(target.address) for target in config.upstreams[upstream].targets]
 
 
 def _loser(verdict: Verdict, route: Route) -> dict[str, str]:
@@ -186,7 +224,7 @@ def _lines(answer: dict[str, Any]) -> list[str]:
         lines = [f"route     {answer['route']}   ({answer['pattern']})"]
         lines += [f"param     {name} = {value}" for name, value in answer["params"].items()]
         lines += [f"policy    {each['phase']:<10} {_policy(each)}" for each in answer["policies"]]
-        lines.append(f"upstream  {answer['upstream']}   ({', '.join(answer['targets'])})")
+        lines += _way_lines(answer)
     elif answer["status"] == 400:
         return [f"400 Bad Request: {answer['reason']}"]
     elif answer["status"] == 405:
@@ -197,6 +235,24 @@ def _lines(answer: dict[str, Any]) -> list[str]:
         lines += ["", "why not the others:"]
         width = max(len(each["route"]) for each in answer["others"])
         lines += [f"  {each['route']:<{width}}  {each['outcome']}: {each['reason']}" for each in answer["others"]]
+    return lines
+
+
+def _way_lines(answer: dict[str, Any]) -> list[str]:
+    lines = []
+    if "canary" in answer:
+        lines.append(f"canary    {' and '.join(answer['canary'])}")
+    if "sticky" in answer:
+        lines.append(f"sticky    by {answer['sticky']}")
+    if "without" in answer:
+        lines.append(f"sticky    by {answer['without']}, which this request does not say: it is drawn")
+    if answer["upstream"] is not None:
+        lines.append(f"upstream  {answer['upstream']}   ({', '.join(answer['targets'])})")
+    else:
+        for text, each in zip(shares(answer["split"]), answer["split"], strict=True):
+            lines.append(f"split     {text}   ({', '.join(each['targets'])})")
+    if "mirror" in answer:
+        lines.append(f"mirror    {answer['mirror']['upstream']}, {answer['mirror']['percent']:g}% of the methods that it copies")
     return lines
 
 

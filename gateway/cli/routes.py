@@ -9,13 +9,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gateway.errors import ConfigError
 
 if TYPE_CHECKING:
     from gateway.config import Config
-    from gateway.config.schema import Route, ValueMatch
+    from gateway.config.conditions import ValueMatch, When
+    from gateway.config.schema import Route
 
 OK, NOT_LOADED = 0, 2
 
@@ -65,8 +67,34 @@ def describe(config: Config, route: Route) -> dict[str, Any]:
         "query": {name: condition_text(each) for name, each in match.query.items()},
         "policies": [label for label, _ in policies_of(config, route)],
         "upstream": route.upstream,
+        "split": [{"upstream": split.upstream, "weight": split.weight} for split in route.split or ()],
+        "sticky": route.sticky,
+        "canary": [{"when": conditions_of(canary.when), "upstream": canary.upstream} for canary in route.canary],
+        "mirror": None if route.mirror is None else {"upstream": route.mirror.upstream, "percent": route.mirror.percent},
         "listeners": list(route.listeners or config.listeners),
     }
+
+
+def conditions_of(when: When) -> list[str]:
+    """Return the conditions of a canary, each in a few words."""
+    found = [f"header {name} {condition_text(each)}" for name, each in when.headers.items()]
+    return found + [f"cookie {name} {condition_text(each)}" for name, each in when.cookies.items()]
+
+
+def shares(split: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return each split as `upstream 12.5%`."""
+    total = sum(each["weight"] for each in split)
+    return [f"{each['upstream']} {100 * each['weight'] / total:.3g}%" for each in split]
+
+
+def _upstream_cell(fact: Mapping[str, Any]) -> str:
+    lines = shares(fact["split"]) if fact["split"] else [fact["upstream"]]
+    if fact["sticky"]:
+        lines[-1] += f" (sticky by {fact['sticky']})"
+    lines += [f"{each['upstream']} if {' and '.join(each['when'])}" for each in fact["canary"]]
+    if fact["mirror"] is not None:
+        lines.append(f"{fact['mirror']['upstream']} gets copies, {fact['mirror']['percent']:g}%")
+    return "\n".join(lines)
 
 
 def policies_of(config: Config, route: Route) -> list[tuple[str, str]]:
@@ -109,7 +137,7 @@ def _print_table(facts: list[dict[str, Any]]) -> None:
             ", ".join(each["methods"]) or "any",
             "\n".join(conditions) or "-",
             ", ".join(each["policies"]) or "-",
-            each["upstream"],
+            _upstream_cell(each),
         )
         # Text: what stands in a configuration is never read as markup.
         table.add_row(*(Text(cell) for cell in cells))

@@ -18,6 +18,7 @@ from gateway.config.overlaps import check_overlaps
 from gateway.config.policies import AUDIT_FIELDS, DESCRIPTORS, Audit, Jwt, Policy, Python
 from gateway.config.redis_check import check_redis
 from gateway.config.schema import Config, Route, Upstream
+from gateway.config.shaping_check import check_shaping
 from gateway.config.source import Document, Key
 from gateway.config.web import Bind, parameters
 from gateway.errors import Problem
@@ -248,8 +249,8 @@ def _route(config: Config, number: int, route: Route, document: Document) -> Non
             )
         if policy.rewrite is not None:
             _rewrite(route, policy, at, document)
-    upstream = config.upstreams.get(route.upstream)
-    total = route.timeouts.total or (upstream.timeouts.total if upstream else None)
+    totals = [config.upstreams[name].timeouts.total for name in route.upstreams if name in config.upstreams]
+    total = route.timeouts.total or max(totals, default=None)
     for phase in ("head", "idle"):
         limit = getattr(route.timeouts, phase)
         if limit is not None and total is not None and limit > total:
@@ -259,6 +260,7 @@ def _route(config: Config, number: int, route: Route, document: Document) -> Non
                 "raise `total`, or lower this",
             )
     _reachable(config, route, place, document)
+    check_shaping(config, number, identified="jwt" in first or "api_key" in first, faults=[at for at, policy in used if policy.fault])
 
 
 def _rewrite(route: Route, policy: Policy, at: Place, document: Document) -> None:
@@ -301,7 +303,8 @@ def _unused(config: Config, document: Document) -> None:
                 f"use it, or remove it (a {policy.kind} policy)",
                 key=True,
             )
-    upstreams = {route.upstream for route in config.routes}
+    upstreams = {name for route in config.routes for name in route.upstreams}
+    upstreams |= {route.mirror.upstream for route in config.routes if route.mirror is not None}
     for name in config.upstreams:
         if name not in upstreams:
             document.warn(

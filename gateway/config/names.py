@@ -6,7 +6,7 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from typing import Any
 
@@ -33,7 +33,8 @@ def check_names(document: Document) -> None:
             )
         elif isinstance(name, str):
             seen[name] = number
-        _known(document, (*at, "upstream"), route.get("upstream"), known["upstreams"], "upstream")
+        for place, upstream in _upstreams(route):
+            _known(document, (*at, *place), upstream, known["upstreams"], "upstream")
         policies = route.get("policies")
         used: set[str] = set()
         for index, policy in enumerate(policies if isinstance(policies, list) else []):
@@ -51,6 +52,18 @@ def check_names(document: Document) -> None:
             _known(document, (*at, "listeners"), listeners, known["listeners"], "listener")
         for index, listener in enumerate(listeners if isinstance(listeners, list) else []):
             _known(document, (*at, "listeners", index), listener, known["listeners"], "listener")
+
+
+def _upstreams(route: dict[str, Any]) -> Iterator[tuple[Path_, Any]]:
+    """Yield what a route names as its upstreams, each with its place below the route."""
+    yield ("upstream",), route.get("upstream")
+    for key in ("split", "canary"):
+        choices = route.get(key)
+        for index, choice in enumerate(choices if isinstance(choices, list) else []):
+            if isinstance(choice, dict):
+                yield (key, index, "upstream"), choice.get("upstream")
+    if isinstance(mirror := route.get("mirror"), dict):
+        yield ("mirror", "upstream"), mirror.get("upstream")
 
 
 def _names(section: Any) -> list[str]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 
-from gateway.config.schema import Config, Match, Route, ValueMatch
+from gateway.config.conditions import ValueMatch
+from gateway.config.schema import Config, Match, Route
 
 Shape = tuple[str, str]
 

@@ -17,6 +17,7 @@ from pydantic.json_schema import WithJsonSchema
 from pydantic_core import CoreSchema
 
 from gateway.config.base import Model, Shorthand, listed, needed, part, setting
+from gateway.config.conditions import Share, When
 from gateway.config.identity import ALGORITHMS, ApiKey, ApiKeyEntry, Jwt, Scope, TokenCache
 from gateway.config.limits import Quota, RateLimit
 from gateway.config.values import (
@@ -134,6 +135,23 @@ class Rewrite(Model):
             raise fault("nothing to rewrite", "add one of `prefix`, `path`, `host`")
         if self.host is not None and "*" in self.host:
             raise fault("a pattern cannot be sent as Host", "write the host itself", at=("host",))
+        return self
+
+
+class Fault(Model):
+    """Delay or answer a share of the requests on purpose, to see what the callers make of it. Not for production traffic."""
+
+    kind: ClassVar[str] = "fault"
+
+    delay: Deadline | None = setting(None, "wait this long first; the exchange's total time goes on")
+    abort: Int | None = Field(default=None, ge=400, le=599, description="answer with this status instead of the upstream")
+    percent: Share = setting(100, "share of the matching requests")
+    when: When | None = setting(None, "which requests; default: all of the route")
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if self.delay is None and self.abort is None:
+            raise fault("neither `delay` nor `abort`: this policy does nothing", "add `delay: 100ms` or `abort: 503`")
         return self
 
 
@@ -266,6 +284,7 @@ Settings = (
     | Headers
     | Rewrite
     | Cors
+    | Fault
     | Audit
     | Python
     | tuple[Scope, ...]
@@ -284,6 +303,7 @@ KINDS = (
     "headers",
     "rewrite",
     "cors",
+    "fault",
     "audit",
     "python",
 )
@@ -305,6 +325,7 @@ class Policy(Model):
     headers: Headers | None = setting(None, "edit headers")
     rewrite: Rewrite | None = setting(None, "rewrite path or host")
     cors: Cors | None = setting(None, "cross-origin resource sharing")
+    fault: Fault | None = setting(None, "delay or answer requests on purpose")
     audit: Audit | None = setting(None, "record each call")
     python: Python | None = setting(None, "call your own class")
 
@@ -354,7 +375,7 @@ class PolicyUse(Model):
 PolicyRef = Annotated[PolicyUse, Shorthand(_widen_use, None)]
 
 __all__ = [
-    "ALGORITHMS", "AUDIT_FIELDS", "KINDS", "ApiKey", "ApiKeyEntry", "Audit", "Cors", "HeaderEdits", "Headers",
+    "ALGORITHMS", "AUDIT_FIELDS", "KINDS", "ApiKey", "ApiKeyEntry", "Audit", "Cors", "Fault", "HeaderEdits", "Headers",
     "Ip", "Jwt", "LimitsPolicy", "Policy", "PolicyRef", "PolicyUse", "Python", "Quota", "Rate", "RateLimit", "Rewrite",
     "Scalar", "Scopes", "SecretStr", "Settings", "TokenCache",
 ]  # fmt: skip

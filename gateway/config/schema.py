@@ -16,11 +16,13 @@ from pydantic.functional_validators import BeforeValidator
 from pydantic.json_schema import WithJsonSchema
 
 from gateway.config.base import Model, Shorthand, listed, needed, part, setting
+from gateway.config.conditions import Condition
 from gateway.config.discovery import Discovery
 from gateway.config.health import Health
 from gateway.config.policies import Policy, PolicyRef
 from gateway.config.redis import Redis
 from gateway.config.resilience import Balance, BalanceSettings, Hedge, Retries, RetrySettings, UpstreamLimits
+from gateway.config.shaping import Canary, Mirror, Split, StickyKey
 from gateway.config.source import Document, Path_
 from gateway.config.values import (
     MAX_FIELDS,
@@ -28,7 +30,6 @@ from gateway.config.values import (
     Deadline,
     Duration,
     FilePath,
-    Flag,
     Int,
     Name,
     Secret,
@@ -43,7 +44,6 @@ from gateway.config.web import (
     BindText,
     FieldName,
     HostPattern,
-    MatchValue,
     Method,
     Network,
     Prefix,
@@ -218,27 +218,6 @@ class Upstream(Model):
         return self
 
 
-def _widen_value(raw: Any) -> Any:
-    return raw if isinstance(raw, dict) else {"value": raw}
-
-
-class ValueMatch(Model):
-    """What a header or query parameter must be: exactly one of the three."""
-
-    value: MatchValue | None = setting(None, "equal to this")
-    present: Flag | None = setting(None, "there (true) or absent (false)")
-    prefix: MatchValue | None = setting(None, "beginning with this")
-
-    @model_validator(mode="after")
-    def _one(self) -> Self:
-        if sum(each is not None for each in (self.value, self.present, self.prefix)) != 1:
-            raise fault("expected a value, {present: true} or {prefix: text}", "write exactly one of them")
-        return self
-
-
-Condition = Annotated[ValueMatch, Shorthand(_widen_value, {"type": ["string", "number"], "x-is": "text"})]
-
-
 class Match(Model):
     """Which requests a route takes. Order in the file does not matter: the most specific route wins."""
 
@@ -300,12 +279,55 @@ class Route(Model):
     policies: tuple[PolicyRef, ...] = setting(
         [], "policies by name or written in place; they run in the order of their phases"
     )
-    upstream: Name = needed("name of the upstream")
+    upstream: Name | None = setting(None, "name of the upstream; this or `split`")
+    split: Annotated[tuple[Split, ...], Field(min_length=1, max_length=64)] | None = setting(
+        None, "several upstreams by weight, instead of `upstream`"
+    )
+    sticky: StickyKey | None = setting(
+        None, "keeps a caller at one split: by an identity, an address, a header or a cookie; default: each request is drawn"
+    )
+    canary: Annotated[tuple[Canary, ...], Field(max_length=64)] = setting(
+        [], "requests that go elsewhere; the first that matches counts, before `split` and `upstream`"
+    )
+    mirror: Mirror | None = setting(None, "copies for another upstream")
     listeners: Annotated[tuple[Name, ...], listed("listener name"), Field(min_length=1)] | None = setting(
         None, "listeners that offer it; default: all"
     )
     timeouts: RouteTimeouts = part(RouteTimeouts, "deadlines that differ from the upstream's")
     limits: RouteLimits = part(RouteLimits, "bounds that differ from the listener's")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.upstream is None and self.split is None:
+            raise fault("neither `upstream` nor `split`", "add `upstream: NAME`")
+        if self.upstream is not None and self.split is not None:
+            raise fault("both `upstream` and `split`", "keep one of them", at=("split",))
+        if self.sticky is not None and self.split is None:
+            raise fault("`sticky` without a `split`", "remove it, or write a split", at=("sticky",))
+        if self.split is not None and not any(split.weight for split in self.split):
+            raise fault("the weights add up to 0: no request could be sent anywhere", "give one a weight", at=("split",))
+        seen: set[str] = set()
+        for number, split in enumerate(self.split or ()):
+            if split.upstream in seen:
+                raise fault("the same upstream twice", "give it the sum of the weights", at=("split", number, "upstream"))
+            seen.add(split.upstream)
+        return self
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """Return the splits; a route with one upstream is a split of one."""
+        return self.split if self.split is not None else (Split(upstream=self.upstream or ""),)
+
+    @property
+    def choices(self) -> tuple[Canary | Split, ...]:
+        """Return everything that a request may take: canaries, then splits."""
+        return (*self.canary, *self.splits)
+
+    @property
+    def upstreams(self) -> tuple[str, ...]:
+        """Return the names of the upstreams that requests may reach, each once; not that of the mirror."""
+        names = [split.upstream for split in self.splits] + [canary.upstream for canary in self.canary]
+        return tuple(dict.fromkeys(names))
 
 
 def _nothing_is_empty(raw: Any) -> Any:

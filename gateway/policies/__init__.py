@@ -4,13 +4,16 @@ Strategy: `compile_policy` looks up the kind's function in one table. Each funct
 is being compiled; what several routes share (verifiers, caches, journals) comes from the Workshop of the snapshot.
 """
 
+import asyncio
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from gateway._speedups.hooks import settle
+from gateway.policies import mirror
 from gateway.policies.authorise import compile_claims, compile_ip, compile_scopes
 from gateway.policies.base import RouteParts, SettingError, Use, Workshop
+from gateway.policies.fault import compile_fault
 from gateway.policies.identify import compile_api_key, compile_jwt
 from gateway.policies.limit import compile_limits, compile_quota, compile_rate_limit
 from gateway.policies.python import compile_python
@@ -29,6 +32,7 @@ COMPILERS: dict[str, Callable[[Any, Use, RouteParts], None]] = {
     "headers": compile_headers,
     "rewrite": compile_rewrite,
     "cors": compile_cors,
+    "fault": compile_fault,
     "audit": compile_audit,
     "python": compile_python,
 }
@@ -37,8 +41,9 @@ PHASES = ("identify", "authorise", "limit", "validate", "transform", "record")
 
 
 async def end(seconds: float) -> None:
-    """Finish what policies do after the last exchange, each within `seconds`: on_end calls, leases given back, audit records."""
-    await settle(seconds)
+    """Finish what policies do after the last exchange: on_end calls, copies for mirrors, leases given back, then the audit records.
+    Each takes at most `seconds`."""
+    await asyncio.gather(settle(seconds), mirror.settle(seconds))
     if "gateway.policies.store" in sys.modules:
         from gateway.policies import store
 

@@ -10,15 +10,24 @@ from gateway.config.policies import Cors, HeaderEdits, Headers, Rewrite
 from gateway.policies.base import RouteParts, Use
 
 
-def _edits(edits: HeaderEdits, remove: list[bytes], add: list[bytes]) -> None:
-    remove.extend(name.lower().encode("ascii") for name in (*edits.remove, *edits.set))
-    for name, value in (*edits.set.items(), *edits.add.items()):
-        add.append(name.lower().encode("ascii") + b": " + str(value).encode("utf-8") + b"\r\n")
+def edit_lines(edits: HeaderEdits) -> tuple[list[bytes], list[bytes]]:
+    """Return the names to remove, in lower case, and the lines to add."""
+    remove = [name.lower().encode("ascii") for name in (*edits.remove, *edits.set)]
+    add = [
+        name.lower().encode("ascii") + b": " + str(value).encode("utf-8") + b"\r\n"
+        for name, value in (*edits.set.items(), *edits.add.items())
+    ]
+    return remove, add
 
 
 def compile_headers(settings: Headers, use: Use, parts: RouteParts) -> None:
-    _edits(settings.request, parts.request_remove, parts.request_add)
-    _edits(settings.response, parts.response_remove, parts.response_add)
+    for edits, remove, add in (
+        (settings.request, parts.request_remove, parts.request_add),
+        (settings.response, parts.response_remove, parts.response_add),
+    ):
+        names, lines = edit_lines(edits)
+        remove.extend(names)
+        add.extend(lines)
 
 
 def compile_rewrite(settings: Rewrite, use: Use, parts: RouteParts) -> None:

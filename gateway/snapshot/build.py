@@ -7,10 +7,10 @@ check() is the same build, thrown away.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from gateway._speedups.exchange import Edits, ListenerEntry, RouteEntry, Snapshot, Step
+from gateway._speedups.exchange import ListenerEntry, RouteEntry, Shape, Snapshot, Step
 from gateway._speedups.pool import Upstream
 from gateway._speedups.route_trie import Route, RouteTrie
 from gateway.config import Config, schema
@@ -21,6 +21,7 @@ from gateway.policies import COMPILERS, RouteParts, Use, Workshop
 from gateway.snapshot.faults import Faults, Place
 from gateway.snapshot.matching import RouteSpec, spec_of
 from gateway.snapshot.resolve import Endpoints
+from gateway.snapshot.shaping import Way, edits, shape_of
 
 if TYPE_CHECKING:
     from gateway.telemetry.shared import SharedState
@@ -71,7 +72,7 @@ def _build(config: Config, names: Names, version: int, workshop: Workshop, table
         with faults.at(("upstreams", name), f"upstream '{name}' cannot be used"):
             upstreams[name] = _upstream(name, settings, config.zone, workshop, table)
     routes = [
-        _route(index, route, config, upstreams.get(route.upstream), names.add(route.name), workshop, faults)
+        _route(index, route, config, upstreams, names, workshop, faults)
         for index, route in enumerate(config.routes)
     ]
     listeners = _listeners(config, routes, faults)
@@ -173,29 +174,41 @@ def _uses(index: int, config: Config) -> Iterable[tuple[str, Policy, Place]]:
 
 
 def _route(
-    index: int, route: schema.Route, config: Config, upstream: Upstream | None, metric: int, workshop: Workshop, faults: Faults,
+    index: int, route: schema.Route, config: Config, upstreams: Mapping[str, Upstream], names: Names, workshop: Workshop,
+    faults: Faults,
 ) -> RouteEntry | None:
-    """Return the compiled route, or None when its upstream or a policy is at fault."""
+    """Return the compiled route, or None when one of its upstreams or a policy is at fault."""
+    metric = names.add(route.name)
     parts = RouteParts()
     for name, policy, place in _uses(index, config):
         use = Use(name, route.name, route.match.parameters, workshop, place)
         with faults.at(place, f"the {policy.kind} policy cannot be used", foreign=policy.kind == "python"):
             COMPILERS[policy.kind](policy.settings, use, parts)
     parts.steps.sort(key=_phase)                # stable: within a phase the order of the file
-    times = route.timeouts
-    if upstream is None:
+    wanted = [*route.upstreams, *([route.mirror.upstream] if route.mirror is not None else [])]
+    if any(name not in upstreams for name in wanted):
         return None
-    with faults.at(("routes", index), f"route '{route.name}' cannot be used"):
+    total = route.timeouts.total or parts.total or 0
+
+    def entry(way: Way, total: float = total, shape: Shape | None = None) -> RouteEntry:
+        times = route.timeouts
         return RouteEntry(
-            route.name, index, upstream=upstream, metric=metric, steps=tuple(parts.steps),
-            body_limit=_body_limit(route, parts), head=times.head or 0, idle=times.idle or 0,
-            total=times.total or parts.total or 0,
-            request_edits=_edits(parts.request_remove, parts.request_add),
-            response_edits=_edits(parts.response_remove, parts.response_add),
+            route.name, index, upstream=way.upstream, metric=way.metric, steps=tuple(parts.steps),
+            body_limit=_body_limit(route, parts), head=times.head or 0, idle=times.idle or 0, total=total,
+            request_edits=way.request, response_edits=way.response,
             rewrite_prefix=parts.rewrite_prefix, rewrite_path=parts.rewrite_path, rewrite_host=parts.rewrite_host,
             audits=tuple(parts.audits), response_hooks=tuple(parts.response_hooks), end_hooks=tuple(parts.end_hooks),
-            strip_authorization=parts.strip_authorization, cors=parts.cors,
+            strip_authorization=parts.strip_authorization, cors=parts.cors, shape=shape,
         )
+
+    with faults.at(("routes", index), f"route '{route.name}' cannot be used"):
+        shape = shape_of(route, config, upstreams, parts, workshop, names.add, entry)
+        way = Way(
+            upstreams[route.upstreams[0]], metric, edits(parts.request_remove, parts.request_add),
+            edits(parts.response_remove, parts.response_add),
+        )
+        # Until the upstream is chosen, the longest time of any of them counts.
+        return entry(way, total or max(config.upstreams[name].timeouts.total for name in route.upstreams), shape)
     return None
 
 
@@ -208,7 +221,3 @@ def _body_limit(route: schema.Route, parts: RouteParts) -> int:
     if route.limits.body is not None:
         return route.limits.body
     return -1 if parts.body_limit is None else parts.body_limit
-
-
-def _edits(remove: list[bytes], add: list[bytes]) -> Edits | None:
-    return Edits(remove, b"".join(add)) if remove or add else None

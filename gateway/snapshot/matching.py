@@ -6,18 +6,16 @@ builds a trie, the data path's snapshot as well as `crossway explain`, gets its 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from gateway._speedups.route_trie import Route, RouteTrie
+from gateway.config.conditions import Triple, triples
 
 if TYPE_CHECKING:
-    from gateway.config.schema import Config, Match, ValueMatch
+    from gateway.config.schema import Config, Match
     from gateway.config.schema import Route as RouteConfig
-
-Op = Literal["exact", "prefix", "present", "absent"]
-Condition = tuple[str, Op, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +26,8 @@ class RouteSpec:
     path: str | None = None
     prefix: str | None = None
     methods: tuple[str, ...] = ()  # empty: any
-    headers: tuple[Condition, ...] = ()  # (name, op, value); no value for "present" and "absent"
-    query: tuple[Condition, ...] = ()
+    headers: tuple[Triple, ...] = ()  # (name, op, value); no value for "present" and "absent"
+    query: tuple[Triple, ...] = ()
 
 
 def spec_of(match: Match) -> RouteSpec:
@@ -39,8 +37,8 @@ def spec_of(match: Match) -> RouteSpec:
         path=match.path,
         prefix=match.prefix,
         methods=tuple(match.methods or ()),
-        headers=_conditions(match.headers),
-        query=_conditions(match.query),
+        headers=triples(match.headers),
+        query=triples(match.query),
     )
 
 
@@ -55,15 +53,3 @@ def build_trie(routes: Iterable[RouteConfig]) -> RouteTrie:
     ValueError names the routes that cannot be built, or not beside each other.
     """
     return RouteTrie([(Route(route.name, index), spec_of(route.match)) for index, route in enumerate(routes)])
-
-
-def _conditions(wanted: Mapping[str, ValueMatch]) -> tuple[Condition, ...]:
-    return tuple(_condition(name, each) for name, each in wanted.items())
-
-
-def _condition(name: str, wanted: ValueMatch) -> Condition:
-    if wanted.value is not None:
-        return name, "exact", wanted.value
-    if wanted.prefix is not None:
-        return name, "prefix", wanted.prefix
-    return name, "present" if wanted.present else "absent", ""

@@ -95,6 +95,11 @@ COUNTERS: dict[str, _Total] = {
     "hooks": _Total("hooks", "Calls of Python policies."),
     "hook_errors": _Total("hook_errors", "Calls of Python policies that raised."),
     "hook_timeouts": _Total("hook_timeouts", "Calls of Python policies that took too long."),
+    **_grouped("mirrored_requests", "Copies of requests for mirrors: how they were answered, or why they were not.", "result",
+               mirrored_2xx="2xx", mirrored_3xx="3xx", mirrored_4xx="4xx", mirrored_5xx="5xx", mirror_failed="failed",
+               mirror_dropped="dropped", mirror_skipped="skipped"),
+    **_grouped("faults_injected", "Requests delayed or answered by a fault policy.", "fault", fault_delays="delay",
+               fault_aborts="abort"),
     "accept_paused": _Total("accept_paused", "Times that accepting was paused (connection limit or descriptors)."),
     "loop_polls": _Total("loop_polls", "Times that a worker collected events."),
     "loop_events": _Total("loop_events", "Events that workers collected."),
@@ -123,6 +128,17 @@ WORKER_GAUGES = {
     "rss": ("resident_memory_bytes", "Resident memory of the worker.", 1.0),
     "limit_wait_max_us": ("limit_wait_max_seconds", "The longest that a request has waited for Redis since the worker started.", 1e-6),
 }
+
+
+class _Sums(dict[tuple[str, ...], tuple[tuple[int, ...], list[int]]]):
+    """Buckets and sums by label values. A route with several upstreams has a series for each; for its own they are added up."""
+
+    def add(self, key: tuple[str, ...], buckets: tuple[int, ...], sums: list[int]) -> None:
+        if key in self:
+            before, others = self[key]
+            buckets = tuple(a + b for a, b in zip(before, buckets, strict=True))
+            sums = [a + b for a, b in zip(others, sums, strict=True)]
+        self[key] = buckets, sums
 
 
 class SharedCollector(Collector):
@@ -175,8 +191,12 @@ class SharedCollector(Collector):
                 families[total.name].add_metric(values, slot.counter(counter) * total.factor)
         yield from families.values()
 
-    def _route(self, route: int) -> str:
-        return "_OVERFLOW" if route == OVERFLOW else self._shared.route_name(route)
+    def _route(self, route: int) -> tuple[str, str]:
+        """A route's name, and of what it sent to one of several upstreams that upstream's."""
+        if route == OVERFLOW:
+            return "_OVERFLOW", ""
+        name, _, upstream = self._shared.route_name(route).partition(">")
+        return name, upstream
 
     def _series(self, slots: list[tuple[str, WorkerSlot]]) -> Iterator[Metric]:
         labels = self._names(SERIES_LABELS)
@@ -185,15 +205,30 @@ class SharedCollector(Collector):
         )
         request = SummaryMetricFamily("http_server_request_body_size_bytes", "Request bodies received.", labels=labels)
         response = SummaryMetricFamily("http_server_response_body_size_bytes", "Response bodies sent.", labels=labels)
+        chosen = HistogramMetricFamily(
+            "crossway_route_upstream_request_duration_seconds",
+            "The same time, of requests whose route chose among several upstreams, by the upstream that it chose.",
+            labels=self._names(["http_route", "upstream", "http_response_status_code"]),
+        )
         for worker, slot in slots:
-            for route, method, status, buckets, sum_us, request_bytes, response_bytes in slot.series():
+            served, sent = _Sums(), _Sums()
+            for route, method, status, buckets, *sums in slot.series():
                 known = METHODS[method] if method < len(METHODS) else METHODS[0]
-                values = self._values(worker, [known, self._route(route), str(status)])
+                name, upstream = self._route(route)
+                served.add((known, name, str(status)), buckets, sums)
+                if upstream:
+                    sent.add((name, upstream, str(status)), buckets, sums)
+            for key, (buckets, (sum_us, request_bytes, response_bytes)) in served.items():
+                values = self._values(worker, list(key))
                 cumulated, count = _cumulated(buckets)
                 duration.add_metric(values, cumulated, sum_us / 1e6)
                 request.add_metric(values, count, request_bytes)
                 response.add_metric(values, count, response_bytes)
+            for key, (buckets, (sum_us, *_)) in sent.items():
+                chosen.add_metric(self._values(worker, list(key)), _cumulated(buckets)[0], sum_us / 1e6)
         yield from (duration, request, response)
+        if chosen.samples:
+            yield chosen
 
     def _overhead(self, slots: list[tuple[str, WorkerSlot]]) -> Metric:
         overhead = HistogramMetricFamily(
@@ -202,9 +237,11 @@ class SharedCollector(Collector):
             labels=self._names(["http_route"]),
         )
         for worker, slot in slots:
+            spent = _Sums()
             for route, _total, _bins, buckets, sum_us in slot.routes():
-                cumulated, _count = _cumulated(buckets)
-                overhead.add_metric(self._values(worker, [self._route(route)]), cumulated, sum_us / 1e6)
+                spent.add((self._route(route)[0],), buckets, [sum_us])
+            for key, (buckets, (sum_us,)) in spent.items():
+                overhead.add_metric(self._values(worker, list(key)), _cumulated(buckets)[0], sum_us / 1e6)
         return overhead
 
     def _gauges(self) -> Iterator[Metric]:

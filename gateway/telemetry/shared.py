@@ -30,6 +30,11 @@ FOLD_PATIENCE = 1.0                 # seconds; a fold takes about a millisecond
 T = TypeVar("T")
 
 
+def choice_name(route: str, upstream: str) -> str:
+    """The metric name of what a route sent to one of its several upstreams; names of routes hold no >."""
+    return f"{route}>{upstream}"
+
+
 def _pages(size: int) -> int:
     return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
 

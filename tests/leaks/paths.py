@@ -37,6 +37,7 @@ listeners:
   proxied: {{bind: 127.0.0.1:0, proxy_protocol: required}}
 upstreams:
   origin: {{targets: [127.0.0.1:{origin}], timeouts: {{head: 1ms}}}}
+  twin: {{targets: [127.0.0.1:{origin}]}}
   gone: {{targets: [127.0.0.1:{gone}]}}
 policies:
   raises: {{python: {{class: "leaky:Raises"}}}}
@@ -51,6 +52,13 @@ routes:
   - {{name: waits, match: {{path: /waits}}, upstream: origin, policies: [waits]}}
   - {{name: reads, match: {{path: /reads}}, upstream: origin, policies: [reads]}}
   - {{name: inside, match: {{path: /inside}}, upstream: origin, policies: [inside]}}
+  - name: shaped
+    match: {{path: /shaped}}
+    policies: [{{fault: {{delay: 1h, when: {{headers: {{x-chaos: {{present: true}}}}}}}}}}]
+    split: [{{upstream: origin}}, {{upstream: twin, response_headers: {{set: {{x-twin: "1"}}}}}}]
+    sticky: cookie:session
+    canary: [{{when: {{headers: {{x-canary: "1"}}}}, upstream: twin}}]
+    mirror: {{upstream: gone, methods: [GET, POST]}}
 """
 POLICY = """
 import asyncio
@@ -279,8 +287,32 @@ def late(lab: Lab, turn: int) -> None:
     lab.engine.poll()
 
 
+def shaped(lab: Lab, turn: int) -> None:
+    """Splits, canaries and copies, whose mirror refuses connections; bodies that break off; delays that nobody waits for."""
+    kind = turn % 4
+    who = b"cookie: session=%d\r\n" % turn
+    if kind == 0:
+        sock = lab.client(b"POST /shaped HTTP/1.1\r\n" + HOST + who + b"content-length: 9\r\n\r\n{")
+        lab.upstream().close()
+    elif kind == 1:
+        sock = lab.client(b"GET /shaped HTTP/1.1\r\nx-chaos: 1\r\n" + HOST + b"\r\n")
+    else:
+        who = who if kind == 2 else b"x-canary: 1\r\n"
+        sock = lab.client(b"POST /shaped HTTP/1.1\r\n" + HOST + who + b"content-length: 2\r\n\r\na")
+        upstream = lab.upstream()
+        sock.send(b"b")
+        lab.poll_for(upstream)
+        upstream.send(b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\nconnection: close\r\n\r\nabc")
+        answered(lab, sock, b"200")
+        upstream.close()
+    reset(sock) if kind == 1 else sock.close()
+    lab.engine.poll()
+    while asyncio.all_tasks(lab.loop):
+        lab.turn()
+
+
 PATHS: dict[str, Callable[[Lab, int], None]] = {
-    path.__name__: path for path in (refused, client_leaves, upstream_fails, unreachable, pooled, garbage, late)
+    path.__name__: path for path in (refused, client_leaves, upstream_fails, unreachable, pooled, garbage, late, shaped)
 }
 
 

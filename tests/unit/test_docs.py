@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md"])
 POLICIES = (ROOT / "docs" / "policies.md").read_text("utf-8")
 LINK = re.compile(r"\[[^\]]+\]\(([^)#\s]+)(#[^)\s]*)?\)")
+SHAPING = (ROOT / "docs" / "traffic-shaping.md").read_text("utf-8")
 QUOTED = re.compile(r"`((?:tests|gateway|docs|deploy|_speedups|script)/[\w./*-]+)`")
 
 HEAD = """\
@@ -89,7 +90,22 @@ def test_every_example_of_a_policy_can_be_used(tmp_path: Path, monkeypatch: pyte
         f"routes: [{{name: r, match: {{{match}}}, policies: [{', '.join([*caller, name])}], upstream: origin}}]\n"
     )
     config = load(tmp_path / "gateway.yaml")
-    assert [problem.render() for problem in [*findings(config), *snapshot.check(config)]] == []
+    found = [problem.render() for problem in [*findings(config), *snapshot.check(config)]]
+    assert len(found) == ("fault" in policy), found     # of which every use is worth a warning
+
+
+@pytest.mark.parametrize("number", range(len(blocks(SHAPING, "yaml"))))
+def test_every_example_of_traffic_shaping_can_be_used(tmp_path: Path, number: int) -> None:
+    names = ("payments", "payments-next", "accounts", "shadow")
+    upstreams = "".join(f"  {name}: {{targets: [127.0.0.1:{9001 + port}]}}\n" for port, name in enumerate(names))
+    head = HEAD.replace("upstreams: {origin: {targets: [127.0.0.1:9001]}}\n", f"upstreams:\n{upstreams}")
+    routes = YAML(typ="safe").load(blocks(SHAPING, "yaml")[number])
+    for route in routes["routes"]:
+        route["policies"] = ["caller", *route.get("policies", [])]
+    with (tmp_path / "gateway.yaml").open("w") as file:
+        file.write(f"{head}{TOKEN}")
+        YAML().dump(routes, file)
+    assert load(tmp_path / "gateway.yaml").routes
 
 
 def test_every_kind_of_policy_has_an_example() -> None:

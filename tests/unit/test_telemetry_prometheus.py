@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from gateway._speedups.histogram import COUNTER_NAMES, OVERFLOW
 from gateway.telemetry.prometheus import ConfigState, SharedCollector
-from gateway.telemetry.shared import SharedState
+from gateway.telemetry.shared import SharedState, choice_name
 
 STATE = ConfigState(version=3, hash="abc", last_reload_success=True, last_reload_timestamp=1700000000.5)
 
@@ -116,6 +116,27 @@ def test_overflow_has_its_own_route(shared: SharedState) -> None:
     shared.slot(0).record(OVERFLOW, 1, 200, 10)
     found = scrape(shared)
     assert value(found, "crossway_gateway_overhead_seconds_count", http_route="_OVERFLOW") == 1
+
+
+def test_a_route_with_several_upstreams_is_one_route_and_each_of_its_upstreams() -> None:
+    state = SharedState(1, 8)
+    plain, first, second = (state.names.add(name) for name in ("pay", choice_name("pay", "v1"), choice_name("pay", "v2")))
+    slot = state.slot(0)
+    slot.record(plain, 1, 401, 100)
+    for number, status, microseconds in ((first, 200, 300), (first, 200, 300), (first, 503, 300), (second, 200, 2_000)):
+        slot.record(number, 1, status, microseconds, 50, 10, 20)
+    found = scrape(state)
+    labels = {"http_request_method": "GET", "http_route": "pay"}
+    for status, count in (("200", 3), ("503", 1), ("401", 1)):
+        assert value(found, "http_server_request_duration_seconds_count", http_response_status_code=status, **labels) == count
+    assert value(found, "http_server_response_body_size_bytes_sum", http_response_status_code="200", **labels) == 60
+    assert value(found, "crossway_gateway_overhead_seconds_count", http_route="pay") == 5
+    chosen = {
+        (labels["upstream"], labels["http_response_status_code"]): count
+        for (name, pairs), count in found.items()
+        if name == "crossway_route_upstream_request_duration_seconds_count" and (labels := dict(pairs))["http_route"] == "pay"
+    }
+    assert chosen == {("v1", "200"): 2, ("v1", "503"): 1, ("v2", "200"): 1}
 
 
 def test_an_empty_state_is_a_valid_answer() -> None:
