@@ -803,6 +803,8 @@ cdef class Downstream(Connection):
                 task.cancel()
             metric = x.snapshot.unrouted if x.route is None else x.route.metric
             self.engine.slot.observe(metric, x.head.method, x.status, total, x.upstream_us, x.body.bytes, x.answer.bytes)
+            if x.side != SIDE_NONE:
+                self.engine.notices.note(x, total, self.text, self.text_len)
             if x.route is not None:
                 for step in x.route.audits:
                     (<Step>step).record(x, total)

@@ -10,6 +10,7 @@ from gateway._speedups.buffers cimport Buffer
 from gateway._speedups.exchange cimport Exchange, ListenerEntry, Snapshot
 from gateway._speedups.headers cimport Head
 from gateway._speedups.histogram cimport WorkerSlot
+from gateway._speedups.notices cimport Notices
 from gateway._speedups.pool cimport Endpoint, Upstream
 from gateway._speedups.sockets cimport iovec, sockaddr_storage
 from gateway._speedups.token_bucket cimport BucketTable
@@ -205,6 +206,7 @@ cdef class Engine:
     cdef readonly int worker
     cdef WorkerSlot slot
     cdef BucketTable buckets
+    cdef Notices notices            # of exchanges that did not go well
     cdef object loop
     cdef int epoll
     cdef Snapshot snapshot

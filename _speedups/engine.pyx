@@ -284,6 +284,7 @@ cdef class Engine:
         self.full = set()
         self.listening = {}
         self.log = logging.getLogger("crossway.engine")
+        self.notices = Notices()
         self.epoll = epoll_create1(EPOLL_CLOEXEC)
         if self.epoll < 0:
             raise OSError(errno, "epoll_create1")

@@ -3,10 +3,12 @@
 Strategy: one handler object at the root logger, opened by the supervisor and inherited by every child; O_APPEND makes
 lines of different processes not overwrite each other. Each process reopens the file for itself on SIGUSR1. `event` is a
 constant sentence, everything variable is a member of its own, so that a log can be searched without regular expressions.
+Nobody waits for the log: while its reader takes nothing, lines are lost, and the next one says in `lines_lost` how many.
 """
 
 import logging
 import os
+import select
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,7 +48,26 @@ class ReopenedFile(logging.StreamHandler[IO[str]]):
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
+        self.lost = 0
         super().__init__(sys.stderr if path is None else _open(path))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line unless that would have to wait: a pipe without room, a stopped terminal."""
+        if not self._ready():
+            self.lost += 1
+            return
+        if self.lost:
+            record.lines_lost, self.lost = self.lost, 0
+        super().emit(record)
+
+    def _ready(self) -> bool:
+        """Tell whether a line can be written now; a pipe that is said to be writable has room for 4 KiB (POSIX PIPE_BUF)."""
+        try:
+            poll = select.poll()
+            poll.register(self.stream, select.POLLOUT)
+            return bool(poll.poll(0))
+        except (OSError, ValueError):
+            return True  # no descriptor behind it: handleError() has the rest
 
     def reopen(self) -> None:
         """Open the file again by name; the old one stays in use when that fails."""

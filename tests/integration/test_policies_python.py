@@ -307,9 +307,11 @@ def events(http: httpx.Client) -> list[Any]:
 
 
 def logged(gateway: Gateway, answer: httpx.Response) -> dict[str, Any]:
-    """The line of the log about this answer's request."""
+    """The line of the log about the policy that failed in this answer's request."""
+    name = answer.headers["x-request-id"]
+
     def find() -> list[dict[str, Any]]:
-        return [line for line in gateway.log() if line.get("request_id") == answer.headers["x-request-id"]]
+        return [line for line in gateway.log() if line.get("request_id") == name and "policy" in line]
 
     found: dict[str, Any] = eventually(find, "the line of the log")[-1]
     return found

@@ -1,0 +1,82 @@
+"""Says in the gateway's own log what became of an exchange that was refused, failed or broken off.
+
+Strategy: one line with the request id that the client was told, so that whoever is asked about it finds it, audit trail or not.
+Anybody can cause such lines, so each kind has an allowance a second; what goes beyond is counted and said in the next line of its
+kind. What was simply answered costs one comparison in the caller. Python is called from here: per line.
+
+Safety: bytes of the request are read through Head offsets within the call, while the caller still holds its connection's buffer.
+"""
+
+from libc.stdint cimport int64_t
+from gateway._speedups.exchange cimport SIDE_DOWNSTREAM, SIDE_GATEWAY, SIDE_UPSTREAM, Exchange
+from gateway._speedups.headers cimport Head
+
+import logging
+
+cdef tuple EVENTS = ("a request was refused", "a client left before its answer was complete", "an exchange failed")
+cdef tuple LEVELS = (logging.INFO, logging.INFO, logging.WARNING)
+
+
+cdef class Notices:
+    def __cinit__(self):
+        cdef int kind
+        self.log = logging.getLogger("crossway.exchange")
+        self.second = 0
+        for kind in range(N_KINDS):
+            self.lines[kind] = 0
+            self.unsaid[kind] = 0
+
+    cdef int note(self, Exchange x, int64_t total_us, const char* peer, int peer_len) except -1:
+        cdef int kind = kind_of(x)
+        cdef int64_t second = (x.started + total_us) // 1000000
+        cdef int each
+        if kind < 0:
+            return 0
+        if second != self.second:
+            self.second = second
+            for each in range(N_KINDS):
+                self.lines[each] = 0
+        if self.lines[kind] >= PER_SECOND:
+            self.unsaid[kind] = self.unsaid[kind] + 1     # the checked build refuses += here
+            return 0
+        self.lines[kind] = self.lines[kind] + 1
+        said = described(x)
+        said["client"] = (x.client_text[:x.client_len] if x.listener is not None else peer[:peer_len]).decode("ascii")
+        said["duration_us"] = total_us
+        if self.unsaid[kind]:
+            said["unsaid"] = self.unsaid[kind]
+            self.unsaid[kind] = 0
+        self.log.log(LEVELS[kind], EVENTS[kind], extra=said)
+        return 0
+
+
+cdef int kind_of(Exchange x) noexcept:
+    """The kind of line that an exchange calls for; -1: none, it was answered, be it by a policy of the user's own."""
+    if x.side == SIDE_UPSTREAM or x.side == SIDE_GATEWAY and x.status >= 500:
+        return N_FAILED
+    if x.slug is not None:
+        return N_REFUSED
+    return N_LEFT if x.side == SIDE_DOWNSTREAM else -1
+
+
+cdef dict described(Exchange x):
+    """What may be said of it: never the query, a header or the body, which may hold secrets."""
+    cdef Head* head = x.head
+    cdef dict said = {
+        "request_id": x.request_id[:36].decode("ascii"),
+        "status": x.status,
+        "reason": None if x.slug is None else x.slug.decode("ascii"),
+        "detail": None if x.detail is None else x.detail.decode("ascii", "replace"),
+    }
+    if x.listener is not None:                  # its head was read: else there is nothing of it to be trusted
+        said["listener"] = x.listener.name
+        said["method"] = head.base[head.method_at:head.method_at + head.method_len].decode("ascii", "replace")
+        if x.path_len:
+            said["path"] = x.path()[:min(x.path_len, NOTICE_PATH)].decode("ascii", "replace")
+    if x.route is not None:
+        said["route"] = x.route.name
+    if x.endpoint is not None:
+        said["upstream"] = x.endpoint.address
+    if x.sent:
+        said["sent"] = True                     # it may have been executed
+    return said

@@ -1,0 +1,3 @@
+"""What Python sees of _speedups/notices.pyx."""
+
+class Notices: ...
