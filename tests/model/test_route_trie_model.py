@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway._speedups.route_trie import Route, RouteTrie
-from gateway.snapshot.matching import Condition, Op, RouteSpec
+from gateway.config.conditions import Op, Triple
+from gateway.snapshot.matching import RouteSpec
 
 Headers = list[tuple[bytes, bytes]]
 Asked = tuple[str, str, str, Headers, bytes]
@@ -27,7 +28,7 @@ OPS: list[Op] = ["exact", "prefix", "present", "absent"]
 condition = st.tuples(st.sampled_from(OPS), st.sampled_from(["1", "12", "x y"]))
 
 
-def conditions(drawn: dict[str, tuple[Op, str]]) -> tuple[Condition, ...]:
+def conditions(drawn: dict[str, tuple[Op, str]]) -> tuple[Triple, ...]:
     return tuple((name, op, "" if op in ("present", "absent") else value) for name, (op, value) in drawn.items())
 
 
