@@ -60,12 +60,12 @@ routes:
     split: [{upstream: v1, weight: 1}, {upstream: v2, weight: 1}]
     sticky: source
   - {name: patient, match: {prefix: /held}, split: [{upstream: v1, weight: 0}, {upstream: hasty, weight: 1}]}
-  - {name: mirrored, match: {prefix: /mirrored}, upstream: v1, mirror: {upstream: shadow}}
+  - {name: mirrored, match: {prefix: /mirrored}, upstream: v1, mirror: {upstream: shadow, timeout: 30s}}
   - {name: plain, match: {prefix: /plain}, policies: [{rewrite: {prefix: /mirrored}}], upstream: v1}
-  - {name: writes, match: {prefix: /writes}, upstream: v1, mirror: {upstream: shadow, methods: [GET, POST], strip: [x-secret], body: 4KiB, in_flight: 2}}
-  - {name: sampled, match: {prefix: /sampled}, upstream: v1, mirror: {upstream: shadow, percent: 25, in_flight: 4096}}
-  - {name: keyed, match: {prefix: /keyed}, policies: [KEYS], upstream: v1, mirror: {upstream: shadow}}
-  - {name: to-dead, match: {prefix: /to-dead}, upstream: v1, mirror: {upstream: dead}}
+  - {name: writes, match: {prefix: /writes}, upstream: v1, mirror: {upstream: shadow, methods: [GET, POST], strip: [x-secret], body: 4KiB, in_flight: 2, timeout: 30s}}
+  - {name: sampled, match: {prefix: /sampled}, upstream: v1, mirror: {upstream: shadow, percent: 25, in_flight: 4096, timeout: 30s}}
+  - {name: keyed, match: {prefix: /keyed}, policies: [KEYS], upstream: v1, mirror: {upstream: shadow, timeout: 30s}}
+  - {name: to-dead, match: {prefix: /to-dead}, upstream: v1, mirror: {upstream: dead, timeout: 30s}}
   - {name: to-hung, match: {prefix: /to-hung}, upstream: v1, mirror: {upstream: hung, in_flight: 2, timeout: 200ms}}
   - {name: some-fail, match: {prefix: /some-fail}, policies: [some], upstream: v1}
   - {name: slow, match: {prefix: /slow}, policies: [slow], upstream: v1, timeouts: {total: 10m}}
@@ -326,9 +326,10 @@ def test_a_hung_mirror_changes_nothing_and_gets_no_more_than_its_share(gateway: 
     eventually(lambda: mirrored(gateway, "failed") == failed + 1, "the next copy")
 
 
-def run_alone(tmp_path: Path, origins: Origins, mirror: ScriptedOrigin, rest: str) -> Path:
+def run_alone(tmp_path: Path, origins: Origins, mirror: ScriptedOrigin, rest: str, more: str = "") -> Path:
+    """A configuration of one route with a mirror; `rest` are settings of the mirror, `more` of the route."""
     path = tmp_path / "edge.yaml"
-    routes = f"routes:\n  - {{name: all, match: {{prefix: /}}, upstream: v1, mirror: {{upstream: copies{rest}}}}}\n"
+    routes = f"routes:\n  - {{name: all, match: {{prefix: /}}, upstream: v1, mirror: {{upstream: copies{rest}}}{more}}}\n"
     text = config(routes, origins["v1"]).replace("upstreams: {", f"upstreams: {{copies: {{targets: [127.0.0.1:{mirror.port}]}}, v1: {{targets: [127.0.0.1:{origins['v1'].port}]}}, ")
     path.write_text(text)
     return path
@@ -368,17 +369,44 @@ def test_connections_to_a_mirror_are_reused_and_end_with_their_configuration(tmp
             ended.release()
 
     mirror = ScriptedOrigin(serve)
-    path = run_alone(tmp_path, origins, mirror, "")
+    path = run_alone(tmp_path, origins, mirror, ", timeout: 30s")
     with Gateway(path) as gateway, client(gateway) as http:
         for number in range(1, 11):
             assert http.get("/x").status_code == 200
             eventually(lambda number=number: mirrored(gateway, "2xx") == number, "the copy")
         assert mirror.accepted == 1
-        path.write_text(path.read_text().replace(", mirror: {upstream: copies}", ""))
+        path.write_text(path.read_text().replace(", mirror: {upstream: copies, timeout: 30s}", ""))
         assert gateway.command("reload").returncode == 0
         eventually(lambda: ended.acquire(blocking=False), "the end of the connection")
         assert http.get("/x").status_code == 200
         assert mirrored(gateway, "2xx") == 10
+    mirror.close()
+
+
+def test_a_body_that_a_policy_collected_is_copied_in_one_piece(tmp_path: Path, origins: Origins) -> None:
+    seen: list[tuple[dict[str, str], bytes]] = []
+
+    def record(origin: ScriptedOrigin, stream: Stream) -> None:
+        while True:
+            request = stream.request()
+            seen.append((request.fields, request.body))
+            stream.send(ok())
+
+    mirror = ScriptedOrigin(record)
+    (tmp_path / "looks.py").write_text(
+        "from gateway import Policy\nclass Looks(Policy):\n    body_limit = 8192\n    def on_request(self, request):\n"
+        "        request.set_header('x-length', len(request.body))\n"
+    )
+    path = run_alone(tmp_path, origins, mirror, ", timeout: 30s, methods: POST, body: 4KiB", ", policies: [{python: {class: 'looks:Looks'}}]")
+    with Gateway(path) as gateway, connect(gateway.port()) as stream:
+        for body in (b"x" * 4097, b"abc"):
+            chunked = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+            stream.send(get("/x", "transfer-encoding: chunked", method="POST"), chunked)
+            assert stream.answer().status == 200
+        eventually(lambda: seen, "the copy")
+        assert [body for _, body in seen] == [b"abc"]
+        assert (seen[0][0]["content-length"], seen[0][0]["x-length"]) == ("3", "3")
+        assert mirrored(gateway, "skipped") == 1
     mirror.close()
 
 
@@ -412,7 +440,8 @@ def test_whatever_a_mirror_says_is_counted_and_no_more(
     tmp_path: Path, origins: Origins, reply: bytes, result: str, connections: int
 ) -> None:
     mirror = ScriptedOrigin(broken(reply))
-    with Gateway(run_alone(tmp_path, origins, mirror, ", timeout: 300ms")) as gateway, client(gateway) as http:
+    limit = "300ms" if result == "failed" else "30s"
+    with Gateway(run_alone(tmp_path, origins, mirror, f", timeout: {limit}")) as gateway, client(gateway) as http:
         for number in range(1, 4):
             assert http.get("/x?body=fixed").content == b"fixed"
             eventually(lambda number=number: mirrored(gateway, result) == number, "the copy's end")
