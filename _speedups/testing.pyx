@@ -175,17 +175,21 @@ def normalise_path(path: bytes) -> bytes:
 
 
 def contend(UpstreamState upstream not None, uint64_t[::1] number not None, uint64_t rounds) -> int:
-    """Add one to number[0] `rounds` times with no protection but the upstream's only place; returns how often it was taken.
+    """Add one to number[0] `rounds` times with no protection but the upstream's only place; returns how often it was asked for.
 
     Racing processes lose additions exactly when two of them hold the place at once.
     """
     cdef volatile uint64_t* word = &number[0]
-    cdef uint64_t done = 0, asked = 0
+    cdef uint64_t done = 0, asked = 0, seen
+    cdef int pause
     with nogil:
         while done < rounds:
             asked += 1
             if upstream.enter(1):
-                word[0] = word[0] + 1
+                seen = word[0]
+                for pause in range(20):
+                    seen += word[1]         # always 0; time for another one to get in
+                word[0] = seen + 1
                 upstream.leave()
                 done += 1
     return asked

@@ -38,7 +38,7 @@ from tests.unit.upstream_memory import (
 
 def test_a_limit_of_one_is_mutual_exclusion() -> None:
     """Each adds to a common number with no other protection, in a C loop: not one addition is lost."""
-    shared, memory, rounds = table(), mmap.mmap(-1, 4096), 300_000
+    shared, memory, rounds = table(), mmap.mmap(-1, 4096), 3_000_000
     number = memoryview(memory).cast("Q")
 
     def work(index: int) -> None:
