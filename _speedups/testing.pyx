@@ -1,4 +1,4 @@
-"""The parser, the path normaliser and the chunked decoder as Python functions, for tests and fuzzing only.
+"""The parser, the path normaliser, the chunked decoder and a race as Python functions, for tests and fuzzing only.
 
 Strategy: every input is copied into a malloc block of exactly its size before it is parsed, so that a sanitizer build
 reports a read of one byte too many; nothing of the gateway imports this module.
@@ -8,10 +8,11 @@ Safety: `Copy` owns the block for as long as a pointer into it is used; slices a
 with the parser's offsets, so a wrong offset shows as a wrong value, not as a wild read.
 """
 
-from libc.stdint cimport int64_t, uint32_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 from gateway._speedups.headers cimport FIELD_DROP, FIELD_IDENTITY, Field, Head, head_mark_hop_by_hop, head_reset
+from gateway._speedups.upstream_state cimport UpstreamState
 from gateway._speedups.http1 cimport (
     CHUNK_DONE, Chunked, Limits, chunked_decode, chunked_reset, error_detail, error_slug, error_status, normalise_path as normalise,
     parse_request as parse_request_head, parse_response as parse_response_head,
@@ -171,6 +172,27 @@ def normalise_path(path: bytes) -> bytes:
     if n < 0:
         raise refused(-n)
     return out.data[:n]
+
+
+def contend(UpstreamState upstream not None, uint64_t[::1] number not None, uint64_t rounds) -> int:
+    """Add one to number[0] `rounds` times with no protection but the upstream's only place; returns how often it was asked for.
+
+    Racing processes lose additions exactly when two of them hold the place at once.
+    """
+    cdef volatile uint64_t* word = &number[0]
+    cdef uint64_t done = 0, asked = 0, seen
+    cdef int pause
+    with nogil:
+        while done < rounds:
+            asked += 1
+            if upstream.enter(1):
+                seen = word[0]
+                for pause in range(20):
+                    seen += word[1]         # always 0; time for another one to get in
+                word[0] = seen + 1
+                upstream.leave()
+                done += 1
+    return asked
 
 
 def read_past_the_end() -> int:

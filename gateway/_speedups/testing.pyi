@@ -1,7 +1,9 @@
-"""The parser, the path normaliser and the chunked decoder as Python functions, for tests and fuzzing only."""
+"""The parser, the path normaliser, the chunked decoder and a race as Python functions, for tests and fuzzing only."""
 
 from collections.abc import Iterable
 from typing import Any
+
+from gateway._speedups.upstream_state import UpstreamState
 
 class ParseError(ValueError):
     status: int
@@ -18,4 +20,5 @@ def parse_response(
 def scanned_bytes(data: bytes, chunks: Iterable[int]) -> int: ...
 def decode_chunked(pieces: Iterable[bytes]) -> tuple[bytes, int, bool]: ...
 def normalise_path(path: bytes) -> bytes: ...
+def contend(upstream: UpstreamState, number: memoryview, rounds: int) -> int: ...
 def read_past_the_end() -> int: ...

@@ -7,12 +7,15 @@ test_upstream_processes.py.
 from __future__ import annotations
 
 import itertools
+import mmap
+import struct
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway._speedups.upstream_state import EndpointState, UpstreamState, classify_grpc, classify_status
+from gateway._speedups.upstream_table import UpstreamTable
 from tests.unit.upstream_memory import (
     CANCELLED,
     CHECK_FAILED,
@@ -260,8 +263,8 @@ def test_a_cancelled_probe_lets_the_next_request_probe_at_once() -> None:
 @pytest.mark.parametrize(
     "count,share,panic,most",
     [
-        (1, 0.5, False, 1), (1, 0.5, True, 0), (1, 0, False, 0), (1, 1, True, 0), (2, 0.5, False, 1), (3, 0.5, False, 1),
-        (4, 0.5, True, 2), (10, 0.1, False, 1), (9, 0.1, False, 0), (5, 1, False, 5), (6, 0.5, False, 3),
+        (1, 0.5, False, 0), (1, 0.5, True, 0), (1, 0, False, 0), (1, 1, False, 1), (2, 0.5, False, 1), (3, 0.5, False, 1),
+        (4, 0.5, True, 2), (10, 0.1, False, 1), (9, 0.1, False, 1), (9, 0, False, 0), (5, 1, False, 5), (6, 0.5, False, 3),
     ],
 )
 def test_at_most_the_share_is_out(count: int, share: float, panic: bool, most: int) -> None:
@@ -283,6 +286,24 @@ def test_one_that_returns_makes_room_for_the_next() -> None:
     assert send(upstream, two, CONNECT, back) == NONE, "one that is probed is still out"
     assert one.report(upstream, OK, probe, back) == RETURNED
     assert send(upstream, two, CONNECT, back) == EJECT
+
+
+def test_a_decision_that_nobody_finishes_counts_for_a_moment_and_is_struck_out() -> None:
+    """As a process leaves it that is killed between marking an endpoint and counting the others."""
+    memory = mmap.mmap(-1, UpstreamTable.size_for(4, 4, 16))
+    upstream, (one, two) = seen_by(table(memory=memory), 0, 2, failures=1)
+    health = memory.find(b"10.0.0.1:80\0") - 64 - 256       # the first word of the slot that holds this address
+    word = struct.unpack_from("Q", memory, health)[0]
+    assert word == one.admit(START, PROBE), "open, and the generation alone"
+    decided = START // 1000 << 24 | 1 << 22 | word
+    struct.pack_into("Q", memory, health, decided)
+    assert one.availability(START) == USABLE, "it serves meanwhile"
+    assert send(upstream, two, CONNECT, START + 50_000) == NONE, "one of two is about to be out"
+    assert send(upstream, two, CONNECT, START + 150_000) == EJECT
+    assert struct.unpack_from("Q", memory, health)[0] == word
+    struct.pack_into("Q", memory, health, decided)
+    assert send(upstream, two, OK, two.ejected_until()) == RETURNED
+    assert send(upstream, one, CONNECT, START + 10 * SECOND) == EJECT, "its own old mark is no obstacle"
 
 
 def test_only_present_endpoints_count_for_the_share() -> None:

@@ -22,9 +22,9 @@ OK, NEUTRAL, CONNECT, RESET, TIMEOUT, STATUS, CANCELLED = range(len(OUTCOME_NAME
 NONE, EJECT, PROBE_FAILED, RETURNED, CHECK_PASSED, CHECK_FAILED = range(len(EVENT_NAMES))
 
 
-def table(workers: int = 4, upstreams: int = 4, endpoints: int = 16) -> UpstreamTable:
+def table(workers: int = 4, upstreams: int = 4, endpoints: int = 16, memory: mmap.mmap | None = None) -> UpstreamTable:
     size = UpstreamTable.size_for(workers, upstreams, endpoints)
-    return UpstreamTable(mmap.mmap(-1, size), 0, workers, upstreams, endpoints)
+    return UpstreamTable(mmap.mmap(-1, size) if memory is None else memory, 0, workers, upstreams, endpoints)
 
 
 def addresses(count: int) -> list[str]:
