@@ -209,6 +209,16 @@ cdef bint try_again(Downstream d, uint32_t why, int64_t at_least) except -1:
     return True
 
 
+cdef object unreachable(Exchange x, int status, bytes slug, bytes detail):
+    """The last attempt reached nobody; `detail` says that nothing was sent, which must be true of the attempts before it too."""
+    x.side = SIDE_UPSTREAM
+    if x.sent:
+        x.refuse(502, b"upstream-unreachable", b"no endpoint could be reached once more; an earlier attempt may have been executed")
+        return
+    x.refuse(status, slug, detail)
+    x.reply_headers = b"retry-after: 1\r\n"
+
+
 cdef bint race_again(UpstreamConnection u) except -1:
     """The keep-alive race: a pooled connection turned out to be closed, and what it carried is safe to repeat. Once, at once."""
     cdef Exchange x = u.x

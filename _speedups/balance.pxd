@@ -22,7 +22,7 @@ cdef enum:                      # what became of a request, for finished()
 cdef struct Candidate:
     # Set by the pool; call changed() afterwards, or it is seen a tenth of a second later.
     uint64_t id                 # hash of the address, the same in every process: maglev's table is made of it
-    int64_t born                # us; when it joined or came back, for the slow start. Long ago: none
+    int64_t born                # us; when it joined or came back: its slow start begins, and what was known of it is forgotten
     int32_t weight              # below 1: takes nothing
     uint8_t local               # in this machine's zone, or zones are not in use
     uint8_t usable              # resolved, not ejected, not draining
@@ -34,8 +34,9 @@ cdef struct Candidate:
     int64_t ewma_at             # us; 0: nothing is known
     int64_t penalty_until       # us; the endpoint failed, and until then it costs at least the time that is left
     int64_t hold_until          # us; the part of it that the endpoint asked for (Retry-After): no success shortens it
-    # Of the balancer: smooth weighted round robin.
-    int64_t current
+    # Of the balancer.
+    int64_t current             # smooth weighted round robin
+    int64_t born_seen           # `born` when it was looked at last; BORN_UNSEEN: never
 
 cdef struct Slot:               # a usable candidate
     int32_t index

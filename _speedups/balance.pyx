@@ -11,7 +11,8 @@ projects and stores nothing, so a look never changes what is seen. Four things t
     answers. Here what is known of an endpoint decays towards *half of what is typical for this upstream* (a running median of the
     endpoints' averages, so that one slow endpoint does not move it; 30 ms before there is any). So an endpoint that was slow is
     tried again, but never carries more than twice what the others do before it has shown its speed; after a rest all are alike.
-    An endpoint that never answered is taken for a typical one: as much as the others, with a slow start less.
+    An endpoint that never answered, or not since it came back from an ejection, is taken for a good typical one (90 %): it gets
+    as much as the others, with a slow start less. What its predecessor or its first request was like would keep it empty for a minute.
  2. Failures are fast and look cheap. A failure makes its endpoint cost the time until the penalty ends, 5 s or what Retry-After
     asks for (at most 300 s), if that is more than its average. The penalty runs off with the clock, where a recorded latency of
     5 s would need ln(5 s / 2 ms) = 8 time constants: one failure in 10,000 would keep most endpoints of a busy upstream empty
@@ -95,12 +96,14 @@ cdef enum:
 ALGORITHMS: Final = ("p2c_ewma", "least_request", "round_robin", "random", "maglev")     # in the order of BALANCE_*
 assert len(ALGORITHMS) == BALANCE_MAGLEV + 1
 
+cdef int64_t BORN_UNSEEN = -(<int64_t>1 << 62)
 cdef int64_t PENALTY_US = 5_000_000     # Linkerd's load biaser
 cdef int64_t PENALTY_MAX_US = 300_000_000       # a longer Retry-After is no statement about load
 cdef int64_t RTT_MAX_US = 3_600_000_000
 cdef double TAU_US = 10e6               # Linkerd, Envoy
 cdef double TYPICAL_QUICK_STEP = 1.0 / 8
 cdef double TYPICAL_STEP = 1.0 / 64
+cdef double FRESH = 0.9                 # of what is typical: a new endpoint is tried, even where nobody is busy
 cdef double SEED_US = 30e3              # Linkerd
 cdef double CLEARLY_CHEAPER = 0.75
 cdef double ZONE_HEALTHY = 0.7
@@ -123,6 +126,7 @@ cdef void candidate_reset(Candidate* candidate, uint64_t id, int weight, int64_t
     candidate.penalty_until = 0
     candidate.hold_until = 0
     candidate.current = 0
+    candidate.born_seen = BORN_UNSEEN
 
 
 cdef uint64_t hash_key(const char* data, size_t length) noexcept nogil:
@@ -336,7 +340,7 @@ cdef class Balancer:
     cdef double latency(self, const Candidate* candidate, int64_t now) noexcept nogil:
         cdef double rest = self.typical_us * 0.5
         if candidate.ewma_at == 0:
-            return self.typical_us
+            return self.typical_us * FRESH
         if now <= candidate.ewma_at:
             return candidate.ewma_us
         # now > ewma_at: the exponent is negative, the factor in [0, 1); both ends are finite and positive, so is what lies between.
@@ -358,6 +362,12 @@ cdef class Balancer:
         all_of[0] = all_of[1] = usable[0] = usable[1] = 0
         for i in range(self.count):
             candidate = self.candidates[i]
+            if candidate.born != candidate.born_seen:
+                if candidate.born_seen != BORN_UNSEEN:
+                    # Another process, likely; how the last one fared, and how long the first request to this one took, is past.
+                    candidate.ewma_at = 0
+                    candidate.penalty_until = candidate.hold_until
+                candidate.born_seen = candidate.born
             self.slot_of[i] = -1
             if candidate.weight > 0:
                 which = 0 if candidate.local else 1

@@ -684,11 +684,8 @@ cdef class Downstream(Connection):
                 self.engine.slot.counters[C_RETRIES] += 1
                 fresh = True
         if upstream is None:
-            x.side = SIDE_UPSTREAM
-            x.refuse(503, b"upstream-unreachable", b"no endpoint of the upstream accepts connections; the request was not sent")
-            if endpoint is None:
-                x.detail = b"no endpoint of the upstream is available; the request was not sent"
-            x.reply_headers = b"retry-after: 1\r\n"
+            unreachable(x, 503, b"upstream-unreachable", b"no endpoint of the upstream is available; the request was not sent"
+                        if endpoint is None else b"no endpoint of the upstream accepts connections; the request was not sent")
             return self.reply()
         upstream.take_up(x)
         x.upstream_connection = upstream

@@ -161,9 +161,7 @@ cdef class UpstreamConnection(Connection):
             return 0
         if not try_again(downstream, RETRY_CONNECT, 0):
             downstream.drop_upstream()
-            x.side = SIDE_UPSTREAM
-            x.refuse(status, slug, detail)
-            x.reply_headers = b"retry-after: 1\r\n"
+            unreachable(x, status, slug, detail)
             downstream.reply()
         return downstream.advance()
 

@@ -288,10 +288,14 @@ class ScriptedOrigin:
         """Wait until the script has come to the moment that it marks with `seen`."""
         assert self.seen.acquire(timeout=PATIENCE)
 
-    def close(self) -> None:
+    def refuse(self) -> None:
+        """Accept no connection any more; those that are open stay."""
         with contextlib.suppress(OSError):
             self._listening.shutdown(socket.SHUT_RDWR)
         self._listening.close()
+
+    def close(self) -> None:
+        self.refuse()
         self.reset()
 
 

@@ -99,3 +99,30 @@ def test_an_endpoint_that_refuses_everything_is_passed_by(tmp_path: Path) -> Non
         good.close()
         book.close()
     assert verdict.arrivals["bad"] < verdict.arrivals["good"] / 10, verdict.arrivals
+
+
+def test_an_attempt_that_may_have_been_executed_is_not_called_unsent(tmp_path: Path) -> None:
+    """The origin executes, breaks the connection and is gone before the next attempt."""
+    book = Book(tmp_path / "origin-book")
+    counting = Counting(book, "a")
+
+    def script(origin: ScriptedOrigin, stream: Stream) -> None:
+        order = counting.receive(stream, counting.connection())
+        counting.execute(order)
+        origin.refuse()
+        stream.reset()
+
+    origin = ScriptedOrigin(script)
+    try:
+        with payments(tmp_path, [origin.port], STORM.replace("reserve: 0", "reserve: 10"), KEPT) as bank:
+            bank.book = book
+            with bank.trade(1, reads=1.0) as customers:
+                customers.told_so(502, 1)
+            bank.verdict()
+        (executed,) = book.lines("executed")
+        record = customers.records[executed.payment]
+        assert (record.status, record.problem) == (502, "upstream-unreachable")
+        assert "may have been executed" in record.detail and "retry-after" not in record.fields
+    finally:
+        origin.close()
+        book.close()

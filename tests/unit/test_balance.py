@@ -222,7 +222,7 @@ def test_the_typical_latency_is_that_of_the_upstream_not_a_constant() -> None:
     fresh = fleet("p2c_ewma", [1, 1, 1])
     fresh.start(0)
     fresh.finish(0, NOW, 3 * MS)
-    assert fresh.expected_us(2, NOW) == 3 * MS
+    assert fresh.expected_us(2, NOW) == 2.7 * MS
 
 
 @pytest.mark.parametrize("algorithm", ["p2c_ewma", "least_request"])
@@ -297,6 +297,24 @@ def test_a_request_given_up_shows_how_long_it_took_at_least() -> None:
     one.start(0)
     one.finish(0, NOW, 3 * SECOND, "abandoned")
     assert one.expected_us(0, NOW) == 3 * SECOND
+
+
+def test_an_endpoint_that_comes_back_begins_anew() -> None:
+    many = learned("p2c_ewma", [4 * MS] * 3)
+    many.choose(NOW)
+    many.start(0)
+    many.finish(0, NOW, 900 * MS, "bad")
+    many.set(0, usable=False)
+    many.choose(NOW + SECOND)
+    many.set(0, usable=True, born=NOW + SECOND)
+    assert 0 in {many.choose(NOW + SECOND) for _ in range(50)}
+    assert many.expected_us(0, NOW + SECOND) == pytest.approx(many.typical_us * 0.9)
+    # But for what it asked for itself.
+    many.start(1)
+    many.finish(1, NOW + SECOND, 50, "bad", 60 * SECOND)
+    many.set(1, born=NOW + 2 * SECOND)
+    many.choose(NOW + 2 * SECOND)
+    assert many.expected_us(1, NOW + 2 * SECOND) == 59 * SECOND
 
 
 def test_a_busy_upstream_fills_endpoints_in_proportion_to_their_weight() -> None:
