@@ -19,7 +19,7 @@ from typing import Any
 
 import uvloop
 
-from gateway import policies
+from gateway import discovery, policies
 from gateway._speedups.engine import Engine
 from gateway.errors import ConfigError
 from gateway.server import log as logs
@@ -96,6 +96,8 @@ class Worker:
         self.launch.board.beat(self.launch.slot)
         self.loop.call_later(HEARTBEAT, self._beat)
         self.gauges.set_gauge("cpu_us", time.process_time_ns() // 1000)
+        for name, total in discovery.counts().items():
+            self.gauges.add(name, total - self.gauges.counter(name))
         self.gauges.set_gauge("rss", int(os.pread(self.memory, 128, 0).split()[1]) * PAGE)
 
     def _gauge_start(self) -> None:

@@ -69,6 +69,12 @@ def settled(payers: Payers, *origins: ScriptedOrigin) -> None:
     assert executed == dict.fromkeys(payers.told, 1)
 
 
+def counted(gateway: Gateway, name: str) -> float:
+    """A counter of all workers."""
+    lines = gateway.admin("/metrics")[1].splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith(f"crossway_{name}_total "))
+
+
 def test_a_name_that_moves_takes_its_traffic_along(tmp_path: Path, names: NameServer, pair: Pair) -> None:
     names.a(NAME, "127.0.0.2")
     with Gateway(write(tmp_path, by_name(names, pair.port))) as gateway:
@@ -142,6 +148,8 @@ def test_a_name_server_that_fails_changes_nothing(tmp_path: Path, names: NameSer
             assert (line["host"], line["kept"]) == (NAME, 1)
             if failure in ("NXDOMAIN", "SERVFAIL", "REFUSED"):
                 assert line["reason"] == failure
+            eventually(lambda: counted(gateway, "lookup_failures") > 2, "the counter of failures")
+            assert counted(gateway, "lookups") >= counted(gateway, "lookup_failures")
             names.failing, names.silent = {}, False
             names.a(NAME, "127.0.0.3")
             flowing(pair.b)
