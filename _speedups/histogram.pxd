@@ -70,6 +70,9 @@ cdef enum:                      # counters; anonymous, so that a member indexes 
     C_ORPHANS                   # exchanges that went on without their clients
     C_UPSTREAM_OVERLOADED       # refused: the upstream's queue was full
     C_UPSTREAM_QUEUE_TIMEOUTS
+    C_LOOKUPS                   # names asked for by discovery
+    C_LOOKUP_FAILURES
+    C_FILES_REJECTED            # versions of watched files of endpoints that could not be used
     C_SERIES_OVERFLOW           # observations that found no free series; written by observe() only
     C_USED                      # how many there are
     COUNTER_COUNT = 96          # room in the slot

@@ -191,7 +191,11 @@ def _way(config: Config, route: Route, request: Request, client: str | None, sou
 
 
 def _targets(config: Config, upstream: str) -> list[str]:
-    return [str(target.address) for target in config.upstreams[upstream].targets]
+    settings = config.upstreams[upstream]
+    found = settings.discovery
+    if found.srv is not None:
+        return [f"SRV {found.srv}"]
+    return [str(target.address) for target in settings.targets or found.endpoints]
 
 
 def _loser(verdict: Verdict, route: Route) -> dict[str, str]:

@@ -178,7 +178,9 @@ def book_of(loop: asyncio.AbstractEventLoop) -> Book:
 
 
 def counts() -> dict[str, int]:
-    """Return what this process has counted so far: lookups, failures, rejected."""
-    if _book is None:
-        return {"lookups": 0, "failures": 0, "rejected": 0}
-    return {"lookups": _book.lookups, "failures": _book.failures, "rejected": _book.rejected}
+    """Return what this process has counted so far, by the names of the metric slots' counters."""
+    book = _book
+    return {
+        "lookups": book.lookups if book else 0, "lookup_failures": book.failures if book else 0,
+        "files_rejected": book.rejected if book else 0,
+    }

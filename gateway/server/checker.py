@@ -37,9 +37,15 @@ class Checker:
 
     def _verdict(self, upstream: str, found: Found) -> Verdict:
         table: UpstreamTable = self.launch.memory.upstreams
-        return table.endpoint(
+        state = table.endpoint(
             CHECKER, upstream, str(found.address), target=found.host, zone=found.zone, weight=found.weight
         )
+        if not state.shared:
+            log.error(
+                "no room in the shared table: the checks of this endpoint change nothing",
+                extra={"upstream": upstream, "endpoint": str(found.address)},
+            )
+        return state
 
     async def run(self) -> None:
         """Check until told to leave."""

@@ -19,7 +19,7 @@ from typing import Any
 
 import uvloop
 
-from gateway import policies
+from gateway import discovery, policies
 from gateway._speedups.engine import Engine
 from gateway.errors import ConfigError
 from gateway.server import log as logs
@@ -28,6 +28,7 @@ from gateway.server.launch import Launch
 from gateway.server.log import log
 from gateway.server.store import problems_of, read_config
 from gateway.snapshot import Snapshot, build, settled
+from gateway.snapshot.resolve import Endpoints
 
 HEARTBEAT = 0.5  # seconds
 PAGE = os.sysconf("SC_PAGESIZE")
@@ -58,6 +59,7 @@ class Worker:
         self.gauges = launch.memory.slot(launch.slot)
         self.engine = Engine(launch.slot, self.gauges, launch.memory.buckets)
         self.snapshot: Snapshot = self._build(launch.config, launch.version)
+        self._begin_with_neighbours()
         self.prepared: Prepared | None = None
         self.memory = os.open("/proc/self/statm", os.O_RDONLY)  # kept: a worker without free descriptors has to beat too
         self.stop_at: float | None = None  # loop time; None while serving
@@ -66,6 +68,14 @@ class Worker:
     def _build(self, config: Any, version: int) -> Snapshot:
         memory, launch = self.launch.memory, self.launch
         return build(config, names=memory.names, seed=launch.seed, version=version, worker=launch.slot, memory=memory)
+
+    def _begin_with_neighbours(self) -> None:
+        """Know from the start which endpoints the other workers have found."""
+        sources = [source for source in self.snapshot.sources if isinstance(source, Endpoints)]
+        if sources:
+            _, rows = self.launch.memory.upstream_rows()
+            for source in sources:
+                source.begin_with(rows)
 
     async def run(self) -> None:
         """Serve until drained."""
@@ -96,6 +106,8 @@ class Worker:
         self.launch.board.beat(self.launch.slot)
         self.loop.call_later(HEARTBEAT, self._beat)
         self.gauges.set_gauge("cpu_us", time.process_time_ns() // 1000)
+        for name, total in discovery.counts().items():
+            self.gauges.add(name, total - self.gauges.counter(name))
         self.gauges.set_gauge("rss", int(os.pread(self.memory, 128, 0).split()[1]) * PAGE)
 
     def _gauge_start(self) -> None:

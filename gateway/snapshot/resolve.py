@@ -7,7 +7,8 @@ What a snapshot took over from the one before and has not found anew yet stays a
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from gateway._speedups.pool import Endpoint, Upstream
 from gateway.config import schema
@@ -27,6 +28,20 @@ class Endpoints:
         self.discovery.apply = self._apply
         self.moving = self.discovery.moving
         self._apply(self.discovery.given())
+
+    def begin_with(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Use what other processes have found, as the shared table tells it, until something is found here.
+
+        For a worker that takes the place of a dead one, perhaps while no name server answers.
+        """
+        given, unresolved = self.upstream.endpoints, self.upstream.unresolved
+        rows = [row for row in rows if row["upstream"] == self.upstream.name]
+        if self.moving and (unresolved or not given):
+            known = [row for row in rows if row["target"] in unresolved or not given and not unresolved]
+            self.upstream.replace([
+                *given,
+                *(Endpoint(row["address"], row["weight"], target=row["target"], zone=row["zone"] or None) for row in known),
+            ])
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         book_of(loop).loud = self.loud

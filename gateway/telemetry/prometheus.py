@@ -108,6 +108,9 @@ COUNTERS: dict[str, _Total] = {
     "orphans": _Total("orphaned_exchanges", "Exchanges that were finished after their client had left."),
     "upstream_overloaded": _Total("upstream_overloaded", "Requests refused because the upstream's queue was full."),
     "upstream_queue_timeouts": _Total("upstream_queue_timeouts", "Requests refused because no place at the upstream became free."),
+    "lookups": _Total("lookups", "Names that workers asked for to find endpoints."),
+    "lookup_failures": _Total("lookup_failures", "Of these, the ones that led to nothing: the last good answer stayed."),
+    "files_rejected": _Total("endpoint_files_rejected", "Versions of watched files of endpoints that could not be used."),
     "series_overflow": _Total("metrics_overflow", "Observations counted in the overflow series."),
 }
 assert COUNTERS.keys() == set(COUNTER_NAMES)

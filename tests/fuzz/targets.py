@@ -13,6 +13,8 @@ from itertools import pairwise
 import h11
 
 from gateway._speedups import testing
+from gateway.discovery import dns_wire
+from gateway.health.grpc import serving_status
 
 Signature = tuple[Hashable, ...]
 
@@ -84,7 +86,38 @@ def path(data: bytes) -> Signature:
     return (result,)
 
 
-TARGETS: dict[str, Callable[[bytes], Signature]] = {"request": request, "response": response, "chunked": chunked, "path": path}
+NAME = b"\x03pay\x04bank\x04test\x00"
+
+
+def name_answer(data: bytes) -> Signature:
+    """A name server's answer: read, refused as malformed, or not ours; never more values than there are bytes for."""
+    found = []
+    for kind in (dns_wire.A, dns_wire.SRV):
+        try:
+            reply = dns_wire.read_reply(data, 7, NAME, kind)
+        except dns_wire.Malformed as error:
+            found.append(str(error))
+            continue
+        if reply is None:
+            found.append("not ours")
+            continue
+        assert 0 <= reply.ttl < 1 << 31 and len(reply.values) <= len(data) // 14
+        assert all(len(value) == 4 if isinstance(value, bytes) else value.host and value.port for value in reply.values)
+        found.append((reply.rcode, reply.truncated, len(reply.values)))
+    return tuple(found)
+
+
+def health_answer(data: bytes) -> Signature:
+    """The message of a gRPC health check."""
+    status = serving_status(data)
+    assert -1 <= status < 1 << 70
+    return (status,)
+
+
+TARGETS: dict[str, Callable[[bytes], Signature]] = {
+    "request": request, "response": response, "chunked": chunked, "path": path, "name_answer": name_answer,
+    "health_answer": health_answer,
+}
 
 SEEDS: dict[str, list[bytes]] = {
     "request": [
@@ -101,6 +134,13 @@ SEEDS: dict[str, list[bytes]] = {
         b"5\r\nhello\r\n0\r\n\r\n",
         b'a;x="y\\";z"\r\n0123456789\r\n000\r\nX: 1\r\n\r\nGET /',
     ],
+    "name_answer": [
+        b"\0\7\x81\x80\0\1\0\2\0\0\0\0" + NAME + b"\0\1\0\1" + b"\xc0\x0c\0\5\0\1\0\0\0\x09\0\4\1a\xc0\x10"
+        + b"\1a\xc0\x10\0\1\0\1\0\0\0\x05\0\4\xc0\0\2\1",
+        b"\0\7\x81\x80\0\1\0\1\0\0\0\0" + NAME + b"\0\x21\0\1" + b"\xc0\x0c\0\x21\0\1\0\0\0\x09\0\x0b\0\1\0\2\x1f\x90\2pd\xc0\x10",
+        b"\0\7\x83\x80\0\1\0\0\0\0\0\0" + NAME + b"\0\1\0\1",
+    ],
+    "health_answer": [b"\0\0\0\0\2\x08\1", b"\0\0\0\0\x09\x12\2hi\x15abcd"],
     "path": [b"/a/./b/../c", b"/%61%2e%2E/%c3%a9/%e2%82%ac;v=1", b"/%25a%20"],
 }
 DICTIONARY = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -67,6 +68,12 @@ def settled(payers: Payers, *origins: ScriptedOrigin) -> None:
     assert payers.mistaken == []
     executed = sum((origin.ledger.executed for origin in origins), start=type(origins[0].ledger.executed)())
     assert executed == dict.fromkeys(payers.told, 1)
+
+
+def counted(gateway: Gateway, name: str) -> float:
+    """A counter of all workers."""
+    lines = gateway.admin("/metrics")[1].splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith(f"crossway_{name}_total "))
 
 
 def test_a_name_that_moves_takes_its_traffic_along(tmp_path: Path, names: NameServer, pair: Pair) -> None:
@@ -142,6 +149,8 @@ def test_a_name_server_that_fails_changes_nothing(tmp_path: Path, names: NameSer
             assert (line["host"], line["kept"]) == (NAME, 1)
             if failure in ("NXDOMAIN", "SERVFAIL", "REFUSED"):
                 assert line["reason"] == failure
+            eventually(lambda: counted(gateway, "lookup_failures") > 2, "the counter of failures")
+            assert counted(gateway, "lookups") >= counted(gateway, "lookup_failures")
             names.failing, names.silent = {}, False
             names.a(NAME, "127.0.0.3")
             flowing(pair.b)
@@ -164,6 +173,22 @@ def test_what_was_found_outlives_a_reload_without_a_name_server(tmp_path: Path, 
             flowing(pair.a)
             assert gateway.get("/more")[0] == 200
         settled(payers, pair.a)
+
+
+def test_the_successor_of_a_worker_knows_what_the_others_have_found(tmp_path: Path, names: NameServer, pair: Pair) -> None:
+    names.a(NAME, "127.0.0.2")
+    names.a("host.bank.test", "127.0.0.3")
+    names.srv("_pay._tcp.bank.test", f"0 0 {pair.port} host.bank.test.")
+    service = f"  srv: {{discovery: {{srv: _pay._tcp.bank.test, resolver: '{names.address}'}}}}\n"
+    route = "  - {name: srv, match: {prefix: /srv}, upstream: srv}\n"
+    with Gateway(write(tmp_path, by_name(names, pair.port), service, route)) as gateway:
+        old = gateway.workers()
+        names.silent = True
+        os.kill(old[0], signal.SIGKILL)
+        eventually(lambda: (new := gateway.workers()) and new[0] != old[0], "the successor")
+        # Connections are spread over both workers' sockets: a dozen of them meet the successor.
+        assert [gateway.get("/x")[0] for _ in range(12)] == [200] * 12
+        assert [gateway.get("/srv")[0] for _ in range(12)] == [200] * 12
 
 
 def test_of_a_thousand_records_a_bounded_number_is_used(tmp_path: Path, names: NameServer) -> None:
