@@ -177,6 +177,7 @@ class Store:
     def submit(self, call: Call) -> None:
         """Send a call with the others of this turn of the loop. While Redis is away it fails at once."""
         if not self.switch.up or self.loop is None:
+            call.over = True
             call.fail()
             return
         call.due = time.monotonic() + self.command_time
