@@ -7,6 +7,8 @@ answer of Redis is needed for the test to go on, the time for it is PATIENT inst
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import shutil
 import subprocess
 from collections import Counter
@@ -295,22 +297,22 @@ def test_a_wrong_password_is_said_and_nothing_is_shown_of_it(origin: CountingOri
 # -- clusters, TLS, sockets
 
 
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[list[RedisServer]]:
-    options = ["--cluster-enabled", "yes", "--cluster-node-timeout", "1000", "--cluster-require-full-coverage", "yes"]
-    nodes = [RedisServer(tmp_path / f"node-{number}", *options) for number in range(3)]
-    try:
+@contextlib.contextmanager
+def cluster(folder: Path, replicas: int) -> Iterator[list[RedisServer]]:
+    """Three primaries and so many replicas of each; the primaries come first."""
+    options = ["--cluster-enabled", "yes", "--cluster-node-timeout", "1000"]
+    with contextlib.ExitStack() as stack:
+        nodes = [stack.enter_context(RedisServer(folder / f"node-{number}", *options)) for number in range(3 + 3 * replicas)]
         addresses = [f"127.0.0.1:{node.port}" for node in nodes]
-        command = ["redis-cli", "--cluster", "create", *addresses, "--cluster-replicas", "0", "--cluster-yes"]
+        command = ["redis-cli", "--cluster", "create", *addresses, "--cluster-replicas", str(replicas), "--cluster-yes"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         for node in nodes:
             with node.client() as client:
                 eventually(lambda client=client: client.execute_command("CLUSTER INFO")["cluster_state"] == "ok", "the cluster")
+                if node in nodes[3:]:
+                    eventually(lambda client=client: client.info("replication")["master_link_status"] == "up", "a replica")
         yield nodes
-    finally:
-        for node in nodes:
-            node.kill()
 
 
 TENANTS = """
@@ -323,25 +325,48 @@ routes:
 """
 
 
-def test_a_cluster_counts_and_one_dead_node_is_an_outage(
-    origin: CountingOrigin, cluster: list[RedisServer], tmp_path: Path
-) -> None:
-    text = shared_config(TENANTS, origin, f"{{url: redis://127.0.0.1:{cluster[0].port}, cluster: true, {PATIENT}}}")
-    with gateways(tmp_path, text) as pair:
-        eventually(lambda: all(there(gateway) for gateway in pair), "the cluster")
-        for tenant in ("one", "two", "three", "four", "five", "six", "seven", "eight"):
-            each = Counter(ask(gateway, "/each", **{"x-tenant": tenant})[0] for gateway in pair * 3)
-            plan = Counter(ask(gateway, "/plan", **{"x-tenant": tenant})[0] for gateway in pair * 3)
-            assert (each, plan) == ({200: 4, 429: 2}, {200: 3, 429: 3}), tenant
-        held = []
-        for node in cluster:
-            with node.client() as client:
-                held.append(len(client.keys("crossway:*")))  # type: ignore[arg-type]
-        assert all(held), "every key went to one node"
-        cluster[2].kill()
-        for gateway in pair:
-            away(gateway)
-            assert ask(gateway, "/each", **{"x-tenant": "nine"})[0] == 503
+def test_a_cluster_counts_and_one_dead_node_is_an_outage(origin: CountingOrigin, tmp_path: Path) -> None:
+    with cluster(tmp_path, 0) as nodes:
+        text = shared_config(TENANTS, origin, f"{{url: redis://127.0.0.1:{nodes[0].port}, cluster: true, {PATIENT}}}")
+        with gateways(tmp_path, text) as pair:
+            eventually(lambda: all(there(gateway) for gateway in pair), "the cluster")
+            for tenant in ("one", "two", "three", "four", "five", "six", "seven", "eight"):
+                each = Counter(ask(gateway, "/each", **{"x-tenant": tenant})[0] for gateway in pair * 3)
+                plan = Counter(ask(gateway, "/plan", **{"x-tenant": tenant})[0] for gateway in pair * 3)
+                assert (each, plan) == ({200: 4, 429: 2}, {200: 3, 429: 3}), tenant
+            held = []
+            for node in nodes:
+                with node.client() as client:
+                    held.append(len(client.keys("crossway:*")))  # type: ignore[arg-type]
+            assert all(held), "every key went to one node"
+            nodes[2].kill()
+            numbers = itertools.count()
+            for gateway in pair:
+                # Each worker finds out by itself, at the first key of the dead node.
+                eventually(
+                    lambda gateway=gateway: ask(gateway, "/each", **{"x-tenant": f"probe-{next(numbers)}"}) and there(gateway, 0.0),
+                    "the outage",
+                )
+                assert ask(gateway, "/each", **{"x-tenant": "nine"})[0] == 503
+
+
+def test_a_cluster_whose_replica_took_over_goes_on_although_the_url_names_the_dead_one(origin: CountingOrigin, tmp_path: Path) -> None:
+    with cluster(tmp_path, 1) as nodes:
+        text = shared_config(TENANTS, origin, f"{{url: redis://127.0.0.1:{nodes[0].port}, cluster: true, {PATIENT}}}")
+        with gateways(tmp_path, text, 1) as (gateway,):
+            eventually(lambda: there(gateway), "the cluster")
+            tenants = [f"tenant-{number}" for number in range(12)]
+            assert {ask(gateway, "/each", **{"x-tenant": tenant})[0] for tenant in tenants for _ in range(2)} == {200}
+            for node in nodes[:3]:
+                with node.client() as client:
+                    assert client.wait(1, 10_000) == 1
+            nodes[0].kill()
+            numbers = itertools.count()
+            eventually(lambda: ask(gateway, "/each", **{"x-tenant": f"probe-{next(numbers)}"})[0] == 503, "a caller on the dead node")
+            eventually(lambda: there(gateway), "the replica")
+            for tenant in tenants:
+                found = [ask(gateway, "/each", **{"x-tenant": tenant})[0] for _ in range(4)]
+                assert found == [200, 200, 429, 429], tenant
 
 
 def certificates(folder: Path) -> None:
