@@ -20,6 +20,7 @@ from gateway._speedups.headers cimport Head, head_reset
 from gateway._speedups.histogram cimport WorkerSlot
 from gateway._speedups.http1 cimport Limits, parse_request as parse_request_head, parse_response as parse_response_head
 from gateway._speedups.journal cimport Journal
+from gateway._speedups.lease_table cimport LEASE_MAX, LEASE_TAKEN, LeaseTable, Spent, leased_key
 from gateway._speedups.route_trie cimport Match, RouteTrie
 from gateway._speedups.token_bucket cimport BucketTable, Decision, RateLimit
 from gateway._speedups.token_cache cimport TokenCache
@@ -206,6 +207,32 @@ def time_take(uint64_t loops, BucketTable table not None, RateLimit rate not Non
         return began
     finally:
         free(keys)
+
+
+def time_leased(uint64_t loops, LeaseTable table not None, list names not None, uint64_t now_us) -> float:
+    """Seconds for `loops` tokens spent of the leases of `names` in turn; what is used up is leased anew inside, every 262,143."""
+    cdef uint64_t keys[KEYS_MAX]
+    cdef uint64_t i, spent = 0
+    cdef uint32_t k = 0, count = <uint32_t>len(names)
+    cdef Spent out
+    cdef double began
+    if not 0 < count <= <uint32_t>KEYS_MAX:
+        raise ValueError("from 1 to 65536 names")
+    for k in range(count):
+        keys[k] = leased_key(1, <uint64_t>hash(names[k]))
+    k = 0
+    began = seconds()
+    for i in range(loops):
+        if table.take(keys[k], now_us, &out) != LEASE_TAKEN:
+            number, *_ = table.begin(keys[k], now_us, 1)
+            table.enter(number, keys[k], now_us, LEASE_MAX, now_us + 1_000_000, False, 0, 0)
+            table.end(number, now_us + 1)
+        spent += <uint64_t>out.remaining
+        k = 0 if k + 1 == count else k + 1
+    began = seconds() - began
+    global unused
+    unused = <int64_t>spent
+    return began
 
 
 def time_cached(uint64_t loops, TokenCache cache not None, list tokens not None, int64_t now) -> float:

@@ -33,6 +33,7 @@ from gateway._speedups.exchange import RouteEntry, Snapshot
 from gateway._speedups.fleet import Fleet
 from gateway._speedups.histogram import SLOT_BYTES, WorkerSlot
 from gateway._speedups.journal import Journal
+from gateway._speedups.lease_table import LeaseTable
 from gateway._speedups.pool import Endpoint, Upstream
 from gateway._speedups.route_trie import Route, RouteTrie
 from gateway._speedups.token_bucket import BucketTable, RateLimit
@@ -180,6 +181,14 @@ def bucket(keys: int) -> Timer:
     return run
 
 
+def leased(keys: int) -> Timer:
+    """Spend a token that was leased from Redis for one of `keys` clients."""
+    slots = 65_536
+    table = LeaseTable(mmap.mmap(-1, LeaseTable.size_for(slots)), 0, slots)
+    names = [b"client-%d" % i for i in range(keys)]
+    return lambda loops: timing.time_leased(loops, table, names, 1_000_000)
+
+
 def cache_hit(count: int) -> Timer:
     """Find one of `count` verified tokens of 720 bytes."""
     cache = TokenCache(64 << 20)
@@ -286,6 +295,7 @@ GROUPS: dict[str, dict[str, Callable[[], Timer]]] = {
         for count in (10, 100)
     },
     "rate limit, one token": {"1 client": partial(bucket, 1), "10,000 clients": partial(bucket, 10_000)},
+    "rate limit, one leased token": {"1 client": partial(leased, 1), "10,000 clients": partial(leased, 10_000)},
     "token in the cache": {"1 token": partial(cache_hit, 1), "10,000 tokens": partial(cache_hit, 10_000)},
     **{
         f"token not in the cache, {algorithm}": {

@@ -60,6 +60,8 @@ def run(parsed: argparse.Namespace) -> int:
         config = compile_first(path, seed, memory.names)
         _check_workers(path, config, capacity)
         logs.set_up(config.log.file, config.log.level)
+        if config.redis is not None:
+            import gateway.policies.cluster  # noqa: F401 - shared by all workers, like the rest
         supervisor = Supervisor(
             path,
             config,

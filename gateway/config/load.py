@@ -20,7 +20,7 @@ from gateway.config.check import findings
 from gateway.config.discovery import MAX_ENDPOINTS, file_time
 from gateway.config.names import check_names
 from gateway.config.schema import Config, Endpoint, Target, check_targets
-from gateway.config.source import Document, Resolved
+from gateway.config.source import Document, Resolved, hide_login
 from gateway.config.values import fault
 from gateway.errors import ConfigError, Problem
 
@@ -209,7 +209,7 @@ def _short(value: Any) -> str:
         return "a mapping" if isinstance(value, dict) else "a list"
     if isinstance(value, bool):
         return str(value).lower()
-    text = repr(value)
+    text = hide_login(repr(value))
     return text if len(text) <= 60 else f"{text[:57]}...'"
 
 

@@ -41,6 +41,7 @@ _SECRET_WORDS = ("token", "secret", "password", "passwd", "credential", "private
 _PAIR = re.compile(
     r"""(["']?)([A-Za-z_][\w-]*)\1(\s*:\s+)("(?:[^"\\]|\\.)*"?|'(?:[^']|'')*'?|\$\{[^}]*\}|[^\s,}\]#{\[&*!|>][^,}#]*)"""
 )
+_LOGIN = re.compile(r"://[^/@\s]*@")
 
 
 class Resolved(str):
@@ -427,7 +428,12 @@ def mask(line: str) -> str:
             return match[0]
         return f"{quote}{name}{quote}{colon}{'*' * len(value)}"
 
-    return _PAIR.sub(cover, line)
+    return hide_login(_PAIR.sub(cover, line))
+
+
+def hide_login(text: str) -> str:
+    """Return `text` with the user and password of every URL starred out, equally wide."""
+    return _LOGIN.sub(lambda match: f"://{'*' * (len(match[0]) - 4)}@", text)
 
 
 class _Events:

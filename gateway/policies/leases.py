@@ -124,9 +124,13 @@ class Limiter:
         """Return a future of what Redis says about one request that has waited so many seconds for its other limits."""
         assert self.store.loop is not None
         future: asyncio.Future[Answer | None] = self.store.loop.create_future()
-        if waited > 0:
-            self.store.loop.call_later(max(0.0, self.store.command_time - waited), _give_up, future)
-        self._fetch(key, identity).waiters.append(future)
+        call = self._fetch(key, identity)
+        if call.over:                       # Redis went away since the request was parked
+            _give_up(future)
+        else:
+            call.waiters.append(future)
+            if waited > 0:
+                self.store.loop.call_later(max(0.0, self.store.command_time - waited), _give_up, future)
         return future
 
     def prefetch(self, key: int, identity: bytes) -> None:

@@ -1,7 +1,8 @@
 """Opening the redis package's asyncio client for what the configuration says.
 
 Strategy: no retries and no waits of the client's own: the store decides how long anything may take, and starts afresh after a
-failure. Only a cluster's redirections are followed.
+failure. Only a cluster's redirections are followed. The nodes that a cluster had last are asked before the one in the URL, which may
+be the one that died.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ from typing import Any
 
 from redis.asyncio import Redis as Client
 from redis.asyncio import RedisCluster
+from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from gateway.config.redis import Redis
 
 REDIRECTIONS = 3
+
+_nodes: dict[Redis, list[tuple[str, int]]] = {}     # of each cluster, as this process saw it last
 
 
 async def connect(settings: Redis) -> Any:
@@ -26,7 +30,7 @@ async def connect(settings: Redis) -> Any:
         "username": settings.username,
         "password": None if settings.password is None else settings.password.get_secret_value(),
         "socket_connect_timeout": settings.timeouts.connect,
-        "socket_timeout": None,
+        "socket_timeout": max(settings.timeouts.connect, 2 * settings.timeouts.command),
         "protocol": 2,
         "health_check_interval": 0,
     }
@@ -53,8 +57,9 @@ async def connect(settings: Redis) -> Any:
 
 
 async def _connect_cluster(settings: Redis, options: dict[str, Any]) -> RedisCluster:
+    known = [ClusterNode(host, port) for host, port in _nodes.get(settings, ()) if (host, port) != (settings.url.host, settings.url.port)]
     cluster = RedisCluster(
-        host=settings.url.host, port=settings.url.port, **options, max_connections=settings.pool + 2,
+        startup_nodes=[*known, ClusterNode(settings.url.host, settings.url.port)], **options, max_connections=settings.pool + 2,
         retry=Retry(NoBackoff(), REDIRECTIONS),
     )
     try:
@@ -63,4 +68,5 @@ async def _connect_cluster(settings: Redis, options: dict[str, Any]) -> RedisClu
     except BaseException:
         await cluster.aclose()
         raise
+    _nodes[settings] = [(node.host, int(node.port)) for node in cluster.get_nodes()]
     return cluster

@@ -36,6 +36,8 @@ GRACE = 3                               # times that a late timer looks again be
 SWEEP = 0.25                            # seconds between two looks for leases that nobody spends
 LAST_WORDS = 0.5                        # seconds for giving back what is leased when a worker ends
 
+CLUSTER_TRIES = 10                      # nodes of a cluster that may be dead in a row before an attempt to connect has failed
+
 AWAY, THERE = 1, 2                      # the gauge `redis`
 
 
@@ -177,6 +179,7 @@ class Store:
     def submit(self, call: Call) -> None:
         """Send a call with the others of this turn of the loop. While Redis is away it fails at once."""
         if not self.switch.up or self.loop is None:
+            call.over = True
             call.fail()
             return
         call.due = time.monotonic() + self.command_time
@@ -309,7 +312,8 @@ class Store:
         """Return a client whose connections are open, whose server knows the scripts, and takes writes."""
         client = None
         try:
-            async with asyncio.timeout(self.settings.timeouts.connect):
+            # A cluster's nodes are tried one after the other, each for its time; no request waits for this.
+            async with asyncio.timeout(self.settings.timeouts.connect * (CLUSTER_TRIES if self.settings.cluster else 1)):
                 client = await self._connect(self.settings)
                 for script in SCRIPTS:
                     await client.script_load(script.text)

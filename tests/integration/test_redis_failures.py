@@ -1,11 +1,14 @@
 """Redis killed, stopped, failed over, read only, out of memory, odd: what is configured happens, and no request waits for it.
 
 Strategy: while Redis is away a worker counts how many requests waited for it, and for how long; that is what is asserted, not the
-clock of a busy machine. SLACK is what a busy machine may add to a wait of 20 ms; a wait without an end would be seconds.
+clock of a busy machine. SLACK is what a busy machine may add to a wait of 20 ms; a wait without an end would be seconds. Where an
+answer of Redis is needed for the test to go on, the time for it is PATIENT instead.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import shutil
 import subprocess
 from collections import Counter
@@ -31,6 +34,7 @@ from tests.integration.redis_kit import (
 )
 
 BUDGET, SLACK = 0.020, 0.480        # seconds
+PATIENT = "timeouts: {connect: 2s, command: 400ms}"
 RULES = """
 policies:
   local: {rate_limit: {key: route, rate: 1/h, burst: 40, scope: cluster}}
@@ -65,7 +69,15 @@ def server(tmp_path: Path) -> Iterator[RedisServer]:
 
 @pytest.fixture
 def gateway(origin: CountingOrigin, server: RedisServer, tmp_path: Path) -> Iterator[Gateway]:
-    with gateways(tmp_path, shared_config(RULES, origin, f"{{url: redis://127.0.0.1:{server.port}, nodes: 4}}"), 1) as (one,):
+    with gateways(tmp_path, shared_config(RULES, origin, f"{{url: redis://127.0.0.1:{server.port}, nodes: 4, {PATIENT}}}"), 1) as (one,):
+        eventually(lambda: there(one), "redis")
+        yield one
+
+
+@pytest.fixture
+def prompt(origin: CountingOrigin, server: RedisServer, tmp_path: Path) -> Iterator[Gateway]:
+    """A gateway that waits for Redis no longer than it does unless told otherwise: 20 ms."""
+    with gateways(tmp_path, shared_config(RULES, origin, f"{{url: redis://127.0.0.1:{server.port}}}"), 1) as (one,):
         eventually(lambda: there(one), "redis")
         yield one
 
@@ -101,7 +113,6 @@ def test_killed_each_limit_does_what_is_configured(gateway: Gateway, server: Red
     status, fields = ask(gateway, "/deny")
     assert (status, fields["retry-after"]) == (503, "1")
     assert waits(gateway) == waited, "a request waited for a dead redis"
-    assert longest_wait(gateway) <= BUDGET + SLACK
     assert (decided(gateway, "local"), decided(gateway, "allow"), decided(gateway, "deny")) == (25, 20, 21)
     events = [line for line in gateway.log() if line["event"] == "redis is away"]
     assert events and all(line["reason"] and line["redis"].startswith("redis://127.0.0.1:") for line in events)
@@ -112,26 +123,26 @@ def test_killed_each_limit_does_what_is_configured(gateway: Gateway, server: Red
 
 
 def test_killed_in_the_middle_of_a_load_nobody_is_left_without_an_answer(
-    gateway: Gateway, server: RedisServer, origin: CountingOrigin
+    prompt: Gateway, server: RedisServer, origin: CountingOrigin
 ) -> None:
     before = origin.count("/busy")
-    load = Load([gateway], "/busy", clients=6, pace=100)
+    load = Load([prompt], "/busy", clients=6, pace=100)
     eventually(lambda: load.answers[200] > 100)
     server.kill()
     eventually(lambda: load.answers[503] > 100, "refusals")
     server.start()
-    eventually(lambda: there(gateway), "the return")
+    eventually(lambda: there(prompt), "the return")
     again = load.answers[200]
     eventually(lambda: load.answers[200] > again + 100, "admissions after the return")
     answers = load.stop()
     assert set(answers) <= {200, 503}
     assert origin.count("/busy") - before == answers[200]
-    assert longest_wait(gateway) <= BUDGET + SLACK
+    assert longest_wait(prompt) <= BUDGET + SLACK
 
 
 def test_a_gateway_that_starts_without_redis_serves(origin: CountingOrigin, tmp_path: Path) -> None:
     port = free_port()
-    with gateways(tmp_path, shared_config(RULES, origin, f"{{url: redis://127.0.0.1:{port}}}"), 1) as (gateway,):
+    with gateways(tmp_path, shared_config(RULES, origin, f"{{url: redis://127.0.0.1:{port}, {PATIENT}}}"), 1) as (gateway,):
         assert there(gateway, 0.0)
         assert statuses(gateway, "/local", 50) == {200: 40, 429: 10}, "no other gateway was ever heard of: the whole limit"
         assert ask(gateway, "/deny")[0] == 503
@@ -145,23 +156,23 @@ def test_a_gateway_that_starts_without_redis_serves(origin: CountingOrigin, tmp_
 
 @pytest.mark.parametrize("path", ["/exact", "/busy", "/three"])
 def test_stopped_no_request_waits_longer_than_its_time(
-    gateway: Gateway, server: RedisServer, origin: CountingOrigin, path: str
+    prompt: Gateway, server: RedisServer, origin: CountingOrigin, path: str
 ) -> None:
     before = origin.count(path)
-    load = Load([gateway], path, clients=6, pace=100)
+    load = Load([prompt], path, clients=6, pace=100)
     eventually(lambda: load.answers[200] > 50)
     server.pause()
     try:
-        away(gateway)
-        waited = waits(gateway)
+        away(prompt)
+        waited = waits(prompt)
         refused = load.answers[503]
         eventually(lambda: load.answers[503] > refused + 300, "refusals")
-        assert waits(gateway) == waited, "a request waited although redis was known to be away"
-        assert longest_wait(gateway) <= BUDGET + SLACK
-        assert there(gateway, 0.0), "a stopped server was taken for one that is there"
+        assert waits(prompt) == waited, "a request waited although redis was known to be away"
+        assert longest_wait(prompt) <= BUDGET + SLACK
+        assert there(prompt, 0.0), "a stopped server was taken for one that is there"
     finally:
         server.go_on()
-    eventually(lambda: there(gateway), "the return")
+    eventually(lambda: there(prompt), "the return")
     if path != "/three":
         again = load.answers[200]
         eventually(lambda: load.answers[200] > again + 50, "admissions after the return")
@@ -191,7 +202,7 @@ def test_a_promoted_replica_goes_on_counting(origin: CountingOrigin, tmp_path: P
     ) as second:
         relay = Relay(first.port)
         try:
-            text = shared_config(RULES, origin, f"{{url: redis://127.0.0.1:{relay.port}}}")
+            text = shared_config(RULES, origin, f"{{url: redis://127.0.0.1:{relay.port}, {PATIENT}}}")
             with gateways(tmp_path, text) as pair:
                 before = origin.count("/deny")
                 eventually(lambda: all(there(gateway) for gateway in pair), "redis")
@@ -215,7 +226,6 @@ def test_a_promoted_replica_goes_on_counting(origin: CountingOrigin, tmp_path: P
                 eventually(lambda: [ask(gateway, "/deny") for gateway in pair] and origin.count("/deny") - before >= 100)
                 assert {ask(gateway, "/deny")[0] for gateway in pair * 5} == {429}
                 assert origin.count("/deny") - before == 100
-                assert max(map(longest_wait, pair)) <= BUDGET + SLACK
         finally:
             relay.close()
 
@@ -287,22 +297,22 @@ def test_a_wrong_password_is_said_and_nothing_is_shown_of_it(origin: CountingOri
 # -- clusters, TLS, sockets
 
 
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[list[RedisServer]]:
-    options = ["--cluster-enabled", "yes", "--cluster-node-timeout", "1000", "--cluster-require-full-coverage", "yes"]
-    nodes = [RedisServer(tmp_path / f"node-{number}", *options) for number in range(3)]
-    try:
+@contextlib.contextmanager
+def cluster(folder: Path, replicas: int) -> Iterator[list[RedisServer]]:
+    """Three primaries and so many replicas of each; the primaries come first."""
+    options = ["--cluster-enabled", "yes", "--cluster-node-timeout", "1000"]
+    with contextlib.ExitStack() as stack:
+        nodes = [stack.enter_context(RedisServer(folder / f"node-{number}", *options)) for number in range(3 + 3 * replicas)]
         addresses = [f"127.0.0.1:{node.port}" for node in nodes]
-        command = ["redis-cli", "--cluster", "create", *addresses, "--cluster-replicas", "0", "--cluster-yes"]
+        command = ["redis-cli", "--cluster", "create", *addresses, "--cluster-replicas", str(replicas), "--cluster-yes"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         for node in nodes:
             with node.client() as client:
                 eventually(lambda client=client: client.execute_command("CLUSTER INFO")["cluster_state"] == "ok", "the cluster")
+                if node in nodes[3:]:
+                    eventually(lambda client=client: client.info("replication")["master_link_status"] == "up", "a replica")
         yield nodes
-    finally:
-        for node in nodes:
-            node.kill()
 
 
 TENANTS = """
@@ -315,25 +325,48 @@ routes:
 """
 
 
-def test_a_cluster_counts_and_one_dead_node_is_an_outage(
-    origin: CountingOrigin, cluster: list[RedisServer], tmp_path: Path
-) -> None:
-    text = shared_config(TENANTS, origin, f"{{url: redis://127.0.0.1:{cluster[0].port}, cluster: true, timeouts: {{connect: 2s, command: 500ms}}}}")
-    with gateways(tmp_path, text) as pair:
-        eventually(lambda: all(there(gateway) for gateway in pair), "the cluster")
-        for tenant in ("one", "two", "three", "four", "five", "six", "seven", "eight"):
-            each = Counter(ask(gateway, "/each", **{"x-tenant": tenant})[0] for gateway in pair * 3)
-            plan = Counter(ask(gateway, "/plan", **{"x-tenant": tenant})[0] for gateway in pair * 3)
-            assert (each, plan) == ({200: 4, 429: 2}, {200: 3, 429: 3}), tenant
-        held = []
-        for node in cluster:
-            with node.client() as client:
-                held.append(len(client.keys("crossway:*")))  # type: ignore[arg-type]
-        assert all(held), "every key went to one node"
-        cluster[2].kill()
-        for gateway in pair:
-            away(gateway)
-            assert ask(gateway, "/each", **{"x-tenant": "nine"})[0] == 503
+def test_a_cluster_counts_and_one_dead_node_is_an_outage(origin: CountingOrigin, tmp_path: Path) -> None:
+    with cluster(tmp_path, 0) as nodes:
+        text = shared_config(TENANTS, origin, f"{{url: redis://127.0.0.1:{nodes[0].port}, cluster: true, {PATIENT}}}")
+        with gateways(tmp_path, text) as pair:
+            eventually(lambda: all(there(gateway) for gateway in pair), "the cluster")
+            for tenant in ("one", "two", "three", "four", "five", "six", "seven", "eight"):
+                each = Counter(ask(gateway, "/each", **{"x-tenant": tenant})[0] for gateway in pair * 3)
+                plan = Counter(ask(gateway, "/plan", **{"x-tenant": tenant})[0] for gateway in pair * 3)
+                assert (each, plan) == ({200: 4, 429: 2}, {200: 3, 429: 3}), tenant
+            held = []
+            for node in nodes:
+                with node.client() as client:
+                    held.append(len(client.keys("crossway:*")))  # type: ignore[arg-type]
+            assert all(held), "every key went to one node"
+            nodes[2].kill()
+            numbers = itertools.count()
+            for gateway in pair:
+                # Each worker finds out by itself, at the first key of the dead node.
+                eventually(
+                    lambda gateway=gateway: ask(gateway, "/each", **{"x-tenant": f"probe-{next(numbers)}"}) and there(gateway, 0.0),
+                    "the outage",
+                )
+                assert ask(gateway, "/each", **{"x-tenant": "nine"})[0] == 503
+
+
+def test_a_cluster_whose_replica_took_over_goes_on_although_the_url_names_the_dead_one(origin: CountingOrigin, tmp_path: Path) -> None:
+    with cluster(tmp_path, 1) as nodes:
+        text = shared_config(TENANTS, origin, f"{{url: redis://127.0.0.1:{nodes[0].port}, cluster: true, {PATIENT}}}")
+        with gateways(tmp_path, text, 1) as (gateway,):
+            eventually(lambda: there(gateway), "the cluster")
+            tenants = [f"tenant-{number}" for number in range(12)]
+            assert {ask(gateway, "/each", **{"x-tenant": tenant})[0] for tenant in tenants for _ in range(2)} == {200}
+            for node in nodes[:3]:
+                with node.client() as client:
+                    assert client.wait(1, 10_000) == 1
+            nodes[0].kill()
+            numbers = itertools.count()
+            eventually(lambda: ask(gateway, "/each", **{"x-tenant": f"probe-{next(numbers)}"})[0] == 503, "a caller on the dead node")
+            eventually(lambda: there(gateway), "the replica")
+            for tenant in tenants:
+                found = [ask(gateway, "/each", **{"x-tenant": tenant})[0] for _ in range(4)]
+                assert found == [200, 200, 429, 429], tenant
 
 
 def certificates(folder: Path) -> None:
@@ -355,7 +388,7 @@ def test_tls_with_our_authority_and_not_with_a_strangers(origin: CountingOrigin,
     with RedisServer(tmp_path / "redis", *files, tls=True, ssl_certfile=f"{tmp_path}/server.pem", ssl_keyfile=f"{tmp_path}/server.key") as server:
         url = f"rediss://localhost:{server.port}"
         mutual = f"tls: {{ca: {tmp_path}/ca.pem, cert: {tmp_path}/server.pem, key: {tmp_path}/server.key}}"
-        text = shared_config(RULES, origin, f"{{url: '{url}', {mutual}, timeouts: {{connect: 2s, command: 500ms}}}}")
+        text = shared_config(RULES, origin, f"{{url: '{url}', {mutual}, {PATIENT}}}")
         with gateways(tmp_path, text, 1) as (gateway,):
             eventually(lambda: there(gateway), "redis over TLS")
             assert ask(gateway, "/deny")[0] == 200
@@ -371,7 +404,7 @@ def test_a_unix_socket_and_a_login(origin: CountingOrigin, tmp_path: Path) -> No
         rights = ["+@hash", "+@sortedset", "+@scripting", "+ping", "+time", "+pexpire", "+cluster", "+hello", "+client"]
         client.acl_setuser("crossway", enabled=True, passwords=["+correct-horse"], keys=["crossway:*"], commands=rights)
         login = "username: crossway, password: correct-horse"
-        with gateways(tmp_path, shared_config(RULES, origin, f"{{url: 'unix://{path}', {login}}}"), 1) as (gateway,):
+        with gateways(tmp_path, shared_config(RULES, origin, f"{{url: 'unix://{path}', {login}, {PATIENT}}}"), 1) as (gateway,):
             eventually(lambda: there(gateway), "redis at the socket")
             assert [ask(gateway, name)[0] for name in ("/deny", "/plan", "/exact")] == [200, 200, 200]
             with pytest.raises(redis.RedisError):
