@@ -152,7 +152,7 @@ class Comparison:
                 if self.reasons[cell.name] or (not saturates and self.open_loop):
                     continue
                 if time.monotonic() > deadline:
-                    self.ended = f"the {self.plan.most / 60:.0f} minutes ended in round {number}, at {cell.name}"
+                    self.ended = f"the {self.plan.most / 60:g} minutes ended in round {number}, at {cell.name}"
                     break
                 self.visit(number, cell, saturates, fixed, say)
         except KeyboardInterrupt:

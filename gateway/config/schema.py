@@ -150,7 +150,8 @@ class UpstreamTimeouts(Model):
 class Keepalive(Model):
     """Idle connections kept for the next request."""
 
-    connections: Int = Field(default=64, ge=0, le=65535, description="per endpoint and worker")
+    # As many as `limits.requests` lets be in flight: with fewer, a busy endpoint is connected to anew all the time.
+    connections: Int = Field(default=1024, ge=0, le=65535, description="per endpoint and worker")
     idle: Deadline = setting("55s", "after which one is closed; shorter than the server's own")
     age: Deadline = setting("1h", "after which one is not used again")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 
 from tests.integration.faults import ScriptedOrigin
 from tests.integration.ledger import Book, Counting
-from tests.integration.processes import eventually
+from tests.integration.processes import PATIENCE, Gateway, Origin, eventually, write_config
 from tests.integration.relay import Ending, Fault, Relay, untouched
 from tests.integration.resilience import Payments, payments
 
@@ -123,3 +124,27 @@ def test_slow_and_dripping_answers_arrive_whole(tmp_path: Path) -> None:
             customers.paid(120)
         verdict = bank.verdict()
     assert verdict.answered == verdict.requests
+
+
+def test_a_burst_that_comes_again_finds_its_connections_open(tmp_path: Path, origin: Origin) -> None:
+    """More requests at once than any small pool would keep; the second burst connects to nobody."""
+    burst = 150
+
+    def connects(gateway: Gateway) -> int:
+        found = re.search(r"^crossway_upstream_connects_total (\S+)$", str(gateway.admin("/metrics")[1]), re.MULTILINE)
+        assert found is not None
+        return int(float(found[1]))
+
+    with Gateway(write_config(tmp_path / "edge.yaml", origin.port, workers=1)) as gateway:
+        clients = [gateway.connect() for _ in range(burst)]
+        for number in range(2):
+            origin.release.clear()
+            for client in clients:
+                client.request("GET", "/held")
+            for _ in clients:
+                assert origin.held.acquire(timeout=PATIENCE), number
+            origin.release.set()
+            for client in clients:
+                answer = client.getresponse()
+                assert (answer.status, answer.read()) == (200, b'{"from": "origin"}')
+            eventually(lambda: connects(gateway) == burst, "one connection for each request")

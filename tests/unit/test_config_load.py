@@ -68,7 +68,7 @@ def test_the_smallest_contract_file_loads_with_all_defaults() -> None:
         30,
         60,
     )
-    assert (upstream.keepalive.connections, upstream.keepalive.idle, upstream.keepalive.age) == (64, 55, 3600)
+    assert (upstream.keepalive.connections, upstream.keepalive.idle, upstream.keepalive.age) == (1024, 55, 3600)
     assert (upstream.host, upstream.retries.attempts, upstream.limits.requests) == ("preserve", 1, 1024)
     assert config.drain.deadline == 30 and config.drain.delay == 0
     assert config.routes[0].match.host == ("*",)
