@@ -33,8 +33,9 @@ FLAVOUR = os.environ.get("CROSSWAY_BUILD", "release")
 COMPILE = {
     "release": ["-O3", "-fno-semantic-interposition", "-fstack-protector-strong", "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=2"],
     "debug": ["-O1", "-g"],
-    # CPython builds with -fwrapv, which hides signed overflow from UBSan.
-    "asan": ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-wrapv", "-U_FORTIFY_SOURCE"],
+    # CPython builds with -fwrapv, which hides signed overflow from UBSan. -g1 is enough for the lines in reports, and saves a third
+    # of the time.
+    "asan": ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-wrapv", "-U_FORTIFY_SOURCE"],
 }[FLAVOUR]
 LINK = {
     "release": ["-Wl,-z,relro,-z,now"],

@@ -269,6 +269,7 @@ cdef class Downstream(Connection):
             if self.listener.proxy_protocol == 1 and kind == 0:
                 return 1
             self.engine.slot.counters[C_BAD_REQUESTS] += 1
+            self.engine.notices.no_proxy_header(self.listener_name, self.engine.now, self.text, self.text_len)
             self.close()
             return -1
         buffer_consume(&self.inb, <uint32_t>result)

@@ -25,3 +25,7 @@ cdef class Notices:
     # Writes a line when the exchange `x`, which ended now, calls for one and the allowance is not used up. `peer` is the
     # connection's own address, for a request that was never read so far as to say whose it is.
     cdef int note(self, Exchange x, int64_t total_us, const char* peer, int peer_len) except -1
+    # The same for a connection that was closed because no valid PROXY header began it: it has no request and no id.
+    cdef void no_proxy_header(self, str listener, int64_t now_us, const char* peer, int peer_len)
+    cdef bint may(self, int kind, int64_t now_us) noexcept
+    cdef int write(self, int kind, str event, dict said) except -1

@@ -28,25 +28,38 @@ cdef class Notices:
 
     cdef int note(self, Exchange x, int64_t total_us, const char* peer, int peer_len) except -1:
         cdef int kind = kind_of(x)
-        cdef int64_t second = (x.started + total_us) // 1000000
-        cdef int each
-        if kind < 0:
+        if kind < 0 or not self.may(kind, x.started + total_us):
             return 0
-        if second != self.second:
-            self.second = second
+        said = described(x)
+        said["client"] = (x.client_text[:x.client_len] if x.listener is not None else peer[:peer_len]).decode("ascii")
+        said["duration_us"] = total_us
+        self.write(kind, EVENTS[kind], said)
+        return 0
+
+    cdef void no_proxy_header(self, str listener, int64_t now_us, const char* peer, int peer_len):
+        if self.may(N_REFUSED, now_us):
+            self.write(N_REFUSED, "a connection without a valid PROXY header was closed", {
+                "listener": listener, "client": peer[:peer_len].decode("ascii"),
+            })
+
+    cdef bint may(self, int kind, int64_t now_us) noexcept:
+        """Takes a line from the allowance of the second; false, and counted, when there is none left."""
+        cdef int each
+        if now_us // 1000000 != self.second:
+            self.second = now_us // 1000000
             for each in range(N_KINDS):
                 self.lines[each] = 0
         if self.lines[kind] >= PER_SECOND:
             self.unsaid[kind] = self.unsaid[kind] + 1     # the checked build refuses += here
-            return 0
+            return False
         self.lines[kind] = self.lines[kind] + 1
-        said = described(x)
-        said["client"] = (x.client_text[:x.client_len] if x.listener is not None else peer[:peer_len]).decode("ascii")
-        said["duration_us"] = total_us
+        return True
+
+    cdef int write(self, int kind, str event, dict said) except -1:
         if self.unsaid[kind]:
             said["unsaid"] = self.unsaid[kind]
             self.unsaid[kind] = 0
-        self.log.log(LEVELS[kind], EVENTS[kind], extra=said)
+        self.log.log(LEVELS[kind], event, extra=said)
         return 0
 
 

@@ -350,7 +350,7 @@ def _in_a_process(origin: ScriptedOrigin, stream: Stream) -> None:
 class Payers:
     """Clients that pay one after the other, each payment once, on a connection of their own that is renewed when it breaks."""
 
-    def __init__(self, port: int, count: int, path: str = "/x/pay", *, fresh: bool = False) -> None:
+    def __init__(self, port: int, count: int, path: str = "/slow/pay", *, fresh: bool = False) -> None:
         self.port = port
         self.path = path
         self.fresh = fresh  # a new connection for each payment

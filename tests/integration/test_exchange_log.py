@@ -13,6 +13,7 @@ import pytest
 from tests.integration.echo import Echo, config, exchange, fields_of
 from tests.integration.processes import PATIENCE, Gateway, eventually
 
+LISTENERS = "listeners: {public: {bind: 127.0.0.1:0}, behind: {bind: 127.0.0.1:0, proxy_protocol: required}}\n"
 RULES = """
 policies:
   allowed: {ip: {allow: 192.0.2.0/24}}
@@ -38,7 +39,7 @@ def gateway(echo: Echo, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ga
     with socket.socket() as nobody:             # bound, never listening: connections are refused while it is there
         nobody.bind(("127.0.0.1", 0))
         dead = f"upstreams: {{dead: {{targets: [127.0.0.1:{nobody.getsockname()[1]}]}}, "
-        (folder / "edge.yaml").write_text(config(RULES, echo).replace("upstreams: {", dead))
+        (folder / "edge.yaml").write_text(config(RULES, echo, listeners=LISTENERS).replace("upstreams: {", dead))
         with Gateway(folder / "edge.yaml") as running:
             yield running
             assert "Traceback" not in running.errors.read_text()
@@ -49,7 +50,7 @@ def ask(gateway: Gateway, target: str, head: bytes = b"") -> bytes:
 
 
 def lines(gateway: Gateway) -> list[dict[str, Any]]:
-    return [line for line in gateway.log() if line.get("logger") == "crossway.exchange"]
+    return [line for line in gateway.log() if line.get("logger") == "crossway.exchange" and "request_id" in line]
 
 
 def line_of(gateway: Gateway, answer: bytes) -> dict[str, Any]:
@@ -95,6 +96,12 @@ def test_a_client_that_leaves_has_a_line_that_says_whether_its_request_was_sent(
     assert (found[0]["event"], found[0]["status"]) == ("a client left before its answer was complete", 499)
     assert found[0]["sent"] is True
     echo.release.set()
+
+
+def test_a_connection_without_its_proxy_header_has_a_line(gateway: Gateway) -> None:
+    assert exchange(gateway, b"GET /all HTTP/1.1\r\nHost: a\r\n\r\n", "behind") == b""
+    found = eventually(lambda: [line for line in gateway.log() if "PROXY" in line["event"]], "a line about it")
+    assert (found[0]["level"], found[0]["listener"], found[0]["client"]) == ("info", "behind", "127.0.0.1")
 
 
 def test_what_is_answered_has_no_line(gateway: Gateway) -> None:
