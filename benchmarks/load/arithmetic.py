@@ -308,7 +308,7 @@ def caveats(
     elif cells := disturbed(runs):
         found.append(f"other programs used more than {FOREIGN_LIMIT:.0%} of a core in half of the runs of {listed(cells)}")
     if cells := disturbed(fixed):
-        found.append(f"the same in half of the runs at the fixed rate of {listed(cells)}")
+        found.append(f"at the fixed rate, other programs used more than {FOREIGN_LIMIT:.0%} in half of the runs of {listed(cells)}")
     stolen = median([run.steal / run.seconds for run in every]) if every else 0.0
     if stolen > FOREIGN_LIMIT:
         found.append(f"the hypervisor took {stolen:.0%} of the proxy's core")

@@ -247,7 +247,7 @@ def test_a_disturbed_run_at_the_fixed_rate_is_a_caveat_unless_the_median_outvote
     noisy, quiet = FixedRun(1, 9000, 18.0, 400.0, 9e4, None, foreign=0.4), FixedRun(2, 9000, 18.0, 400.0, 2500.0, None, foreign=0.01)
     assert arithmetic.caveats({}, {"plain/crossway": [noisy, quiet, quiet]}, {}, clean_tree=True) == []
     (found,) = arithmetic.caveats({}, {"plain/crossway": [noisy, quiet], "plain/envoy": [quiet]}, {}, clean_tree=True)
-    assert "at the fixed rate of 1 cell (plain/crossway)" in found
+    assert "at the fixed rate, other programs used more than 3% in half of the runs of 1 cell (plain/crossway)" in found
 
 
 def test_missing_rounds_and_a_changed_tree_are_caveats() -> None:
