@@ -7,6 +7,8 @@ machine is.
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -131,9 +133,6 @@ def test_who_waits_in_the_queue_gets_the_next_place_of_whichever_worker(tmp_path
 
 
 def test_a_killed_worker_s_places_are_free_again(tmp_path: Path) -> None:
-    import os
-    import signal
-
     busy = Busy("a")
     with origins(busy) as (origin,), running(
         tmp_path, [f"127.0.0.1:{origin.port}"], "limits: {requests: 8, pending: 0}", "abandoned: cancel"
@@ -189,7 +188,6 @@ def test_a_slow_get_is_asked_of_a_second_endpoint_and_a_payment_never(tmp_path: 
         hedged = len(slow.requests)
         assert hedged and gateway.counter("hedges") == hedged
         assert len(slow.requests) + len(fast.requests) == 6 + hedged
-        eventually(lambda: a.open == 0, "the end of what lost the race")
         before = len(slow.requests)
         crowd = Crowd(gateway.port(), [post("/pay", b"x") for _ in range(6)])
         eventually(lambda: len(slow.requests) > before, "a payment at the slow endpoint")
@@ -197,6 +195,7 @@ def test_a_slow_get_is_asked_of_a_second_endpoint_and_a_payment_never(tmp_path: 
         slow.gate.set()
         assert crowd.finish() == [200] * 6
         assert len([start for start in slow.requests + fast.requests if start.startswith("POST")]) == 6
+        stream.close()
         gateway.calm()
 
 
