@@ -133,7 +133,8 @@ class Store:
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Begin, or go on, for one more snapshot."""
         self._users += 1
-        if self._users == 1:
+        # With the last stop() still giving back, the connections are there yet, and it will leave them.
+        if self._users == 1 and not self.switch.up and self._revival is None:
             self.loop = loop
             self._since = time.monotonic()
             self.counts.set_gauge("redis", AWAY)
@@ -167,6 +168,7 @@ class Store:
         for task in (self._revival, *self._closing):
             if task is not None:
                 task.cancel()
+        self._revival = None
         if self._beat is not None:
             self._beat.cancel()
         client, self._client = self._client, None

@@ -456,6 +456,10 @@ def test_a_store_is_kept_over_a_reload_and_ended_by_the_last() -> None:
             made.store.stop()
             await asyncio.sleep(0)
             assert made.store.switch.up and made.server.connects == 1
+            made.store.stop()
+            made.store.start(asyncio.get_running_loop())    # at once: nothing was hung up yet
+            await store_module.settle(NEVER)
+            assert made.store.switch.up and made.server.connects == 1
         assert made.server.closed == 1 and not made.store.switch.up
 
     run(test)
