@@ -84,7 +84,7 @@ cdef struct EndpointBlock:      # written by one process
 
 cdef struct EndpointSlot:
     uint64_t health             # state, until when, back-off exponent, generation: see upstream_state.pyx
-    uint64_t run                # consecutive failures of a generation
+    uint64_t run                # consecutive failures of a generation; while a probe is under way, who probes
     uint64_t active             # what the active check says, and until when that holds
     uint64_t opened             # us: since when it is in use
     uint64_t version            # odd while the labels change
@@ -270,6 +270,7 @@ cdef enum:
     OUT = 2                     # until: when a probe may go
     PROBING = 3                 # until: when the claim expires
     GENERATION_MASK = 0x1FFFF
+    EXPONENT_MAX = 31
     ACTIVE_UNKNOWN = 0
     ACTIVE_HEALTHY = 1
     ACTIVE_UNHEALTHY = 2
@@ -290,3 +291,21 @@ cdef inline void ring_total(const Tally* ring, uint64_t second, uint64_t generat
         if stamp >> 32 == generation and <uint64_t><uint32_t>stamp + SECONDS > second:
             good[0] += sw_load32(&ring[i].good)
             bad[0] += sw_load32(&ring[i].bad)
+
+cdef inline uint64_t exponent_of(uint64_t word) noexcept nogil:
+    return word >> 17 & EXPONENT_MAX
+
+cdef inline uint64_t generation_after(uint64_t word) noexcept nogil:
+    """Never 0, which is no ticket."""
+    cdef uint64_t generation = (word + 1) & GENERATION_MASK
+    return generation if generation else 1
+
+cdef inline uint64_t prober(uint64_t generation, uint32_t index) noexcept nogil:
+    """`run` while process `index` probes under this generation."""
+    return generation << 32 | <uint64_t>1 << 31 | index
+
+cdef inline str read_text(const char* text):
+    cdef int length = 0
+    while length < TEXT_BYTES and text[length]:
+        length += 1
+    return text[:length].decode("utf-8", "replace")

@@ -23,7 +23,8 @@ result that counts while an endpoint is out is that of the probe whose claim mad
 DECIDING holds the bound on how many may be out, without a lock: mark, count the others that are not OPEN, then confirm or take
 back, as with cells. A DECIDING whose process was killed or stopped is struck out by the next who counts, 0.1 s later; if the
 stopped one wakes up, its confirmation finds another word and fails. So never more than the share are out, and nobody waits.
-PROBING expires likewise: the next request then gets the probe.
+PROBING expires likewise: the next request then gets the probe. (Sooner if its process was killed: `run`, which counts failures in
+a row otherwise, names the prober meanwhile, and whoever buries that process takes the claim back.)
 
 The retry budget is Finagle's (RetryBudget.scala: 1000 in for each request, 1000/ratio out for each retry, 10 s, a reserve)
 divided by 1000/ratio, so that no ratio is rounded: ratio x requests + 10 x reserve - retries >= 0, over the last ten seconds.
@@ -68,7 +69,6 @@ cdef extern from *:
     uint64_t us_bin_low(unsigned bin) noexcept nogil
 
 cdef enum:
-    EXPONENT_MAX = 31
     DECIDING_MS = 100           # a decision takes less than a microsecond; longer than this its process is stopped or dead
     TRIES = 4
     DECAY_US = 10_000_000       # in use for so long (or `base`, if that is longer): one exponent less. Envoy: a sweep, 10 s
@@ -167,16 +167,6 @@ cdef inline Tally* bucket(Tally* ring, uint64_t second, uint64_t generation) noe
 
 # -- health words
 
-cdef inline uint64_t exponent_of(uint64_t word) noexcept nogil:
-    return word >> 17 & EXPONENT_MAX
-
-
-cdef inline uint64_t generation_after(uint64_t word) noexcept nogil:
-    """Never 0, which is no ticket."""
-    cdef uint64_t generation = (word + 1) & GENERATION_MASK
-    return generation if generation else 1
-
-
 cdef inline uint64_t reopened(uint64_t word) noexcept nogil:
     """The word before a decision was begun."""
     return health_word(0, OPEN, exponent_of(word), word & GENERATION_MASK)
@@ -235,6 +225,7 @@ cdef class EndpointState:
         if not sw_swap(&self.slot.health, word,
                        health_word(<uint64_t>(now + probe_us) // 1000 + 1, PROBING, exponent_of(word), generation)):
             return 0
+        sw_store(&self.slot.run, prober(generation, self.index))       # if we are killed now, the claim has to expire
         sw_add(&self.block.counters[E_PROBES], 1)
         return <uint32_t>generation
 
@@ -404,7 +395,7 @@ cdef class EndpointState:
 
     def explain(self, int event) -> dict[str, object]:
         """The words and figures of an event that report() or checked() just returned, for a line in the log."""
-        found = {"endpoint": self.address, "event": EVENT_NAMES[event]}
+        found = {"upstream": read_text(self.slot.upstream), "endpoint": self.address, "event": EVENT_NAMES[event]}
         if event == EVENT_EJECTED or event == EVENT_PROBE_FAILED:
             found["seconds"] = round(self.seen_us / 1e6, 3)
         if event == EVENT_EJECTED:

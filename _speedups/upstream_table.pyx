@@ -20,8 +20,8 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from gateway._speedups.shared_words cimport sw_add, sw_load, sw_load32, sw_look, sw_put, sw_put32, sw_store, sw_swap
 from gateway._speedups.upstream_state cimport (
     ACTIVE_UNHEALTHY, E_COUNTERS, EndpointBlock, EndpointSlot, EndpointState, GENERATION_MASK, OPEN, OUT, PROBING, Places,
-    SECONDS, TEXT_BYTES, Tally, U_COUNTERS, UpstreamBlock, UpstreamSlot, UpstreamState, endpoint_at, health_word, ring_total,
-    state_of, upstream_at,
+    SECONDS, TEXT_BYTES, Tally, U_COUNTERS, UpstreamBlock, UpstreamSlot, UpstreamState, endpoint_at, exponent_of,
+    generation_after, health_word, prober, read_text, ring_total, state_of, upstream_at,
 )
 from gateway._speedups import upstream_state as names
 
@@ -75,13 +75,6 @@ cdef bytes clipped(str text):
 cdef void write_text(char* into, bytes text) noexcept:
     memset(into, 0, TEXT_BYTES)
     memcpy(into, <const char*>text, <size_t>len(text))         # clipped(): shorter than TEXT_BYTES
-
-
-cdef str read_text(const char* text):
-    cdef int length = 0
-    while length < TEXT_BYTES and text[length]:
-        length += 1
-    return text[:length].decode("utf-8", "replace")
 
 
 cdef bint same_text(const char* kept, bytes text) noexcept:
@@ -173,7 +166,7 @@ cdef class UpstreamTable:
         state = self.open_endpoint(worker, labels, weight, now, address)
         if state is None:
             self.note_full()
-            return alone().alone_endpoint(address, now)
+            return alone().alone_endpoint(<bytes>labels[0], address, now)
         return state
 
     cdef UpstreamState open_upstream(self, int worker, bytes text, str name):
@@ -242,12 +235,13 @@ cdef class UpstreamTable:
         self.upstream_places(0, 0, &places)
         return upstream_at(self, name, &places, False)
 
-    cdef EndpointState alone_endpoint(self, str address, int64_t now_us):
+    cdef EndpointState alone_endpoint(self, bytes upstream, str address, int64_t now_us):
         """The first endpoint of such a table."""
         cdef Places places
         sw_store(&self.header[H_PROCESSES], 2)
         self.endpoint_places(0, 0, &places)
         first_health(<EndpointSlot*>places.slot, now_us)
+        write_text((<EndpointSlot*>places.slot).upstream, upstream)
         return endpoint_at(self, address, &places, False)
 
     # -- places; `at` is always less than upstreams_max or endpoints_max
@@ -531,7 +525,11 @@ cdef void bury_upstream(const Places* places) noexcept nogil:
 cdef void bury_endpoint(const Places* places) noexcept nogil:
     cdef EndpointBlock* blocks = <EndpointBlock*>places.blocks
     cdef EndpointBlock* dead = blocks + places.index
+    cdef EndpointSlot* slot = <EndpointSlot*>places.slot
+    cdef uint64_t word = sw_load(&slot.health)
     cdef int n
+    if state_of(word) == PROBING and sw_load(&slot.run) == prober(word & GENERATION_MASK, places.index):
+        sw_swap(&slot.health, word, health_word(0, OUT, exponent_of(word), generation_after(word)))     # the next may probe
     for n in range(E_COUNTERS):
         sw_add(&(blocks - 1).counters[n], dead.counters[n])
     memset(dead, 0, sizeof(EndpointBlock))

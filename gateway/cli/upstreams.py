@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 import time
 from typing import Any
 
@@ -14,6 +16,7 @@ from gateway.cli import Subparsers
 from gateway.cli.client import Client, Unreachable, add_arguments, complain
 
 Row = dict[str, Any]
+PIPE_COLUMNS = 200
 FAILURES = ("connect", "reset", "timeout", "status")
 STYLES = {"up": "green", "ejected": "red", "unhealthy": "red", "probing": "yellow", "probe due": "yellow"}
 
@@ -90,7 +93,8 @@ def _share(part: int, whole: int) -> float | None:
 def _print(rows: list[Row]) -> None:
     from rich.console import Console
 
-    console = Console()
+    # Into a pipe, as wide as it is: whoever reads it there wants whole lines.
+    console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_COLUMNS)
     for number, row in enumerate(rows):
         if number:
             console.print()
@@ -128,7 +132,9 @@ def _table(endpoints: list[Row]) -> Any:
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 2))
     titles = ("endpoint", "zone", "weight", "state", "in flight", "ewma", "attempts", "failures", "ejections", "retries")
     for title in titles:
-        table.add_column(title, justify="left" if title in ("endpoint", "zone", "state", "failures") else "right", no_wrap=True)
+        wide = title in ("endpoint", "failures")        # on a narrow terminal these take more lines; figures are never cut
+        justify: Any = "left" if wide or title in ("zone", "state") else "right"
+        table.add_column(title, justify=justify, no_wrap=not wide, overflow="fold")
     for endpoint in endpoints:
         counters = endpoint["counters"]
         name = endpoint["address"] if endpoint["target"] in (None, endpoint["address"]) else f"{endpoint['address']} {endpoint['target']}"

@@ -40,6 +40,7 @@ class Origin:
     def __init__(self) -> None:
         self.release = threading.Event()
         self.held = threading.Semaphore(0)
+        self.status = 200
         origin = self
 
         class Answer(BaseHTTPRequestHandler):
@@ -50,7 +51,7 @@ class Origin:
                     origin.held.release()
                     origin.release.wait(PATIENCE)
                 body = b'{"from": "origin"}'
-                self.send_response(200)
+                self.send_response(origin.status)
                 self.send_header("content-type", "application/json")
                 self.send_header("content-length", str(len(body)))
                 self.end_headers()

@@ -74,7 +74,7 @@ def test_consecutive_failures_eject(outcome: int) -> None:
     assert [send(upstream, one, outcome, START) for _ in range(7)] == [NONE] * 6 + [EJECT]
     assert one.availability(START) == EJECTED and one.admit(START, PROBE) == 0 and one.ticket() == 0
     figures = one.explain(EJECT)
-    assert figures["endpoint"] == "10.0.0.1:80" and figures["consecutive_failures"] == 7
+    assert (figures["upstream"], figures["endpoint"]) == ("pay", "10.0.0.1:80") and figures["consecutive_failures"] == 7
     assert 1.0 <= figures["seconds"] <= 1.5
 
 

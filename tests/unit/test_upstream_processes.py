@@ -24,6 +24,7 @@ from tests.unit.upstream_memory import (
     MAY_PROBE,
     NONE,
     OK,
+    PROBE,
     RETURNED,
     SECOND,
     START,
@@ -199,6 +200,26 @@ def test_processes_killed_while_they_eject_block_nothing() -> None:
     assert [endpoint.availability(now) for endpoint in endpoints] == [USABLE] * 4
     assert [send(upstream, endpoint, CONNECT, now) for endpoint in endpoints] == [EJECT, EJECT, NONE, NONE]
     assert [endpoint.availability(now) for endpoint in endpoints] == [EJECTED, EJECTED, USABLE, USABLE]
+
+
+def test_a_killed_prober_does_not_keep_the_endpoint_out_until_its_claim_expires() -> None:
+    shared = table()
+    upstream, (one, _) = seen_by(shared, 1, 2, failures=1)
+    assert send(upstream, one, CONNECT, START) == EJECT
+    now = one.ejected_until()
+
+    def work(tell) -> None:
+        _, (state, _) = seen_by(shared, 0, 2)
+        assert state.admit(now, PROBE)
+        tell()
+        signal.pause()
+
+    killed(work)
+    shared.bury(2)
+    assert one.availability(now) == EJECTED and one.admit(now, PROBE) == 0, "another process's end is no reason"
+    shared.bury(0)
+    assert one.availability(now) == MAY_PROBE and send(upstream, one, OK, now) == RETURNED
+    assert send(upstream, one, CONNECT, now) == EJECT
 
 
 def test_many_processes_open_the_same_endpoints_once() -> None:

@@ -76,6 +76,7 @@ def test_a_full_table_serves_without_sharing() -> None:
     assert upstream.withdraw(START) and upstream.balance(START) == 99_000
     ticket = one.admit(START, PROBE)
     assert [one.report(upstream, CONNECT, ticket, START) for _ in range(7)][-1] == 1
+    assert one.explain(1)["upstream"] == "more"
     assert one.availability(START) == EJECTED and two.availability(START) == USABLE
     assert [row["name"] for row in shared.upstreams(START)] == ["pay"] and kept
 
