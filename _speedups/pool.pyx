@@ -306,7 +306,8 @@ cdef class Upstream:
             if not safe and self.usable and now - endpoint.state.ejected_until() < OVERDUE_US:
                 continue
             endpoint.ticket = endpoint.state.admit(now, PROBE_US)
-            if endpoint.ticket and endpoint.state.enter(0):
+            if endpoint.ticket:
+                endpoint.state.enter(0)             # no limit: always
                 self.look_at = 0
                 return endpoint
         return None
@@ -328,8 +329,10 @@ cdef class Upstream:
                 break
             endpoint = <Endpoint>self.endpoints[at]
             endpoint.ticket = endpoint.state.admit(now, PROBE_US)
-            if endpoint.ticket and endpoint.state.enter(self.endpoint_max):
-                return endpoint
+            if endpoint.ticket:
+                if endpoint.state.enter(self.endpoint_max):
+                    return endpoint
+                endpoint.state.report(self.state, OUT_CANCELLED, endpoint.ticket, now)      # it may have been the probe
             endpoint.candidate.usable = False       # until the next look: out since the last one, or full
             self.balancer.changed()
         if self.panic and self.endpoints:
