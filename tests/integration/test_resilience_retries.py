@@ -126,3 +126,39 @@ def test_an_attempt_that_may_have_been_executed_is_not_called_unsent(tmp_path: P
     finally:
         origin.close()
         book.close()
+
+
+def test_payments_are_repeated_where_the_service_executes_a_key_once(tmp_path: Path) -> None:
+    """It breaks a tenth of its connections right after it has executed: asked again, it gives the receipt that it kept."""
+    book = Book(tmp_path / "origin-book")
+    counting = Counting(book, "a")
+    receipts: dict[str, bytes] = {}
+    numbers = itertools.count(1)
+
+    def script(origin: ScriptedOrigin, stream: Stream) -> None:
+        connection = counting.connection()
+        while True:
+            order = counting.receive(stream, connection)
+            first = order.payment not in receipts
+            if first:
+                receipts[order.payment] = counting.execute(order)
+            if first and next(numbers) % 10 == 0:
+                stream.reset()
+                return
+            stream.send(receipts[order.payment])
+            counting.complete(order)
+
+    retries = "retries: {attempts: 2, on: [connect-failure, reset], idempotency_key: true, backoff: {base: 1ms, max: 5ms}}"
+    origin = ScriptedOrigin(script)
+    try:
+        with payments(tmp_path, [origin.port], retries, KEPT) as bank:
+            bank.book = book
+            with bank.trade(6, reads=0.0) as customers:
+                customers.paid(600)
+            verdict = bank.verdict()
+    finally:
+        origin.close()
+        book.close()
+    assert verdict.answered == verdict.requests
+    assert verdict.amplification > 1.05  # it was needed
+    assert len({line.payment for line in book.lines("executed")}) == verdict.requests
