@@ -66,10 +66,10 @@ class Link:
             with contextlib.suppress(OSError):
                 self.near.shutdown(socket.SHUT_WR)
             return True
-        if ending == "reset":
-            self.near.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        # The thread that carries the bytes closes both; the shutdown wakes it.
+        # The thread that carries the bytes closes both, perhaps at this moment; the shutdown wakes it.
         with contextlib.suppress(OSError):
+            if ending == "reset":
+                self.near.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.far.shutdown(socket.SHUT_RDWR)
         return True
 

@@ -48,7 +48,8 @@ def test_a_request_is_cut_after_so_many_bytes(tmp_path: Path) -> None:
     origin = ScriptedOrigin(Counting(book, "a").serve)
     with Relay(origin.port, lambda number: Fault(cut_request=300)) as relay, connect(relay.port) as client, pytest.raises(Cut):
         client.ask(post("/", b"x" * 1000, "x-request-id: 1"))
-    eventually(lambda: origin.open == 0)
+    eventually(lambda: book.lines("arrived"), "the head at the origin")
+    eventually(lambda: origin.open == 0, "the end of what was cut")
     assert len(book.lines("arrived")) == 1 and book.lines("executed") == []
     origin.close()
 
