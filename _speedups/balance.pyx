@@ -91,6 +91,7 @@ cdef enum:
     WEIGHT_UNIT = 1000                  # a slot's weight is in thousandths, so that slow start has steps
     WEIGHT_MAX = 1_000_000
     SLOW_START_FLOOR = 100              # thousandths
+    MAGLEV_SPARE = 2                    # requests in flight that move no key: the last one may have ended this moment
     WALK_MAX = 512                      # places that a key is passed on before all candidates are compared
 
 ALGORITHMS: Final = ("p2c_ewma", "least_request", "round_robin", "random", "maglev")     # in the order of BALANCE_*
@@ -487,7 +488,7 @@ cdef class Balancer:
         cdef const Candidate* candidate
         cdef const Slot* slot
         cdef const Slot* best = NULL
-        cdef double unit, ratio, lowest = 0
+        cdef double unit, bound, ratio, lowest = 0
         cdef int64_t total = 1      # this request too
         cdef int i, at, end = group.first + group.size
         for i in range(group.first, end):
@@ -499,7 +500,8 @@ cdef class Balancer:
             if group.first <= at < end:
                 slot = &self.slots[at]
                 candidate = self.candidates[slot.index]
-                if (slot.index != avoid and <double>load_of(candidate) < unit * <double>slot.weight
+                bound = unit * <double>slot.weight
+                if (slot.index != avoid and <double>load_of(candidate) < (bound if bound > MAGLEV_SPARE else MAGLEV_SPARE)
                         and (i == 0 or candidate.penalty_until <= now)):
                     return slot.index
             place += 1

@@ -323,6 +323,9 @@ cdef class Upstream:
                 return endpoint
         if avoid is not None:
             avoided = self.index_of(avoid)
+        if self.key_kind != KEY_NONE:               # the bound on the load goes by what is in flight now, not at the last look
+            for endpoint in self.endpoints:
+                endpoint.candidate.elsewhere = <int32_t>(endpoint.state.in_flight() - endpoint.state.own_in_flight())
         for turn in range(8):
             at = self.balancer.choose(now, key, avoided)
             if at < 0:

@@ -169,8 +169,9 @@ def test_the_bound_on_the_load_holds_after_every_choice(weights: list[int], perc
         index = fleet.choose(NOW, key)
         fleet.start(index)
         waiting.append(index)
-        # ceil(load x requests x share), with the rounding of a double.
-        assert fleet.in_flight(index) - 1 < percent / 100 * len(waiting) * weights[index] / sum(weights) + 1e-9
+        # ceil(load x requests x share), with the rounding of a double; two are always allowed.
+        bound = percent / 100 * len(waiting) * weights[index] / sum(weights) + 1e-9
+        assert fleet.in_flight(index) <= 2 or fleet.in_flight(index) - 1 < bound
 
 
 @pytest.mark.parametrize("algorithm", range(len(ALGORITHMS)), ids=ALGORITHMS)
