@@ -219,6 +219,7 @@ cdef class Downstream(Connection):
         engine.handshake_turns -= 1
         if self.tls is None:
             self.tls = self.listener.tls.accept(self.fd)
+            self.tls.wake(self.ended)
         result = self.tls.handshake()
         if result == 0:
             return 0
@@ -247,7 +248,8 @@ cdef class Downstream(Connection):
             return 0
         if failed.failure == FAILED_PLAIN:
             cw_send(self.fd, <const char*>PLAIN_ON_TLS, len(PLAIN_ON_TLS))
-        return self.leave()
+        self.leave()
+        return self.linger()                        # the client's end may be here already: no event would tell it again
 
     cdef int peek_proxy_header(self) except -2:
         """take_proxy_header() for a connection whose next byte is TLS: what is behind the header stays in the kernel."""
