@@ -329,12 +329,13 @@ def parse_key(bytes pem not None) -> PrivateKey:
     cdef PrivateKey made = PrivateKey.__new__(PrivateKey)
     if b"ENCRYPTED" in pem:
         raise TlsError("the key is encrypted: nobody is there to type its password")
+    if b"PRIVATE KEY-----" not in pem:
+        raise TlsError("no private key in it (PEM: -----BEGIN PRIVATE KEY-----)")
     bio = memory_of(pem)
     try:
         made.key = PEM_read_bio_PrivateKey(bio, NULL, no_password, NULL)
         if made.key == NULL:
-            raise TlsError("no private key in it (PEM: -----BEGIN PRIVATE KEY-----)" if ended_well() else
-                           f"the key in it is broken: {openssl_reason()}")
+            raise TlsError(f"the key in it is broken: {openssl_reason()}")
     finally:
         BIO_free(bio)
     made.kind = key_kind(<EVP_PKEY*>made.key)

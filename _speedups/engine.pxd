@@ -236,8 +236,7 @@ cdef class Engine:
     cdef dict listening             # name -> ListenSocket
     cdef dict handshaking           # Downstream in D_HANDSHAKE, oldest first (values unused)
     cdef int handshake_turns        # steps of handshakes that this batch may still take
-    cdef int64_t complained         # monotonic us: last log line about a failed handshake
-    cdef int uncomplained           # those since that were not logged
+    cdef dict complaints            # event -> (monotonic us of its last log line, those since that got none)
     cdef uint32_t generations
     cdef int64_t now                # monotonic us, once a batch
     cdef int64_t ticked             # last tick handled

@@ -99,7 +99,9 @@ cdef class Connection:
     @cython.final
     cdef bint drained(self, ssize_t n, size_t room) noexcept:
         # Edge-triggered: more bytes make a new event. Of TLS, records may be left that the kernel has handed over already.
-        return n < <ssize_t>room and not self.ended and self.tls is None
+        if self.tls is not None:
+            return self.tls.at_rest()
+        return n < <ssize_t>room and not self.ended
 
     @cython.final
     cdef bint silent(self) noexcept:
@@ -315,6 +317,7 @@ cdef class Engine:
         self.full = set()
         self.listening = {}
         self.handshaking = {}
+        self.complaints = {}
         self.log = logging.getLogger("crossway.engine")
         self.notices = Notices()
         self.epoll = epoll_create1(EPOLL_CLOEXEC)
@@ -517,14 +520,14 @@ cdef class Engine:
             self.loop.call_soon(raise_it, error)
 
     cdef void complain(self, str event, dict extra):
-        """Logs what strangers can cause at will: one line a second, with the number of those that got none."""
-        if self.now - self.complained < COMPLAINT_US:
-            self.uncomplained += 1
+        """Logs what strangers can cause at will: one line a second for each kind, with the number of those that got none."""
+        last, unlogged = self.complaints.get(event, (0, 0))
+        if self.now - last < COMPLAINT_US:
+            self.complaints[event] = (last, unlogged + 1)
             return
-        self.complained = self.now
-        if self.uncomplained:
-            extra["unlogged"] = self.uncomplained
-            self.uncomplained = 0
+        self.complaints[event] = (self.now, 0)
+        if unlogged:
+            extra["unlogged"] = unlogged
         self.log.warning(event, extra=extra)
 
     # -- registration -------------------------------------------------------------------------------------------------

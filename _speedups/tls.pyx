@@ -651,6 +651,8 @@ cdef class Tls:
             if result > 0:
                 self.wire.stirred = 0
                 got += <size_t>result
+                if self.at_rest():
+                    break
                 continue
             want = SSL_get_error(<SSL*>self.ssl, result)
             if want == SSL_ERROR_WANT_WRITE:

@@ -6,6 +6,7 @@ content are never taken for equivalent. Whatever cannot be used raises, and the 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from pathlib import Path
 
@@ -43,7 +44,7 @@ class _Reader:
         return chain, key
 
     def authorities(self, path: Path | None) -> list[Certificate]:
-        return [] if path is None else parse_certificates(self.read(path), strict=False)
+        return [] if path is None else _authorities(self.read(path))
 
     def revocations(self, path: Path | None) -> list[RevocationList]:
         return [] if path is None else parse_revocations(self.read(path))
@@ -52,16 +53,21 @@ class _Reader:
         return self._total.digest()
 
 
+@functools.lru_cache(maxsize=4)
+def _authorities(content: bytes) -> list[Certificate]:
+    """Parsed once for all upstreams that trust the same: a machine's bundle holds 140."""
+    return parse_certificates(content, strict=False)
+
+
 def listener_tls(name: str, tls: ListenerTls) -> TlsListener:
     """Return what a listener's handshakes run on. Raises TlsError or OSError."""
-    reader = _Reader(tls.model_dump_json())
-    pairs = []
-    for pair in tls.certificates:
-        chain, key = reader.pair(pair)
-        pairs.append((chain, key, None if pair.ocsp is None else OcspResponse(reader.read(pair.ocsp))))
+    # What a resumed session rests on. A staple or a deadline that changes takes nobody's session away.
+    reader = _Reader(f"{tls.min_version} {tls.client_auth}")
+    pairs = [reader.pair(pair) for pair in tls.certificates]
     authorities, revocations = reader.authorities(tls.client_ca), reader.revocations(tls.crl)
+    staples = [None if pair.ocsp is None else OcspResponse(read_file(pair.ocsp, PEM_MAX)) for pair in tls.certificates]
     return TlsListener(
-        name, pairs, digest=reader.digest(), authorities=authorities, revocations=revocations, client_auth=tls.client_auth,
+        name, [(*pair, staple) for pair, staple in zip(pairs, staples, strict=True)], digest=reader.digest(), authorities=authorities, revocations=revocations, client_auth=tls.client_auth,
         min_version=tls.min_version, alpn=tls.alpn, handshake=tls.handshake, handshakes=tls.handshakes, ktls=tls.ktls,
         tickets=tls.tickets.enabled, forward_certificate=tls.forward_client_certificate,
     )  # fmt: skip

@@ -68,6 +68,7 @@ listeners:
     tls: {{certificates: [{{cert: ec.crt, key: ec.key}}]}}
   capped: {{bind: 127.0.0.1:0, tls: {{certificates: [{{cert: ec.crt, key: ec.key}}], handshakes: 4, handshake: 20s}}}}
   hasty: {{bind: 127.0.0.1:0, tls: {{certificates: [{{cert: ec.crt, key: ec.key}}], handshake: 300ms}}}}
+  kernel: {{bind: 127.0.0.1:0, tls: {{certificates: [{{cert: ec.crt, key: ec.key}}], ktls: true}}}}
 upstreams:
   echo: {{targets: [127.0.0.1:{echo}]}}
   scripted: {{targets: [127.0.0.1:{scripted}]}}
