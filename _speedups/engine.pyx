@@ -134,6 +134,7 @@ cdef class Connection:
 
     @cython.final
     cdef void hang_up(self) noexcept:
+        self.tls = None                             # with the descriptor: its number will be another's
         cw_close(self.fd)
         self.fd = -1
 

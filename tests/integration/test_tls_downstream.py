@@ -243,7 +243,7 @@ def test_a_proxy_header_in_pieces_and_together_with_the_hello(vault: Vault) -> N
 
 
 def test_without_its_proxy_header_a_handshake_ends(vault: Vault) -> None:
-    with pytest.raises(OSError):  # noqa: PT011 - a reset or an end, as the kernel has it
+    with pytest.raises(OSError):
         vault.connect("proxied")
 
 

@@ -8,6 +8,7 @@ import socket
 import ssl
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 import pytest
 from cryptography import x509
@@ -73,7 +74,7 @@ class Shop:
             assert stream.ask(get()).status == 200
             return bool(stream.sock.session_reused)
 
-    def __enter__(self) -> Shop:
+    def __enter__(self) -> Self:
         self.gateway.__enter__()
         return self
 
