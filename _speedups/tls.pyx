@@ -175,6 +175,7 @@ cdef enum:
     SESSIONS_KEPT = 8           # per endpoint
     CLIENT_CERTIFICATE_MAX = 65536      # bytes of a chain
     DEPTH = 8                   # intermediates
+    ENDED = 1                   # Tls.failed: the other side ended in good order, and the next recv() says so
     SESSION_LIFE = 86400        # seconds; RFC 8446 allows seven days, a bank's auditors do not
 
 cdef const char* SUITES_12 = (b"ECDHE-ECDSA-AES128-GCM-SHA256:ECDHE-RSA-AES128-GCM-SHA256:ECDHE-ECDSA-AES256-GCM-SHA384:"
@@ -640,7 +641,7 @@ cdef class Tls:
         cdef size_t got = 0
         cdef int result, want
         if self.failed:
-            return self.failed
+            return 0 if self.failed == ENDED else self.failed
         if n == 0:
             return 0
         ERR_clear_error()
@@ -660,8 +661,8 @@ cdef class Tls:
             result = self.fail(result)
             if got == 0:
                 return result
-            if result != -EAGAIN and result != 0:
-                self.failed = result                # told by the next call; a clean end is told by OpenSSL again
+            if result != -EAGAIN:
+                self.failed = ENDED if result == 0 else result      # told by the next call
             break
         return <ssize_t>got
 
@@ -728,7 +729,7 @@ cdef class Tls:
         return self.fail(result) == -EAGAIN
 
     cdef bint at_rest(self) noexcept:
-        return self.wire.dry and not SSL_has_pending(<SSL*>self.ssl)
+        return self.wire.dry and not self.failed and not SSL_has_pending(<SSL*>self.ssl)
 
     cdef bint shut(self) noexcept:
         cdef int result

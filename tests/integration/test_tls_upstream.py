@@ -389,3 +389,54 @@ def test_a_server_that_leaves_in_the_handshake(lab: Lab, end: Callable[[Stream],
     assert b"upstream-tls-failed" in answer.body
     assert origin.accepted == 2  # a second attempt is safe: nothing had been sent
     gateway.calm()
+
+
+# -- what Python sends
+
+
+CHECK = ", health: {check: {http: {path: /healthz}, interval: 100ms, healthy: 1, unhealthy: 1}}"
+
+
+def test_checks_connect_as_the_traffic_does(lab: Lab) -> None:
+    asked: list[str] = []
+
+    def script(origin: ScriptedOrigin, stream: Stream) -> None:
+        asked.append(stream.head().path)
+        stream.send(ok(b"", "connection: close"))
+
+    lab.serve(script=script)
+    gateway = lab.gateway("{ca: ca.crt, sans: payments.internal}", more=CHECK)
+    eventually(lambda: asked.count("/healthz") >= 2, "two checks")
+    assert status(gateway) == 200
+    assert not [line for line in gateway.log() if "failed its checks" in line["event"]]
+
+
+@pytest.mark.parametrize("tls", ["{ca: ca.crt}", "{ca: ca.crt, server_name: other.internal}", "{ca: ca.crt, sans: other.internal}"])
+def test_checks_demand_the_same_of_the_server(lab: Lab, tls: str) -> None:
+    Authority("Elsewhere", number=70).issue("127.0.0.1").write(lab.folder, "strange")
+    lab.serve("strange" if tls == "{ca: ca.crt}" else "good")
+    gateway = lab.gateway(tls, more=CHECK)
+
+    def failed() -> list[str]:
+        return [line["reason"] for line in gateway.log() if "failed its checks" in line["event"]]
+
+    assert "TLS: " in eventually(failed, "the verdict")[0]
+
+
+def test_copies_for_a_mirror_go_out_over_tls(lab: Lab) -> None:
+    copied: list[str] = []
+
+    def script(origin: ScriptedOrigin, stream: Stream) -> None:
+        copied.append(stream.request().fields["x-crossway-mirror"])
+        stream.send(ok())
+
+    shadow = lab.serve(script=script)
+    shadow_port = shadow.port
+    lab.serve()
+    path = lab.write()
+    text = path.read_text().replace("upstreams: {", f"upstreams: {{shadow: {{targets: ['127.0.0.1:{shadow_port}'], tls: {{ca: ca.crt}}}}, ")
+    path.write_text(text.replace("upstream: origin}]", "upstream: origin, mirror: {upstream: shadow}}]"))
+    gateway = lab.stack.enter_context(WatchedGateway(path))
+    assert status(gateway) == 200
+    eventually(lambda: copied == ["1"], "the copy")
+    assert shadow.handshakes == 1

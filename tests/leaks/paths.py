@@ -43,7 +43,7 @@ listeners:
     timeouts: {{head: 1ms, body: 1ms}}
     tls: {{certificates: [{{cert: lab.crt, key: lab.key}}], client_ca: ca.crt, client_auth: optional, handshake: 1ms, handshakes: 50}}
 upstreams:
-  guarded: {{targets: [127.0.0.1:{origin}], tls: {{ca: ca.crt}}}}
+  guarded: {{targets: [127.0.0.1:{origin}], tls: {{ca: ca.crt}}, retries: 0, health: {{eject: {{share: 0%}}}}}}
   origin: {{targets: [127.0.0.1:{origin}], timeouts: {{head: 1ms}}}}
   twin: {{targets: [127.0.0.1:{origin}]}}
   gone: {{targets: [127.0.0.1:{gone}]}}
@@ -419,28 +419,27 @@ def tls_upstreams(lab: Lab, turn: int) -> None:
     kind = turn % 5
     sock = lab.client(b"GET /guarded HTTP/1.1\r\n" + HOST + b"\r\n")
     status = b"503"
-    for _ in range(2 if kind < 2 else 1):  # nothing was sent: it is tried once more
-        upstream = lab.accepted()
-        if kind == 0:
-            upstream.close()
-        elif kind == 1:
-            upstream.send(b"HTTP/1.1 200 OK\r\n\r\n")
-            lab.engine.poll()
-            upstream.close()
-        else:
-            server = lab.secure(upstream, server=True)
-            assert server is not None
-            assert server.read().startswith(b"GET /guarded")
-            if kind == 2:
-                status = b"502"
-            elif kind == 3:
-                server.send(b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nabc")
-                status = b"200"
-            else:
-                server.send(b"HTTP/1.1 200 OK\r\n\r\nabc")
-                status = b"200"
-            reset(upstream) if turn % 2 else upstream.close()
+    upstream = lab.accepted()
+    if kind == 0:
+        upstream.close()
+    elif kind == 1:
+        upstream.send(b"HTTP/1.1 200 OK\r\n\r\n")
         lab.engine.poll()
+        upstream.close()
+    else:
+        server = lab.secure(upstream, server=True)
+        assert server is not None
+        assert server.read().startswith(b"GET /guarded")
+        if kind == 2:
+            status = b"502"
+        elif kind == 3:
+            server.send(b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nabc")
+            status = b"200"
+        else:
+            server.send(b"HTTP/1.1 200 OK\r\n\r\nabc")
+            status = b"200"
+        reset(upstream) if turn % 2 else upstream.close()
+    lab.engine.poll()
     lab.poll_for(sock)
     with contextlib.suppress(ConnectionError):
         assert sock.recv(65536)[9:12] in (status, b"502", b"503", b"")
