@@ -380,6 +380,9 @@ cdef class Engine:
                 (<Downstream>connection).advance()      # a request that is in the socket already is served
                 if (<Downstream>connection).state == D_IDLE and not (<Downstream>connection).queued:
                     (<Downstream>connection).close()
+            elif isinstance(connection, Downstream) and (<Downstream>connection).state == D_HANDSHAKE and \
+                    (<Downstream>connection).tls is None and cw_silent((<Downstream>connection).fd):
+                (<Downstream>connection).close()            # connected, and never said a word
         self.go_on()
 
     def active(self) -> int:

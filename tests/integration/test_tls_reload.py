@@ -202,6 +202,15 @@ def test_the_end_of_a_certificate_is_a_metric_and_a_warning(tmp_path: Path, orig
         eventually(warned, "the warning")
 
 
+def test_a_drain_does_not_wait_for_who_says_nothing(tmp_path: Path, origin: ScriptedOrigin) -> None:
+    with Shop(tmp_path, origin.port, workers=1, tls=", handshake: 10m") as shop:
+        with socket.create_connection(("127.0.0.1", shop.gateway.port()), PATIENCE) as silent:
+            eventually(lambda: shop.gateway.metrics()["crossway_tls_handshakes_in_flight"] == 1, "the connection")
+            shop.gateway.signal(signal.SIGTERM)
+            assert silent.recv(1) == b""
+        assert shop.gateway.wait() == 0
+
+
 def test_a_drain_ends_tls_connections_cleanly(tmp_path: Path, origin: ScriptedOrigin) -> None:
     with Shop(tmp_path, origin.port, workers=1) as shop:
         idle = shop.connect()
