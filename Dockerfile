@@ -9,7 +9,7 @@ FROM python:3.12-slim-bookworm AS builder
 # No versions: the compiler is the base image's distribution's, and never leaves this stage.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends gcc libc6-dev \
+    && apt-get install -y --no-install-recommends gcc libc6-dev libssl-dev \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
 # Dependencies first: this layer is built again only when they change.

@@ -42,6 +42,7 @@ LINK = {
     "debug": [],
     "asan": ["-fsanitize=address,undefined"],
 }[FLAVOUR]
+LIBRARIES = {name: ["ssl", "crypto"] for name in ("certificates", "tls")}
 CHECKED = FLAVOUR != "release"
 
 only = {name for name in os.environ.get("CROSSWAY_MODULES", "").split(",") if name}
@@ -51,6 +52,7 @@ extensions = [
         [f"_speedups/{source.name}"],
         extra_compile_args=[*COMPILE, "-fvisibility=hidden", "-Wno-unused-function", "-Wno-unused-const-variable"],
         extra_link_args=LINK,
+        libraries=LIBRARIES.get(source.stem, []),
         define_macros=[("CROSSWAY_CHECKED", "1" if CHECKED else "0")],
         depends=[str(path.relative_to(ROOT)) for path in (ROOT / "_speedups").glob("*.px[di]")],
     )

@@ -450,6 +450,8 @@ cdef int compose_request(Exchange x, char* out, int room, int64_t now) except -2
     put_host(&o, x)
     put_fields(&o, head)
     put_identity(&o, x, own_removed(x.route.request_edits, x.request_removed))
+    if x.certificate is not None and x.listener.tls is not None and x.listener.tls.forward_certificate:
+        put_principal(&o, x.certificate.fields(), x.route.request_edits, x.request_removed)
     if x.principal is not None:
         put_principal(&o, x.principal.headers, x.route.request_edits, x.request_removed)
     put_edits(&o, x.route.request_edits, x.request_set)

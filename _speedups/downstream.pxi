@@ -4,12 +4,21 @@
 # of the present request stays where it was read until its exchange ends, so views into it are offsets. `advance` is the only
 # loop; all else returns to it, so a client that sends ten thousand refusable requests costs no stack.
 
+cdef bytes plain_on_tls():
+    body = b'{"type":"about:blank","title":"Bad Request","status":400,"detail":"this port speaks TLS: use https"}'
+    head = b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/problem+json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
+    return head % len(body) + body
+
+cdef bytes PLAIN_ON_TLS = plain_on_tls()
+
 
 cdef class Downstream(Connection):
     """A client's connection."""
 
     cdef int on_events(self, uint32_t events) except -1:
         cdef int result
+        if self.state == D_HANDSHAKE:
+            return self.secure(events)
         if events & (EPOLLERR | EPOLLHUP):
             # Both sides have ended: what is unread has to be read, or close() would reset what the client has not got yet.
             return self.linger() if self.state == D_LINGER else self.gone()
@@ -25,8 +34,13 @@ cdef class Downstream(Connection):
                     self.arm(T_WRITE, self.listener.write_us)
                 elif self.flushed() < 0:
                     return 0
+            elif self.tls is not None:
+                if self.state == D_LINGER:
+                    self.shut()                     # there was no room for the last word
+                elif self.tls is not None and self.tls.starved:
+                    self.readable = True
         if events & (EPOLLIN | EPOLLRDHUP):
-            self.readable = True
+            self.wake()
         if self.fd >= 0:
             self.advance()
         return 0
@@ -51,6 +65,10 @@ cdef class Downstream(Connection):
     cdef int on_timeout(self) except -1:
         cdef uint8_t why = self.why
         cdef uint64_t* counters = self.engine.slot.counters
+        if self.state == D_HANDSHAKE:
+            counters[C_TLS_TIMEOUTS] += 1
+            self.close()
+            return 0
         if self.state == D_ACTIVE:
             self.exchange_timeout(why)
             return self.advance()                   # what the client pipelined behind it has arrived already
@@ -179,6 +197,91 @@ cdef class Downstream(Connection):
             self.engine.again.append(self)
         return 0
 
+    # -- TLS ----------------------------------------------------------------------------------------------------------
+
+    cdef int secure(self, uint32_t events) except -1:
+        """The handshake, as far as it goes now; behind it the connection is like any other."""
+        cdef Engine engine = self.engine
+        cdef int result
+        if events & (EPOLLERR | EPOLLHUP):
+            self.close()
+            return 0
+        if events & EPOLLRDHUP:
+            self.ended = True
+        if events & (EPOLLIN | EPOLLRDHUP):
+            self.wake()
+        if not self.readable and self.tls is None:
+            return 0                                # connected, and nothing said yet
+        if self.proxied and self.peek_proxy_header() <= 0:
+            return 0
+        if engine.handshake_turns == 0:
+            return self.queue_up()
+        engine.handshake_turns -= 1
+        if self.tls is None:
+            self.tls = self.listener.tls.accept(self.fd)
+            self.tls.wake(self.ended)
+        result = self.tls.handshake()
+        if result == 0:
+            return 0
+        engine.handshaking.pop(self, None)
+        if result < 0:
+            return self.handshake_failed()
+        engine.slot.counters[C_TLS_HANDSHAKES] += 1
+        if self.tls.resumed:
+            engine.slot.counters[C_TLS_RESUMED] += 1
+        self.state = D_IDLE
+        self.readable = True                        # the first request may have come along
+        engine.set_timer(self, T_KEEPALIVE, engine.now + self.listener.head_us)
+        return self.advance()
+
+    cdef int handshake_failed(self) except -1:
+        """A log line, and an end that lets the alert arrive; who spoke HTTP in clear text is told so."""
+        cdef Tls failed = self.tls
+        self.tls = None
+        self.engine.slot.counters[C_TLS_FAILED] += 1
+        self.engine.complain("a client's TLS handshake failed", {
+            "listener": self.listener_name, "client": self.text[:self.text_len].decode("ascii"),
+            "reason": "an HTTP request in clear text" if failed.failure == FAILED_PLAIN else failed.reason})
+        if failed.failure == FAILED_GONE:
+            self.state = D_IDLE
+            self.close()
+            return 0
+        if failed.failure == FAILED_PLAIN:
+            cw_send(self.fd, <const char*>PLAIN_ON_TLS, len(PLAIN_ON_TLS))
+        self.leave()
+        return self.linger()                        # the client's end may be here already: no event would tell it again
+
+    cdef int peek_proxy_header(self) except -2:
+        """take_proxy_header() for a connection whose next byte is TLS: what is behind the header stays in the kernel."""
+        cdef sockaddr_storage address
+        cdef int kind = 0, result
+        cdef ssize_t n = cw_peek(self.fd, self.engine.scratch, SCRATCH)
+        if n == -EAGAIN:
+            self.readable = False
+            return 0
+        result = parse_proxy_header(self.engine.scratch, <uint32_t>n, &address, &kind) if n > 0 else -1
+        if result == 0 and not self.ended:
+            self.readable = False
+            return 0
+        self.proxied = False
+        if result > 0:
+            cw_recv(self.fd, self.engine.scratch, result)
+            if kind == 1:
+                self.take_address(&address)
+            return 1
+        if n > 0 and result < 0 and self.listener.proxy_protocol == 1 and kind == 0:
+            return 1
+        self.engine.slot.counters[C_BAD_REQUESTS] += 1
+        self.close()
+        return -1
+
+    cdef void take_address(self, sockaddr_storage* address):
+        """The client's address, as a PROXY header says it."""
+        cdef uint16_t port = 0
+        self.text_len = cw_address_text(address, self.text, sizeof(self.text), &port)
+        cw_address_bytes(address, self.address)
+        self.peer_trusted = self.listener.trusted.contains(self.address)
+
     # -- the head -----------------------------------------------------------------------------------------------------
 
     cdef int read_head(self) except -1:
@@ -259,7 +362,6 @@ cdef class Downstream(Connection):
     cdef int take_proxy_header(self) except -2:
         """PROXY protocol v1/v2. 1 taken (or absent where optional), 0 more bytes needed, -1 refused and closed."""
         cdef sockaddr_storage address
-        cdef uint16_t port = 0
         cdef int kind = 0
         cdef int result = parse_proxy_header(self.inb.base + self.inb.start, self.inb.end - self.inb.start, &address, &kind)
         if result == 0:
@@ -274,9 +376,7 @@ cdef class Downstream(Connection):
             return -1
         buffer_consume(&self.inb, <uint32_t>result)
         if kind == 1:                               # an address; LOCAL and UNKNOWN keep the connection's own
-            self.text_len = cw_address_text(&address, self.text, sizeof(self.text), &port)
-            cw_address_bytes(&address, self.address)
-            self.peer_trusted = self.listener.trusted.contains(self.address)
+            self.take_address(&address)
         return 1 if self.inb.end > self.inb.start else 0
 
     cdef int parse_failed(self, int error) except -1:
@@ -385,6 +485,9 @@ cdef class Downstream(Connection):
         cdef Head* head = x.head
         cdef int i
         x.trusted = self.peer_trusted
+        x.secure = self.tls is not None
+        if x.secure:
+            x.certificate = self.tls.certificate
         memcpy(x.client, self.address, 16)
         memcpy(x.client_text, self.text, 48)
         x.client_len = self.text_len
@@ -786,6 +889,8 @@ cdef class Downstream(Connection):
             return 0
         if reset and self.fd >= 0:
             self.cut_short()
+        elif self.tls is not None:
+            self.tls.broken = True                  # nobody may take what he got for all of it
         self.close()
         return 0
 
@@ -832,7 +937,11 @@ cdef class Downstream(Connection):
         cdef Exchange x
         if self.fd < 0:
             return
+        if self.state == D_HANDSHAKE:
+            self.engine.handshaking.pop(self, None)
         if self.x is not None:                      # before its head was complete, or an internal error
+            if self.tls is not None and self.x.answer_started:
+                self.tls.broken = True
             self.drop_upstream()
             x, self.x = self.x, None
             if x.task is not None:

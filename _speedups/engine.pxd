@@ -13,6 +13,7 @@ from gateway._speedups.histogram cimport WorkerSlot
 from gateway._speedups.notices cimport Notices
 from gateway._speedups.pool cimport Endpoint, Upstream
 from gateway._speedups.sockets cimport iovec, sockaddr_storage
+from gateway._speedups.tls cimport Tls
 from gateway._speedups.token_bucket cimport BucketTable
 cimport cython
 
@@ -30,6 +31,7 @@ cdef enum:
     T_LINGER            # waiting for the client to close
     T_POOL              # upstream idle in its pool
     T_QUEUE             # a place at the upstream
+    T_HANDSHAKE         # the client's TLS handshake
 
 cdef enum:
     TICK_US = 100000    # resolution of deadlines
@@ -43,10 +45,11 @@ cdef enum:
     D_FLUSH             # the answer is complete but not all sent
     D_LINGER            # answered and shut down for writing; the rest is read and dropped
     D_CLOSED
+    D_HANDSHAKE         # before the first request: a PROXY header where one is due, then TLS
 
 # Upstream connection states.
 cdef enum:
-    U_CONNECTING = 0
+    U_CONNECTING = 0    # the TLS handshake included
     U_HEAD              # request (being) sent, no answer head
     U_BODY
     U_IDLE
@@ -62,6 +65,7 @@ cdef class Connection:
     cdef bint ended                 # the other side sent its end: reads go on until recv() says so too
     cdef bint queued                # in Engine.again
     cdef bint orphaned              # the client has left; its exchange goes on, and what is written to it is dropped
+    cdef Tls tls                    # None: clear text
     cdef Buffer inb                 # received, not consumed
     cdef Buffer out                 # to be sent; empty most of the time
     # Deadline: linked into Engine.wheel by raw pointers. Safe because close() unlinks, and `by_fd` owns the connection until then.
@@ -83,9 +87,15 @@ cdef class Connection:
     # Whether an idle connection is open and has nothing to say, looked up now.
     @cython.final
     cdef bint silent(self) noexcept
-    # Ends our side of the stream in good order.
+    # After an event: there may be more to read.
     @cython.final
-    cdef void shut(self) noexcept
+    cdef void wake(self) noexcept
+    # Whether the last read proved that nothing more had arrived.
+    @cython.final
+    cdef bint at_rest(self) noexcept
+    # Ends our side of the stream in good order. False when that has to wait for room to write.
+    @cython.final
+    cdef bint shut(self) noexcept
     # Makes the next close() an abrupt end, which nobody can take for the end of an answer.
     @cython.final
     cdef void cut_short(self) noexcept
@@ -116,6 +126,10 @@ cdef class Downstream(Connection):
     cdef char text[48]
     cdef int text_len
 
+    cdef int secure(self, uint32_t events) except -1
+    cdef int handshake_failed(self) except -1
+    cdef int peek_proxy_header(self) except -2
+    cdef void take_address(self, sockaddr_storage* address)
     cdef int flushed(self) except -1
     cdef int exchange_timeout(self, uint8_t why) except -1
     cdef int parse_head(self) except -1
@@ -179,6 +193,8 @@ cdef class UpstreamConnection(Connection):
     cdef int put_again(self, int n) except -999
     cdef void detach(self)
     cdef int connected(self, uint32_t events) except -1
+    cdef int secure(self) except -1
+    cdef int serve(self) except -1
     cdef int connect_failed(self, int status, bytes slug, bytes detail) except -1
     cdef int append_body(self, int n) except -1
     cdef int send_answer(self, Head* head) except -1
@@ -218,6 +234,9 @@ cdef class Engine:
     cdef set full                   # upstreams with a queue
     cdef object look_handle
     cdef dict listening             # name -> ListenSocket
+    cdef dict handshaking           # Downstream in D_HANDSHAKE, oldest first (values unused)
+    cdef int handshake_turns        # steps of handshakes that this batch may still take
+    cdef dict complaints            # event -> (monotonic us of its last log line, those since that got none)
     cdef uint32_t generations
     cdef int64_t now                # monotonic us, once a batch
     cdef int64_t ticked             # last tick handled
@@ -250,6 +269,7 @@ cdef class Engine:
     cdef void run_parked(self)
     cdef int resume(self, Exchange x, object result, object error) except -1
     cdef void report(self, Connection connection, object error)
+    cdef void complain(self, str event, dict extra)
     cdef int connections_max(self, str name)
     cdef void accepted(self, str name, int fd, sockaddr_storage* address)
     cdef void link_timer(self, Connection connection, int64_t tick) noexcept

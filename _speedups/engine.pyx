@@ -26,6 +26,7 @@ from gateway._speedups.balance cimport hash_key
 from gateway._speedups.pool cimport *
 from gateway._speedups.proxy_protocol cimport parse_proxy_header
 from gateway._speedups.sockets cimport *
+from gateway._speedups.tls cimport FAILED_GONE, FAILED_PLAIN, Tls, TlsUpstream, tls_live
 from gateway._speedups.token_bucket cimport BucketTable
 from gateway._speedups.upstream_state cimport OUT_NEUTRAL, U_HEDGES, U_QUEUE_TIMEOUTS, classify_status
 from gateway._speedups.wire cimport cw_put_hex
@@ -48,6 +49,8 @@ cdef enum:
     INFORMATIONAL_MAX = 8
     LINGER_US = 2000000
     LINGER_BYTES = 1048576
+    HANDSHAKES = 8              # steps per batch: a signature takes up to a millisecond, and the others have a turn between
+    COMPLAINT_US = 1000000      # between two log lines about failed handshakes: strangers cause them at will
     STALL_US = 2000000          # the worker slept (SIGSTOP, a blocking hook): look at the sockets before the deadlines
 
 cdef Limits ANSWER_LIMITS
@@ -77,34 +80,61 @@ cdef class Connection:
 
     @cython.final
     cdef ssize_t recv(self, void* data, size_t n) noexcept:
-        return cw_recv(self.fd, data, n)
+        if self.tls is None:
+            return cw_recv(self.fd, data, n)
+        return self.tls.recv(data, n)
 
     @cython.final
     cdef ssize_t send(self, const void* data, size_t n) noexcept:
-        return cw_send(self.fd, data, n)
+        if self.tls is None:
+            return cw_send(self.fd, data, n)
+        return self.tls.send(data, n)
 
     @cython.final
     cdef ssize_t sendv(self, iovec* pieces, int count) noexcept:
-        return cw_sendv(self.fd, pieces, count)
+        if self.tls is None:
+            return cw_sendv(self.fd, pieces, count)
+        return self.tls.sendv(pieces, count)
 
     @cython.final
     cdef bint drained(self, ssize_t n, size_t room) noexcept:
-        return n < <ssize_t>room and not self.ended         # edge-triggered: more bytes make a new event
+        # Edge-triggered: more bytes make a new event. Of TLS, records may be left that the kernel has handed over already.
+        if self.tls is not None:
+            return self.tls.at_rest()
+        return n < <ssize_t>room and not self.ended
 
     @cython.final
     cdef bint silent(self) noexcept:
-        return cw_silent(self.fd)
+        if self.tls is None:
+            return cw_silent(self.fd)
+        return self.tls.silent()
 
     @cython.final
-    cdef void shut(self) noexcept:
+    cdef bint at_rest(self) noexcept:
+        return not self.readable or (self.tls is not None and self.tls.at_rest())
+
+    @cython.final
+    cdef void wake(self) noexcept:
+        self.readable = True
+        if self.tls is not None:
+            self.tls.wake(self.ended)
+
+    @cython.final
+    cdef bint shut(self) noexcept:
+        if self.tls is not None and not self.tls.shut():
+            return False
         cw_shutdown(self.fd, SHUT_WR)
+        return True
 
     @cython.final
     cdef void cut_short(self) noexcept:
         cw_reset_on_close(self.fd)
+        if self.tls is not None:
+            self.tls.broken = True
 
     @cython.final
     cdef void hang_up(self) noexcept:
+        self.tls = None                             # with the descriptor: its number will be another's
         cw_close(self.fd)
         self.fd = -1
 
@@ -120,6 +150,10 @@ cdef class Connection:
             return
         self.engine.unlink_timer(self)
         self.engine.unregister(self)
+        if self.tls is not None:
+            if self.out.end == self.out.start:
+                self.tls.shut()
+            self.tls = None
         cw_close(self.fd)
         self.fd = -1
         buffer_release(&self.inb)
@@ -283,6 +317,8 @@ cdef class Engine:
         self.orphans = set()
         self.full = set()
         self.listening = {}
+        self.handshaking = {}
+        self.complaints = {}
         self.log = logging.getLogger("crossway.engine")
         self.notices = Notices()
         self.epoll = epoll_create1(EPOLL_CLOEXEC)
@@ -340,10 +376,13 @@ cdef class Engine:
             self.unlisten(name)
         for connection in list(self.by_fd):
             if isinstance(connection, Downstream) and (<Downstream>connection).state == D_IDLE:
-                (<Downstream>connection).readable = True
+                (<Downstream>connection).wake()
                 (<Downstream>connection).advance()      # a request that is in the socket already is served
                 if (<Downstream>connection).state == D_IDLE and not (<Downstream>connection).queued:
                     (<Downstream>connection).close()
+            elif isinstance(connection, Downstream) and (<Downstream>connection).state == D_HANDSHAKE and \
+                    (<Downstream>connection).tls is None and cw_silent((<Downstream>connection).fd):
+                (<Downstream>connection).close()            # connected, and never said a word
         self.go_on()
 
     def active(self) -> int:
@@ -383,6 +422,7 @@ cdef class Engine:
             "exchanges": self.exchanges,
             "exchange_objects": exchanges_live() - PyList_GET_SIZE(self.spare),
             "buffers": blocks_live(),
+            "tls": tls_live(),
             "parked": PyList_GET_SIZE(self.parked),
             "descriptors": sum(1 for connection in self.by_fd if connection is not None),
         }
@@ -404,6 +444,7 @@ cdef class Engine:
                 # What idle upstream connections have to say comes first, so that no request of this batch goes out on one that
                 # ended or speaks unasked. A full batch may have left some unseen.
                 self.crowded = n == EVENTS
+                self.handshake_turns = HANDSHAKES
                 for i in range(n):
                     self.dispatch(events[i].cw_data, events[i].events, True)
                 for i in range(n):
@@ -440,6 +481,7 @@ cdef class Engine:
         self.slot.gauges[G_PARKED] = PyList_GET_SIZE(self.parked) + self.tasks
         self.slot.gauges[G_BUFFERS] = blocks_live()
         self.slot.gauges[G_DESCRIPTORS] = self.descriptors
+        self.slot.gauges[G_HANDSHAKES] = len(self.handshaking)
 
     cdef void dispatch(self, uint64_t data, uint32_t events, bint pooled):
         """Hands an event to its connection; with `pooled` to one that is idle in a pool only."""
@@ -480,6 +522,17 @@ cdef class Engine:
             connection.close_now()
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             self.loop.call_soon(raise_it, error)
+
+    cdef void complain(self, str event, dict extra):
+        """Logs what strangers can cause at will: one line a second for each kind, with the number of those that got none."""
+        last, unlogged = self.complaints.get(event, (0, 0))
+        if self.now - last < COMPLAINT_US:
+            self.complaints[event] = (last, unlogged + 1)
+            return
+        self.complaints[event] = (self.now, 0)
+        if unlogged:
+            extra["unlogged"] = unlogged
+        self.log.warning(event, extra=extra)
 
     # -- registration -------------------------------------------------------------------------------------------------
 
@@ -525,7 +578,7 @@ cdef class Engine:
         connection.text_len = cw_address_text(address, connection.text, sizeof(connection.text), &port)
         cw_address_bytes(address, connection.address)
         connection.peer_trusted = address.ss_family == AF_UNIX or listener.trusted.contains(connection.address)
-        connection.state = D_IDLE
+        connection.state = D_IDLE if listener.tls is None else D_HANDSHAKE
         connection.writable = True
         cw_nodelay(fd)
         try:
@@ -535,7 +588,15 @@ cdef class Engine:
             return
         self.connections += 1
         self.slot.counters[C_CONNECTIONS_ACCEPTED] += 1
-        self.set_timer(connection, T_KEEPALIVE, self.now + listener.head_us)
+        if listener.tls is None:
+            self.set_timer(connection, T_KEEPALIVE, self.now + listener.head_us)
+            return
+        self.set_timer(connection, T_HANDSHAKE, self.now + listener.tls.handshake_us)
+        if len(self.handshaking) >= listener.tls.handshakes_max:
+            # An honest handshake is over in milliseconds: the oldest is the likeliest to be none.
+            self.slot.counters[C_TLS_EVICTED] += 1
+            (<Downstream>next(iter(self.handshaking))).close()
+        self.handshaking[connection] = None
 
     # -- deadlines ----------------------------------------------------------------------------------------------------
 
@@ -780,7 +841,7 @@ cdef class Engine:
         connection.endpoint = endpoint
         connection.upstream = x.upstream
         connection.born = self.now
-        connection.state = U_CONNECTING if result < 0 else U_HEAD
+        connection.state = U_CONNECTING if result < 0 or x.upstream.tls is not None else U_HEAD
         try:
             self.register(connection, fd, WATCH)
         except OSError as error:                    # closed already; as good as unreachable

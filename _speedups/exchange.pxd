@@ -7,12 +7,14 @@ use, so that whoever kept a reference (a hook's task) can tell that it is not hi
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from gateway._speedups.buffers cimport Buffer
+from gateway._speedups.certificates cimport ClientCertificate
 from gateway._speedups.headers cimport Head
 from gateway._speedups.http1 cimport Chunked, Limits
 from gateway._speedups.histogram cimport WorkerSlot
 from gateway._speedups.journal cimport Journal
 from gateway._speedups.pool cimport Endpoint, Upstream
 from gateway._speedups.route_trie cimport Match, Route, RouteTrie
+from gateway._speedups.tls cimport TlsListener
 from gateway._speedups.token_bucket cimport BucketTable
 from gateway._speedups.token_cache cimport Principal
 
@@ -118,6 +120,7 @@ cdef class ListenerEntry:
     cdef int requests_max, connections_max
     cdef Networks trusted
     cdef int proxy_protocol             # 0 off, 1 optional, 2 required
+    cdef readonly TlsListener tls       # None: clear text
 
 cdef class Snapshot:
     cdef readonly int version
@@ -161,6 +164,7 @@ cdef class Exchange:
     cdef int peer_len
     cdef bint trusted                   # the connection comes from a trusted proxy
     cdef bint secure                    # the client's side of the edge spoke TLS
+    cdef ClientCertificate certificate  # of the client, verified
     cdef char request_id[36]
     cdef char trace[55]
     cdef Principal principal

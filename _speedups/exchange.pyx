@@ -167,7 +167,8 @@ cdef class ListenerEntry:
 
     def __init__(self, str name, RouteTrie trie not None, *, int head_limit=32768, int target_limit=8192, int fields=100,
                  int64_t body_limit=1048576, double head=10, double body=30, double keepalive=75, double write=30,
-                 int requests=10000, int connections=10000, trusted=(), str proxy_protocol="off"):
+                 int requests=10000, int connections=10000, trusted=(), str proxy_protocol="off",
+                 TlsListener tls=None):
         self.name = name
         self.trie = trie
         self.limits.head = head_limit
@@ -181,6 +182,7 @@ cdef class ListenerEntry:
         self.requests_max = requests
         self.connections_max = connections
         self.trusted = Networks(trusted)
+        self.tls = tls
         self.proxy_protocol = {"off": 0, "optional": 1, "required": 2}[proxy_protocol]
 
 
@@ -268,6 +270,8 @@ cdef class Exchange:
         self.collecting = False
         self.replayable = True
         self.trusted = False
+        self.secure = False
+        self.certificate = None
         self.tries = 0
         self.attempts = 0
         self.balance_key = 0

@@ -73,6 +73,14 @@ cdef enum:                      # counters; anonymous, so that a member indexes 
     C_LOOKUPS                   # names asked for by discovery
     C_LOOKUP_FAILURES
     C_FILES_REJECTED            # versions of watched files of endpoints that could not be used
+    C_TLS_HANDSHAKES            # of clients, completed
+    C_TLS_RESUMED               # those of them that resumed a session
+    C_TLS_FAILED
+    C_TLS_TIMEOUTS
+    C_TLS_EVICTED               # the oldest, to make room
+    C_UPSTREAM_TLS_HANDSHAKES
+    C_UPSTREAM_TLS_RESUMED
+    C_UPSTREAM_TLS_FAILURES
     C_SERIES_OVERFLOW           # observations that found no free series; written by observe() only
     C_USED                      # how many there are
     COUNTER_COUNT = 96          # room in the slot
@@ -94,6 +102,7 @@ cdef enum:                      # gauges
     G_DESCRIPTORS               # sockets that the engine watches
     G_REDIS                     # 0 not configured, 1 away, 2 there
     G_LIMIT_WAIT_MAX_US         # the longest that a request has waited for Redis
+    G_HANDSHAKES                # of TLS with clients, under way
     G_USED
     GAUGE_COUNT = 32
 

@@ -83,11 +83,12 @@ COUNTER_NAMES: Final = (
     "redis_errors", "audit_records", "audit_lost", "hooks", "hook_errors", "hook_timeouts", "mirrored_2xx",
     "mirrored_3xx", "mirrored_4xx", "mirrored_5xx", "mirror_failed", "mirror_dropped", "mirror_skipped", "fault_delays",
     "fault_aborts", "accept_paused", "loop_polls", "loop_events", "retries_denied", "hedges", "orphans",
-    "upstream_overloaded", "upstream_queue_timeouts", "lookups", "lookup_failures", "files_rejected", "series_overflow",
+    "upstream_overloaded", "upstream_queue_timeouts", "lookups", "lookup_failures", "files_rejected", "tls_handshakes", "tls_resumed", "tls_failed",
+    "tls_timeouts", "tls_evicted", "upstream_tls_handshakes", "upstream_tls_resumed", "upstream_tls_failures", "series_overflow",
 )
 GAUGE_NAMES: Final = (
     "connections", "exchanges", "upstream_active", "upstream_idle", "parked", "config_version", "ready", "draining", "cpu_us",
-    "started", "pid", "rss", "buffers", "descriptors", "redis", "limit_wait_max_us",
+    "started", "pid", "rss", "buffers", "descriptors", "redis", "limit_wait_max_us", "tls_handshakes",
 )
 assert len(COUNTER_NAMES) == C_USED and len(GAUGE_NAMES) == G_USED
 

@@ -273,6 +273,13 @@ cdef class Request:
         return self.exchange().principal
 
     @property
+    def client_certificate(self):
+        """What the client showed in the TLS handshake, verified, or None: see ClientCertificate."""
+        if self._kept is not None:
+            return self.fact("client_certificate")
+        return self.exchange().certificate
+
+    @property
     def body(self) -> bytes:
         """The body, for policies with a body_limit."""
         x = self.exchange()
@@ -310,7 +317,8 @@ cdef class Request:
         """Copies what on_end may ask for; the exchange itself is about to be used by another request."""
         if self._kept is None:
             self._kept = {name: getattr(self, name) for name in
-                          ("method", "path", "query", "host", "client", "request_id", "route", "params", "principal")}
+                          ("method", "path", "query", "host", "client", "request_id", "route", "params", "principal",
+                           "client_certificate")}
 
 
 cdef class Response:

@@ -9,6 +9,7 @@ owed in either direction. Python is called from here: while a snapshot is built,
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from gateway._speedups.balance cimport Balancer, Candidate
 from gateway._speedups.sockets cimport sockaddr_storage, socklen_t
+from gateway._speedups.tls cimport TlsUpstream
 from gateway._speedups.upstream_state cimport EndpointState, UpstreamState
 
 # What may be tried again. Whether a request may be repeated at all is the money rules' to say (attempts.pxi).
@@ -48,6 +49,7 @@ cdef class Endpoint:
     cdef readonly str address           # where it is: numeric host:port
     cdef readonly str target            # as configured or discovered; several endpoints share one when a name has several addresses
     cdef readonly bytes host_field      # value of Host when the upstream asks for the endpoint's own
+    cdef readonly str host              # of the target: the name that TLS asks for and expects
     cdef sockaddr_storage sockaddr
     cdef socklen_t length
     cdef readonly int weight
@@ -94,6 +96,7 @@ cdef class Upstream:
     cdef bint finish_abandoned          # what was sent completely goes on when its client has left
     cdef int host_mode                  # HOST_*
     cdef bytes host_literal
+    cdef readonly TlsUpstream tls       # None: clear text
 
     # A place in flight (False: wait or refuse), and giving it back; `good`: the client got an answer that was no failure.
     cdef bint enter(self, int64_t now) noexcept

@@ -46,6 +46,7 @@ cdef class Endpoint:
         self.address = address
         self.target = address if target is None else target
         self.host_field = self.target.encode("ascii")
+        self.host = self.target.rpartition(":")[0].removeprefix("[").removesuffix("]")
         self.weight = weight
         self.zone = zone
         self.idle = []
@@ -58,8 +59,10 @@ cdef class Endpoint:
         return len(self.idle)
 
 
-cdef object succeed(Endpoint endpoint, Endpoint before, Upstream upstream):
-    """Take over the pool of the endpoint that is replaced, and what is known of its speed."""
+cdef object succeed(Endpoint endpoint, Endpoint before, Upstream upstream, bint equivalent):
+    """Take over the pool of the endpoint that is replaced, unless it is reached in another way now, and what is known of its speed."""
+    if not equivalent:
+        retire(before)
     before.retired = True
     endpoint.idle, before.idle = before.idle, []
     for connection in endpoint.idle:
@@ -96,8 +99,10 @@ cdef class Upstream:
                  double queue=1, dict adaptive=None, str balance="p2c_ewma", str key="", int load=125, double slow_start=0,
                  str zone=None, int attempts=1, retry_on=("connect-failure",), double per_try=0, double backoff=0.025,
                  double backoff_max=0.25, int64_t replay=65536, bint honours_key=False, double budget=0.2, int reserve=10,
-                 double hedge=0, bint finish_abandoned=True, dict eject=None, bint panic=False, table=None, int worker=0):
+                 double hedge=0, bint finish_abandoned=True, dict eject=None, bint panic=False, table=None, int worker=0,
+                 TlsUpstream tls=None):
         self.name = name
+        self.tls = tls
         self.unresolved = set()
         self.zone = zone
         self.table = private_table() if table is None else table
@@ -171,22 +176,31 @@ cdef class Upstream:
     def adopt(self, Upstream old not None) -> None:
         """Take over what the same upstream of the snapshot before knew: pools, and addresses that are not found anew yet."""
         cdef Endpoint endpoint, before
+        cdef bint same = self.equivalent(old)
         known = {(endpoint.address, endpoint.target): endpoint for endpoint in old.endpoints}
         kept = []
+        if same and self.tls is not None:
+            self.tls.adopt(old.tls)
         for endpoint in self.endpoints:
             before = known.pop((endpoint.address, endpoint.target), None)
             if before is not None and before is not endpoint:
-                succeed(endpoint, before, self)
+                succeed(endpoint, before, self, same)
             kept.append(endpoint)
         for before in known.values():
             if before.target in self.unresolved:
                 endpoint = Endpoint(before.address, before.weight, target=before.target, zone=before.zone)
-                succeed(endpoint, before, self)
+                succeed(endpoint, before, self, same)
                 kept.append(endpoint)
             else:
                 retire(before)
         self.endpoints = kept
         self.rebuild()
+
+    def equivalent(self, Upstream other not None) -> bool:
+        """Whether connections made for one can serve the other's requests."""
+        if self.tls is None or other.tls is None:
+            return self.tls is other.tls
+        return self.tls.digest == other.tls.digest
 
     def abandon(self) -> None:
         """The upstream is in no snapshot any more."""

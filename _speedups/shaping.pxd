@@ -90,6 +90,7 @@ cdef class Copy(Tap):
     cdef readonly bytes head            # as the upstream's own would be, with its final empty line
     cdef readonly bytearray body
     cdef readonly str host              # numeric
+    cdef readonly str name              # by which it was found: what TLS expects
     cdef readonly int port
     cdef readonly bint bodiless         # the answer to HEAD
     cdef WorkerSlot slot

@@ -435,6 +435,7 @@ cdef class Mirror:
         cdef int n
         n = cw_address_text(&endpoint.sockaddr, text, sizeof(text), &port)
         copy.host = text[:n].decode("ascii")
+        copy.name = endpoint.host
         copy.port = port
         x.upstream, x.endpoint = self.upstream, endpoint
         try:

@@ -41,6 +41,11 @@ cdef extern from *:
         do r = recv(fd, p, n, 0); while (r < 0 && errno == EINTR);
         return r < 0 ? -errno : r;
     }
+    static inline ssize_t cw_peek(int fd, void *p, size_t n) {
+        ssize_t r;
+        do r = recv(fd, p, n, MSG_PEEK | MSG_DONTWAIT); while (r < 0 && errno == EINTR);
+        return r < 0 ? -errno : r;
+    }
     static inline ssize_t cw_send(int fd, const void *p, size_t n) {
         ssize_t r;
         do r = send(fd, p, n, MSG_NOSIGNAL | MSG_DONTWAIT); while (r < 0 && errno == EINTR);
@@ -173,6 +178,7 @@ cdef extern from *:
     int64_t cw_monotonic_us() nogil
     int64_t cw_wall_us() nogil
     ssize_t cw_recv(int fd, void* p, size_t n) nogil
+    ssize_t cw_peek(int fd, void* p, size_t n) nogil
     ssize_t cw_send(int fd, const void* p, size_t n) nogil
     ssize_t cw_sendv(int fd, iovec* v, int count) nogil
     bint cw_silent(int fd) nogil

@@ -28,11 +28,16 @@ cdef class UpstreamConnection(Connection):
         if self.state == U_IDLE:
             if not events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR):
                 return 0                            # its turn of Engine.again, or room to write
+            if self.tls is not None and not events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR) and self.silent():
+                return 0                            # TLS 1.3 sends tickets when it likes
             # Closed by the other side, or bytes that nobody asked for: either way it carries no further exchange.
             self.engine.slot.counters[C_UPSTREAM_DISCARDED] += 1
             self.leave_pool()
             return 0
         if self.state == U_CONNECTING:
+            if self.tls is not None:
+                self.tls.wake(events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR) != 0)
+                return self.secure()
             if events & (EPOLLOUT | EPOLLERR | EPOLLHUP):
                 return self.connected(events)
             return 0
@@ -51,8 +56,10 @@ cdef class UpstreamConnection(Connection):
                     downstream.advance()
                 elif result == 1 and not self.x.answer_started and self.x.hedge is not self:
                     downstream.arm_head()
+            if self.tls is not None and self.tls.starved:
+                self.readable = True
         if events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR):
-            self.readable = True
+            self.wake()
         if self.fd >= 0 and self.x is not None:
             self.pump_answer()
         return 0
@@ -126,13 +133,14 @@ cdef class UpstreamConnection(Connection):
             self.upstream.close_one()
             if self.state == U_IDLE:
                 self.engine.upstreams_idle -= 1
+            elif self.tls is not None:
+                self.tls.broken = True              # in the middle of something: no orderly end (see release())
         self.state = U_CLOSED
         Connection.close(self)
 
     # -- connecting and sending ---------------------------------------------------------------------------------------
 
     cdef int connected(self, uint32_t events) except -1:
-        cdef Downstream downstream = <Downstream>self.x.connection
         if cw_socket_error(self.fd):
             self.engine.slot.counters[C_UPSTREAM_CONNECT_FAILURES] += 1
             return self.connect_failed(503, b"upstream-unreachable",
@@ -141,6 +149,34 @@ cdef class UpstreamConnection(Connection):
             # What speaks before it is asked, or leaves at once, says nothing about this request.
             self.engine.slot.counters[C_UPSTREAM_BAD] += 1
             return self.connect_failed(502, b"upstream-bad-answer", b"the upstream spoke or left before it was asked; the request was not sent")
+        if self.upstream.tls is None:
+            return self.serve()
+        self.tls = self.upstream.tls.connect(self.fd, self.endpoint.address, self.endpoint.host)
+        return self.secure()
+
+    cdef int secure(self) except -1:
+        """The TLS handshake, as far as it goes now. Nothing of the request leaves before it is complete."""
+        cdef int result = self.tls.handshake()
+        if result == 0:
+            return 0
+        if result < 0:
+            self.engine.slot.counters[C_UPSTREAM_TLS_FAILURES] += 1
+            self.engine.slot.counters[C_UPSTREAM_CONNECT_FAILURES] += 1
+            self.engine.complain("the TLS handshake with an upstream failed", {
+                "upstream": self.upstream.name, "endpoint": self.endpoint.address, "reason": self.tls.reason})
+            return self.connect_failed(503, b"upstream-tls-failed",
+                                       b"no trusted TLS connection to the upstream can be made; the request was not sent")
+        self.engine.slot.counters[C_UPSTREAM_TLS_HANDSHAKES] += 1
+        if self.tls.resumed:
+            self.engine.slot.counters[C_UPSTREAM_TLS_RESUMED] += 1
+        if not self.tls.at_rest() and not self.silent():
+            self.engine.slot.counters[C_UPSTREAM_BAD] += 1
+            return self.connect_failed(502, b"upstream-bad-answer", b"the upstream spoke or left before it was asked; the request was not sent")
+        return self.serve()
+
+    cdef int serve(self) except -1:
+        """The connection stands: the request that waits for it goes out."""
+        cdef Downstream downstream = <Downstream>self.x.connection
         self.state = U_HEAD
         self.writable = True
         if self.x.hedge is self:
@@ -559,9 +595,11 @@ cdef class UpstreamConnection(Connection):
         cdef UpstreamConnection oldest
         self.detach()
         # After a short read nothing more is there; after a full one, look.
-        if keep and self.readable and not self.silent():
+        if keep and not self.at_rest() and not self.silent():
             keep = False
         if not keep:
+            if self.tls is not None and x.body.done and self.out.end == self.out.start:
+                self.tls.shut()
             self.close()
             return
         buffer_release(&self.inb)

@@ -7,6 +7,7 @@ from typing import Any
 from gateway._speedups.journal import Journal
 from gateway._speedups.pool import Upstream
 from gateway._speedups.route_trie import Route, RouteTrie
+from gateway._speedups.tls import TlsListener
 
 class Networks:
     def __init__(self, networks: Iterable[str] = ()) -> None: ...
@@ -82,9 +83,12 @@ class ListenerEntry:
         connections: int = 10000,
         trusted: Iterable[str] = (),
         proxy_protocol: str = "off",
+        tls: TlsListener | None = None,
     ) -> None: ...
     @property
     def name(self) -> str: ...
+    @property
+    def tls(self) -> TlsListener | None: ...
 
 class Snapshot:
     journals: list[Journal]

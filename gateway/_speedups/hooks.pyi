@@ -3,6 +3,7 @@
 from collections.abc import Awaitable, Iterator, Mapping
 from typing import Any, Final, TypeVar, overload
 
+from gateway._speedups.certificates import ClientCertificate
 from gateway._speedups.exchange import Step
 from gateway._speedups.token_cache import Principal
 
@@ -90,6 +91,8 @@ class Request:
     def params(self) -> dict[str, str]: ...
     @property
     def principal(self) -> Principal | None: ...
+    @property
+    def client_certificate(self) -> ClientCertificate | None: ...
     @property
     def body(self) -> bytes: ...
     def json(self) -> Any: ...

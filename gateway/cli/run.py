@@ -112,7 +112,8 @@ def announce(supervisor: Supervisor) -> None:
     lines = []
     for name, listener in supervisor.listeners.items():
         offered = [route for route in supervisor.config.routes if route.listeners is None or name in route.listeners]
-        lines.append((name, f"{url(str(listener.address))}  -> {len(offered)} route{'' if len(offered) == 1 else 's'}"))
+        secure = supervisor.config.listeners[name].tls is not None
+        lines.append((name, f"{url(str(listener.address), secure)}  -> {len(offered)} route{'' if len(offered) == 1 else 's'}"))
     if supervisor.admin_listener is not None:
         lines.append(("admin", url(str(supervisor.admin_listener.address))))
     lines.append(("workers", str(len(supervisor.slots))))
@@ -121,5 +122,5 @@ def announce(supervisor: Supervisor) -> None:
         print("\n".join(f"{name:<{width}}  {text}" for name, text in lines), flush=True)
 
 
-def url(address: str) -> str:
-    return address if address.startswith("unix:") else f"http://{address}"
+def url(address: str, secure: bool = False) -> str:
+    return address if address.startswith("unix:") else f"http{'s' if secure else ''}://{address}"

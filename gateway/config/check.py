@@ -10,6 +10,7 @@ import os
 from difflib import get_close_matches
 from pathlib import Path
 
+from gateway.config.check_tls import check_tls, file_versions, watched_files
 from gateway.config.cpus import available_cpus
 from gateway.config.hooks import check_hook
 from gateway.config.keyfile import MAX_JWKS, read_file
@@ -37,6 +38,8 @@ def findings(config: Config) -> list[Problem]:
     _binds(config, document)
     _admin(config, document)
     _machine(config, document)
+    config._watched = file_versions(watched_files(config))  # before they are read: what changes later is seen
+    config._certificates = tuple(check_tls(config, document))
     for place, policy in _all_policies(config):
         _files(policy, place, document)
     for name, upstream in config.upstreams.items():

@@ -219,7 +219,7 @@ def _audit_file(raw: Any) -> Any:
 
 AUDIT_FIELDS = (
     "time", "worker", "seq", "id", "client", "subject", "issuer", "method", "host", "path", "route", "upstream", "status",
-    "outcome", "reason", "origin", "duration", "bytes_in", "bytes_out", "trace",
+    "outcome", "reason", "origin", "duration", "bytes_in", "bytes_out", "trace", "certificate", "thumbprint",
 )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from pydantic.functional_validators import BeforeValidator
 from pydantic.json_schema import WithJsonSchema
 
 from gateway.config.base import Model, Shorthand, listed, needed, part, setting
+from gateway.config.check_tls import CertificateInfo, FileVersion
 from gateway.config.conditions import Condition
 from gateway.config.discovery import Discovery
 from gateway.config.health import Health
@@ -24,6 +25,7 @@ from gateway.config.redis import Redis
 from gateway.config.resilience import Balance, BalanceSettings, Hedge, Retries, RetrySettings, UpstreamLimits
 from gateway.config.shaping import Canary, Mirror, Split, StickyKey
 from gateway.config.source import Document, Path_
+from gateway.config.tls import ListenerTls, UpstreamTls, widen_upstream_tls
 from gateway.config.values import (
     MAX_FIELDS,
     MAX_HEAD,
@@ -123,6 +125,7 @@ class Listener(Model):
     proxy_protocol: Literal["off", "optional", "required"] = setting(
         "off", "PROXY protocol v1 or v2 before the first request"
     )
+    tls: ListenerTls | None = setting(None, "TLS towards the clients; default: clear text")
     backlog: Int = Field(default=1024, ge=1, le=65535, description="connections that the kernel queues")
 
 
@@ -192,6 +195,10 @@ class Upstream(Model):
         BeforeValidator(_upstream_host),
         WithJsonSchema({"type": "string", "x-is": "`preserve`, `target` or a host"}),
     ] = setting("preserve", "the Host that is sent: the client's, the endpoint's own, or this one")
+    tls: Annotated[
+        UpstreamTls | None, Shorthand(widen_upstream_tls, {"type": "boolean", "x-is": "`true`"})
+    ] = setting(None, "TLS towards the endpoints; `true`: verified by this machine's authorities; default: clear text")
+    protocol: Literal["http1", "http2", "grpc"] = setting("http1", "what the endpoints speak; only http1 in this version")
     resolve: Deadline = setting("30s", "how long a name's addresses are used at most; the record's TTL if that is shorter")
     health: Health = part(Health, "how it is noticed that an endpoint does not serve")
     balance: BalanceSettings = part(Balance, "how the next endpoint is chosen")
@@ -356,6 +363,8 @@ class Config(Model):
 
     _document: Document | None = PrivateAttr(default=None)
     _digest: str = PrivateAttr(default="")
+    _certificates: tuple[CertificateInfo, ...] = PrivateAttr(default=())
+    _watched: dict[str, FileVersion] = PrivateAttr(default_factory=dict)
 
     @property
     def document(self) -> Document:
@@ -378,6 +387,16 @@ class Config(Model):
     def digest(self) -> str:
         """Return the sha256, in hex, over the file and everything that was read because of it."""
         return self._digest
+
+    @property
+    def certificates(self) -> tuple[CertificateInfo, ...]:
+        """Return the certificates that it uses, as they were when it was loaded."""
+        return self._certificates
+
+    @property
+    def watched(self) -> dict[str, FileVersion]:
+        """Return the files whose change is a reason to load it again, with the versions that were loaded."""
+        return self._watched
 
     def where(self, path: Path_) -> tuple[int, int]:
         """Return (line, column), from 1, of the value at a path such as ("routes", 0, "match")."""

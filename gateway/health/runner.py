@@ -16,9 +16,11 @@ from typing import Protocol
 
 from gateway.config import Config
 from gateway.config.health import Check
+from gateway.config.schema import Upstream
 from gateway.config.web import Address
 from gateway.discovery import Discovery, Found
 from gateway.health.probe import Inconclusive, Opener, open_plain, probe
+from gateway.health.tls import opener_of
 
 log = logging.getLogger("crossway.health")
 
@@ -44,12 +46,20 @@ Open = Callable[[str, Found], Verdict]
 Key = tuple[Address, str]  # of an endpoint: its address, and the name that it was found by
 
 
+def _opener(settings: Upstream, plain: Opener) -> Opener:
+    """Checks connect as the traffic does."""
+    check = settings.health.check
+    if settings.tls is None or check is None:
+        return plain
+    return opener_of(settings.tls, "h2" if check.grpc is not None else "http/1.1")
+
+
 class Checks:
     """The checks of every upstream that has any; `verdict` opens an endpoint's place in the shared table."""
 
     def __init__(self, config: Config, verdict: Open, opener: Opener = open_plain) -> None:
         self.upstreams = [
-            CheckedUpstream(name, settings.health.check, Discovery(name, settings), verdict, opener)
+            CheckedUpstream(name, settings.health.check, Discovery(name, settings), verdict, _opener(settings, opener))
             for name, settings in config.upstreams.items()
             if settings.health.check is not None
         ]

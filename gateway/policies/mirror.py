@@ -15,6 +15,7 @@ from typing import cast
 import httptools
 
 from gateway._speedups.shaping import Copy
+from gateway.config.client_tls import ClientTls
 
 log = logging.getLogger("crossway.mirror")
 
@@ -29,16 +30,19 @@ class Sender:
     """Delivers the copies of one route's mirror.
 
     host: the Host to send, "" for the endpoint's own, None for that of the request with `-shadow` behind its name. timeout: seconds
-    for one copy. keep, idle: how many connections wait for the next copy, and how long.
+    for one copy. keep, idle: how many connections wait for the next copy, and how long. tls: None for clear text.
     """
 
-    def __init__(self, *, strip: Iterable[str], host: str | None, timeout: float, keep: int, idle: float) -> None:
+    def __init__(
+        self, *, strip: Iterable[str], host: str | None, timeout: float, keep: int, idle: float, tls: ClientTls | None = None
+    ) -> None:
         # Not for a copy: what only the service itself may see, and a request to be asked before the body comes.
         self.strip = frozenset(name.lower().encode("ascii") for name in (*strip, "expect"))
         self.host = host
         self.timeout = timeout
         self.keep = keep
         self.idle = idle
+        self.tls = tls
         self.stopped = False
         self._waiting: dict[Endpoint, list[Connection]] = {}
 
@@ -65,7 +69,7 @@ class Sender:
         endpoint = copy.host, copy.port
         try:
             async with asyncio.timeout(self.timeout):
-                connection = self._idle(endpoint) or await self._connect(endpoint)
+                connection = self._idle(endpoint) or await self._connect(endpoint, copy.name)
                 status = await connection.exchange(self.edited(copy) + copy.body, copy.bodiless)
         except (OSError, TimeoutError, httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             log.debug("a copy was not answered", extra={"endpoint": f"{copy.host}:{copy.port}", "error": type(error).__name__})
@@ -108,9 +112,20 @@ class Sender:
                 return connection
         return None
 
-    async def _connect(self, endpoint: Endpoint) -> Connection:
+    async def _connect(self, endpoint: Endpoint, name: str) -> Connection:
         host, port = endpoint
-        _, connection = await asyncio.get_running_loop().create_connection(Connection, host, port)
+        loop = asyncio.get_running_loop()
+        if self.tls is None:
+            return (await loop.create_connection(Connection, host, port))[1]
+        expected = self.tls.server_name(name)
+        transport, connection = await loop.create_connection(
+            Connection, host, port, ssl=self.tls.context(), server_hostname=expected
+        )
+        try:
+            self.tls.check(transport)
+        except OSError:
+            connection.close()
+            raise
         return connection
 
     def _put_back(self, endpoint: Endpoint, connection: Connection) -> None:

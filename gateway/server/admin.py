@@ -34,6 +34,7 @@ from gateway.server.launch import AdminLaunch
 from gateway.server.log import log
 from gateway.server.metrics import exposition, worker_counters
 from gateway.server.process import cpu_seconds
+from gateway.server.watch import Watch
 from gateway.telemetry.upstreams import report
 
 MAX_HEAD = 32 * 1024  # bytes
@@ -88,7 +89,7 @@ class Admin:
 
     async def status(self, request: Request) -> Response:
         ready, detail = readiness(self.state)
-        shown = {key: value for key, value in self.state.items() if key != "type"}
+        shown = {key: value for key, value in self.state.items() if key not in ("type", "watched")}
         return json({"crossway": gateway.__version__, "ready": ready, "detail": detail, **shown})
 
     async def workers(self, request: Request) -> Response:
@@ -122,6 +123,10 @@ class Admin:
         return json(shown, 200 if result["ok"] else STATUS_OF.get(result["error"], 500))
 
     # -- the supervisor
+
+    def reload_unheard(self) -> None:
+        """Ask for a reload whose outcome is told by the log and the state alone."""
+        self.tell({"type": "reload", "id": next(self.numbers), "expect": None})
 
     def tell(self, message: Message) -> None:
         self.channel.send(message)
@@ -232,8 +237,10 @@ async def _serve(launch: AdminLaunch) -> None:
     loop.add_signal_handler(signal.SIGUSR1, logs.reopen)
     serving = asyncio.ensure_future(server.serve(sockets=[launch.sock]))
     admin.tell({"type": "ready"})
+    watching = asyncio.ensure_future(Watch(lambda: admin.state, admin.reload_unheard).run())
     leaving = asyncio.ensure_future(admin.leaving.wait())
     await asyncio.wait([serving, leaving], return_when=asyncio.FIRST_COMPLETED)
+    watching.cancel()
     server.should_exit = True
     await serving
 

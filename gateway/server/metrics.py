@@ -36,6 +36,14 @@ class ProcessCollector(Collector):
         restarts = CounterMetricFamily("crossway_worker_restarts", "Workers replaced because they died or hung.")
         restarts.add_metric([], self._state["restarts"])
         yield restarts
+        expiry = GaugeMetricFamily(
+            "crossway_certificate_not_after_timestamp_seconds",
+            "When a certificate in use ends, in seconds since 1970.",
+            labels=["owner", "subject", "file"],
+        )
+        for each in self._state["certificates"]:
+            expiry.add_metric([each["owner"], each["subject"], each["file"]], each["not_after"])
+        yield expiry
 
 
 def exposition(memory: SharedState, state: Message, accept: str, by_worker: bool) -> tuple[bytes, str]:

@@ -214,6 +214,7 @@ class Reload:
             self._renew_admin()
         supervisor.checking.change(old_config)
         self._change_log(old_config)
+        supervisor.take_effect()
         self._finish_if_all()
 
     def _resize(self) -> None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from gateway.config import Config
 from gateway.server.channel import Message
 from gateway.server.children import Child, Slot
+from gateway.server.log import log
 
 if TYPE_CHECKING:
     from gateway.server.supervisor import Supervisor
@@ -49,9 +51,18 @@ def describe(supervisor: Supervisor) -> Message:
             for name, listener in supervisor.listeners.items()
         ],
         "reload": {**vars(supervisor.outcome), "running": supervisor.reload is not None},
+        "certificates": [asdict(certificate) for certificate in supervisor.config.certificates],
+        "watched": supervisor.config.watched,
         "restarts": supervisor.restarts,
         "supervisor": os.getpid(),
     }
+
+
+def warn_insecure(config: Config) -> None:
+    """Say at every start and reload which upstreams are believed whoever they are."""
+    for name, upstream in config.upstreams.items():
+        if upstream.tls is not None and upstream.tls.insecure:
+            log.warning("the certificate of this upstream is not verified: `insecure: true`", extra={"upstream": name})
 
 
 def _checker(child: Child | None) -> Mapping[str, Any] | None:

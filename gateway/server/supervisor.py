@@ -31,9 +31,10 @@ from gateway.server.launch import AdminLaunch, Launch, Programs
 from gateway.server.log import log
 from gateway.server.process import exit_reason, name_process, spawn
 from gateway.server.reload import Reload, Request
-from gateway.server.report import Outcome, describe
+from gateway.server.report import Outcome, describe, warn_insecure
 from gateway.server.sockets import Listener, open_all
 from gateway.server.systemd import Notifier
+from gateway.server.tickets import TicketKeys
 from gateway.server.wait import Wait
 from gateway.server.watchdog import SILENCE, Watchdog
 
@@ -84,6 +85,7 @@ class Supervisor:
         self.silence = silence
         self.board = Board(capacity + 1)  # the last word is the checker's
         self.wait = Wait(SIGNALS)
+        self.tickets = TicketKeys(self.wait)
         self.children: dict[int, Child] = {}
         self.slots: list[Slot] = []
         self.listeners: dict[str, Listener] = {}
@@ -127,9 +129,15 @@ class Supervisor:
             self.start_worker(slot)
         self.start_admin()
         self.checking.start()
+        self.take_effect()
         Watchdog(self, self.silence).look()
         if self.notifier.watchdog:
             self._ping(self.notifier.watchdog)
+
+    def take_effect(self) -> None:
+        """What a configuration that is in force now asks of this process itself."""
+        self.tickets.follow(self.config)
+        warn_insecure(self.config)
 
     def worker_count(self, config: Config) -> int:
         if self.workers is not None:

@@ -22,6 +22,7 @@ from gateway.snapshot.faults import Faults, Place
 from gateway.snapshot.matching import RouteSpec, spec_of
 from gateway.snapshot.resolve import Endpoints
 from gateway.snapshot.shaping import Way, edits, shape_of
+from gateway.snapshot.tls import listener_tls, upstream_tls
 
 if TYPE_CHECKING:
     from gateway.telemetry.shared import SharedState
@@ -111,6 +112,7 @@ def _upstream(name: str, settings: schema.Upstream, zone: str | None, workshop: 
         eject={"failures": eject.failures, "ratio": eject.ratio or 0, "minimum": eject.minimum, "base": eject.base,
                "maximum": eject.max, "share": eject.share},
         panic=settings.health.when_all_bad == "panic", table=table, worker=max(workshop.worker, 0),
+        tls=None if settings.tls is None else upstream_tls(settings.tls),
     )
     endpoints = Endpoints(upstream, settings, loud=workshop.worker <= 0)
     if endpoints.moving:
@@ -133,6 +135,7 @@ def _listeners(config: Config, routes: Sequence[RouteEntry | None], faults: Faul
                 body_limit=limits.body, head=times.head, body=times.body, keepalive=times.keepalive, write=times.write,
                 requests=limits.requests, connections=limits.connections,
                 trusted=[str(network) for network in settings.trusted_proxies], proxy_protocol=settings.proxy_protocol,
+                tls=None if settings.tls is None else listener_tls(name, settings.tls),
             )
     return listeners
 

@@ -13,6 +13,7 @@ from gateway._speedups.exchange import Edits, RouteEntry, Shape
 from gateway._speedups.pool import Upstream
 from gateway._speedups.shaping import Chooser, Conditions, Mirror, Shaper
 from gateway.config import Config, schema
+from gateway.config.client_tls import ClientTls
 from gateway.config.conditions import triples
 from gateway.config.policies import HeaderEdits
 from gateway.config.shaping import Mirror as MirrorSettings
@@ -79,9 +80,10 @@ def _mirror(
     keep = config.upstreams[settings.upstream].keepalive
     strip = settings.strip if settings.strip is not None else (*STRIPPED, *_key_headers(route, config))
     host = config.upstreams[settings.upstream].host
+    tls = config.upstreams[settings.upstream].tls
     sender = Sender(
         strip=strip, host={"preserve": None, "target": ""}.get(host, host), timeout=settings.timeout, keep=keep.connections,
-        idle=keep.idle,
+        idle=keep.idle, tls=None if tls is None else ClientTls(tls, "http/1.1"),
     )
     workshop.sources.append(sender)
     return Mirror(

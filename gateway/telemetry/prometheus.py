@@ -111,6 +111,13 @@ COUNTERS: dict[str, _Total] = {
     "lookups": _Total("lookups", "Names that workers asked for to find endpoints."),
     "lookup_failures": _Total("lookup_failures", "Of these, the ones that led to nothing: the last good answer stayed."),
     "files_rejected": _Total("endpoint_files_rejected", "Versions of watched files of endpoints that could not be used."),
+    "tls_handshakes": _Total("tls_handshakes", "TLS handshakes with clients that were completed."),
+    "tls_resumed": _Total("tls_sessions_resumed", "TLS handshakes with clients that resumed a session."),
+    **_grouped("tls_handshake_failures", "TLS handshakes with clients that came to nothing.", "cause", tls_failed="failed",
+               tls_timeouts="timeout", tls_evicted="evicted"),
+    "upstream_tls_handshakes": _Total("upstream_tls_handshakes", "TLS handshakes with upstreams that were completed."),
+    "upstream_tls_resumed": _Total("upstream_tls_sessions_resumed", "TLS handshakes with upstreams that resumed a session."),
+    "upstream_tls_failures": _Total("upstream_tls_failures", "TLS handshakes with upstreams that failed."),
     "series_overflow": _Total("metrics_overflow", "Observations counted in the overflow series."),
 }
 assert COUNTERS.keys() == set(COUNTER_NAMES)
@@ -120,6 +127,7 @@ SUMMED_GAUGES = {
     "exchanges": ("exchanges", "Requests in flight."),
     "parked": ("exchanges_parked", "Requests that wait for Python."),
     "buffers": ("buffers", "Blocks of memory that connections hold for bytes under way."),
+    "tls_handshakes": ("tls_handshakes_in_flight", "TLS handshakes with clients that are under way."),
     "descriptors": ("descriptors", "Sockets that the workers watch: listening, clients' and upstreams'."),
 }
 WORKER_GAUGES = {

@@ -9,6 +9,7 @@ import pytest
 
 from tests.integration.bank import Bank, open_bank
 from tests.integration.processes import Origin, write_config
+from tests.integration.vault import Vault, open_vault
 
 
 @pytest.fixture
@@ -35,3 +36,17 @@ def bank(opened_bank: Bank) -> Iterator[Bank]:
     yield opened_bank
     opened_bank.origin.reset()
     opened_bank.gateway.calm()
+
+
+@pytest.fixture(scope="session")
+def opened_vault(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vault]:
+    with open_vault(tmp_path_factory.mktemp("vault")) as vault:
+        yield vault
+
+
+@pytest.fixture
+def vault(opened_vault: Vault) -> Iterator[Vault]:
+    """A gateway with TLS on every listener; after the test it must hold nothing and have lost no worker."""
+    yield opened_vault
+    opened_vault.origin.reset()
+    opened_vault.gateway.calm()

@@ -350,8 +350,11 @@ def _in_a_process(origin: ScriptedOrigin, stream: Stream) -> None:
 class Payers:
     """Clients that pay one after the other, each payment once, on a connection of their own that is renewed when it breaks."""
 
-    def __init__(self, port: int, count: int, path: str = "/slow/pay", *, fresh: bool = False) -> None:
+    def __init__(
+        self, port: int, count: int, path: str = "/slow/pay", *, fresh: bool = False, connect: Callable[[int], Stream] = connect
+    ) -> None:
         self.port = port
+        self.connect = connect
         self.path = path
         self.fresh = fresh  # a new connection for each payment
         self.told: dict[str, int] = {}  # payment -> status, 0 when the connection broke
@@ -377,7 +380,7 @@ class Payers:
             payment = self.name(number, turn)
             try:
                 if stream is None:
-                    stream = connect(self.port)
+                    stream = self.connect(self.port)
                 answer = self.ask(stream, payment)
             except (Cut, OSError) as error:
                 self.broke(payment, error)

@@ -15,11 +15,13 @@ import os
 import random
 import select
 import socket
+import ssl
 import struct
 import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import uvloop
 
@@ -27,6 +29,7 @@ from gateway._speedups.engine import Engine
 from gateway.config import load
 from gateway.snapshot import build
 from gateway.telemetry.shared import SharedState
+from tests.integration.pki import Authority
 
 CONFIG = """
 version: 1
@@ -35,7 +38,12 @@ admin: {{bind: 127.0.0.1:0}}
 listeners:
   public: {{bind: 127.0.0.1:0, timeouts: {{head: 1ms, body: 1ms}}, limits: {{requests: 100000000}}}}
   proxied: {{bind: 127.0.0.1:0, proxy_protocol: required}}
+  secure:
+    bind: 127.0.0.1:0
+    timeouts: {{head: 1ms, body: 1ms}}
+    tls: {{certificates: [{{cert: lab.crt, key: lab.key}}], client_ca: ca.crt, client_auth: optional, handshake: 1ms, handshakes: 50}}
 upstreams:
+  guarded: {{targets: [127.0.0.1:{origin}], tls: {{ca: ca.crt}}, retries: 0, health: {{eject: {{share: 0%}}}}}}
   origin: {{targets: [127.0.0.1:{origin}], timeouts: {{head: 1ms}}}}
   twin: {{targets: [127.0.0.1:{origin}]}}
   gone: {{targets: [127.0.0.1:{gone}]}}
@@ -46,6 +54,7 @@ policies:
   inside: {{ip: {{allow: [10.0.0.0/8]}}}}
 routes:
   - {{name: x, match: {{path: /x}}, upstream: origin}}
+  - {{name: guarded, match: {{path: /guarded}}, upstream: guarded}}
   - {{name: gone, match: {{path: /gone}}, upstream: gone}}
   - {{name: only, match: {{path: /only, methods: [GET]}}, upstream: origin}}
   - {{name: raises, match: {{path: /raises}}, upstream: origin, policies: [raises]}}
@@ -92,6 +101,14 @@ class Lab:
         gone = socket.socket()
         gone.bind(("127.0.0.1", 0))
         self.gone = gone  # bound, not listening: connects are refused
+        authority = Authority("Leaks", number=95)
+        authority.issue("127.0.0.1").write(folder, "lab")
+        (folder / "ca.crt").write_bytes(authority.pem)
+        self.clients = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        self.clients.load_verify_locations(folder / "ca.crt")
+        self.clients.load_cert_chain(folder / "lab.crt", folder / "lab.key")
+        self.servers = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.servers.load_cert_chain(folder / "lab.crt", folder / "lab.key")
         path = folder / "leaks.yaml"
         path.write_text(CONFIG.format(origin=self.origin.getsockname()[1], gone=gone.getsockname()[1]))
         (folder / "leaky.py").write_text(POLICY)
@@ -100,7 +117,7 @@ class Lab:
         self.engine = Engine(0, shared.slot(0), shared.buckets)
         self.engine.apply(build(load(path), names=shared.names, seed=1, version=1))
         self.ports = {}
-        for name in ("public", "proxied"):
+        for name in ("public", "proxied", "secure"):
             listening = socket.create_server(("127.0.0.1", 0), backlog=1024)
             listening.setblocking(False)
             self.ports[name] = listening.getsockname()[1]
@@ -114,6 +131,16 @@ class Lab:
             sock.send(data)
         self.engine.poll()
         return sock
+
+    def secure(self, sock: socket.socket, *, server: bool) -> Secure | None:
+        """The other end of a TLS connection, its handshake complete; None when the engine ended it."""
+        made = Secure(self, sock, server=server)
+        return made if made.turn(lambda: made.tls.do_handshake() or True) else None
+
+    def accepted(self) -> socket.socket:
+        """The connection that the engine has opened, nothing read of it."""
+        self.poll_for(self.origin)
+        return self.origin.accept()[0]
 
     def upstream(self) -> socket.socket:
         """The connection that the engine has opened, and the request that it sent."""
@@ -133,6 +160,44 @@ class Lab:
 
     def turn(self, seconds: float = 0) -> None:
         self.loop.run_until_complete(asyncio.sleep(seconds))
+
+
+class Secure:
+    """A TLS end without a thread: every wait polls the engine."""
+
+    def __init__(self, lab: Lab, sock: socket.socket, *, server: bool) -> None:
+        self.lab = lab
+        self.sock = sock
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        context = lab.servers if server else lab.clients
+        self.tls = context.wrap_bio(self.incoming, self.outgoing, server, None if server else "127.0.0.1")
+
+    def turn(self, step: Callable[[], Any]) -> Any:
+        """Do `step` until it wants nothing more; None when the connection ended first."""
+        while True:
+            try:
+                done = step()
+                self.flush()
+                return done
+            except ssl.SSLWantReadError:
+                self.flush()
+            self.lab.poll_for(self.sock)
+            data = self.sock.recv(65536)
+            if not data:
+                return None
+            self.incoming.write(data)
+
+    def flush(self) -> None:
+        if self.outgoing.pending:
+            self.sock.sendall(self.outgoing.read())
+        self.lab.engine.poll()
+
+    def send(self, data: bytes) -> None:
+        self.tls.write(data)
+        self.flush()
+
+    def read(self) -> bytes:
+        return self.turn(lambda: self.tls.read(65536)) or b""
 
 
 def answered(lab: Lab, sock: socket.socket, status: bytes) -> None:
@@ -311,8 +376,79 @@ def shaped(lab: Lab, turn: int) -> None:
         lab.turn()
 
 
+def tls_clients(lab: Lab, turn: int) -> None:
+    """Handshakes begun, broken and complete; requests answered and cut; clients that leave in every way."""
+    kind = turn % 8
+    sock = lab.client(b"", "secure")
+    if kind == 0:
+        sock.send(b"GET /x HTTP/1.1\r\n\r\n")
+    elif kind == 1:
+        sock.send(random.Random(turn).randbytes(200))
+    elif kind == 2:
+        half = Secure(lab, sock, server=False)
+        with contextlib.suppress(ssl.SSLWantReadError):
+            half.tls.do_handshake()
+        sock.send(half.outgoing.read()[: turn % 400])
+    elif kind == 3:
+        lab.engine.poll()
+    else:
+        client = lab.secure(sock, server=False)
+        assert client is not None
+        if kind == 4:
+            client.send(b"GET /unknown HTTP/1.1\r\n" + HOST + b"\r\n")
+            assert client.read()[9:12] == b"404"
+        elif kind == 5:
+            client.send(b"GET /x HT")
+        elif kind == 6:
+            client.send(b"GET /x HTTP/1.1\r\n" + HOST + b"\r\n")
+            upstream = lab.upstream()
+            upstream.send(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nabc")
+            lab.engine.poll()
+            upstream.close()
+        else:
+            sock.send(b"\x17\x03\x03\x00\x10" + b"x" * 16)
+    lab.engine.poll()
+    reset(sock) if turn % 3 else sock.close()
+    lab.engine.poll()
+    if turn % 50 == 0:
+        lab.turn(0.22)  # what lingers
+
+
+def tls_upstreams(lab: Lab, turn: int) -> None:
+    """Upstreams that leave in the handshake, speak in clear text, answer and break off."""
+    kind = turn % 5
+    sock = lab.client(b"GET /guarded HTTP/1.1\r\n" + HOST + b"\r\n")
+    status = b"503"
+    upstream = lab.accepted()
+    if kind == 0:
+        upstream.close()
+    elif kind == 1:
+        upstream.send(b"HTTP/1.1 200 OK\r\n\r\n")
+        lab.engine.poll()
+        upstream.close()
+    else:
+        server = lab.secure(upstream, server=True)
+        assert server is not None
+        assert server.read().startswith(b"GET /guarded")
+        if kind == 2:
+            status = b"502"
+        elif kind == 3:
+            server.send(b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nabc")
+            status = b"200"
+        else:
+            server.send(b"HTTP/1.1 200 OK\r\n\r\nabc")
+            status = b"200"
+        reset(upstream) if turn % 2 else upstream.close()
+    lab.engine.poll()
+    lab.poll_for(sock)
+    with contextlib.suppress(ConnectionError):
+        assert sock.recv(65536)[9:12] in (status, b"502", b"503", b"")
+    sock.close()
+    lab.engine.poll()
+
+
 PATHS: dict[str, Callable[[Lab, int], None]] = {
-    path.__name__: path for path in (refused, client_leaves, upstream_fails, unreachable, pooled, garbage, late, shaped)
+    path.__name__: path for path in (refused, client_leaves, upstream_fails, unreachable, pooled, garbage, late, shaped, tls_clients, tls_upstreams)
 }
 
 

@@ -1,0 +1,368 @@
+"""Reading certificates, keys, revocation lists and OCSP responses; see certificates.pxd.
+
+Strategy: PEM goes through OpenSSL's own readers; every failure becomes a TlsError whose text names the cause and never holds
+key material. Names with a NUL or a byte outside ASCII are refused, because the C world and ours would read them differently
+(CVE-2025-66220). Python is called from here: while a configuration is built, and once per connection that shows a certificate.
+
+Safety: each object owns one OpenSSL structure and frees it once; borrowed pointers (an OCSP serial) live in a structure that
+the same object owns.
+"""
+
+from libc.stdint cimport int64_t
+from gateway._speedups.openssl cimport *
+
+import base64
+import hashlib
+import ipaddress
+
+PEM_MAX = 1 << 20               # bytes of a PEM file; the system's CA bundle is a quarter of it
+
+
+class TlsError(ValueError):
+    """A certificate, key or setting that cannot be used; the text says why."""
+
+
+cdef str openssl_reason():
+    """What OpenSSL's error queue says, and an empty queue."""
+    cdef unsigned long code = ERR_peek_error()
+    cdef const char* text = ERR_reason_error_string(code) if code else NULL
+    ERR_clear_error()
+    return text.decode("ascii", "replace") if text != NULL else "unknown error"
+
+
+cdef int no_password(char* buffer, int size, int writing, void* user) noexcept:
+    return 0                    # asking on a terminal is what OpenSSL would do
+
+
+cdef int64_t unix_time(const ASN1_TIME* at):
+    cdef tm broken
+    if at == NULL or ASN1_TIME_to_tm(at, &broken) != 1:
+        ERR_clear_error()
+        return 0
+    return timegm(&broken)
+
+
+cdef str name_text(const X509_NAME* name):
+    cdef BIO* bio = BIO_new(BIO_s_mem())
+    cdef char* data = NULL
+    cdef long n
+    if bio == NULL:
+        raise MemoryError
+    try:
+        X509_NAME_print_ex(bio, name, 0, XN_FLAG_RFC2253 & ~ASN1_STRFLGS_ESC_MSB)
+        n = BIO_get_mem_data(bio, &data)
+        return data[:n].decode("utf-8", "replace")
+    finally:
+        BIO_free(bio)
+
+
+cdef str serial_text(const ASN1_INTEGER* serial):
+    cdef BIGNUM* number = ASN1_INTEGER_to_BN(serial, NULL)
+    cdef char* digits
+    if number == NULL:
+        return ""
+    digits = BN_bn2hex(number)
+    BN_free(number)
+    if digits == NULL:
+        return ""
+    text = digits.decode("ascii").lower()
+    OPENSSL_free(digits)
+    return text
+
+
+cdef bytes der_of(X509* x509):
+    cdef unsigned char* out = NULL
+    cdef int n = i2d_X509(x509, &out)
+    if n < 0 or out == NULL:
+        raise TlsError(f"a certificate cannot be encoded: {openssl_reason()}")
+    encoded = (<char*>out)[:n]
+    OPENSSL_free(out)
+    return encoded
+
+
+cdef tuple alternative_names(X509* x509, bint strict):
+    """The subject's alternative names as (dns, uris, addresses, emails)."""
+    cdef GENERAL_NAMES* names = <GENERAL_NAMES*>X509_get_ext_d2i(x509, NID_subject_alt_name, NULL, NULL)
+    cdef const ASN1_STRING* text
+    cdef int i, kind = 0
+    dns, uris, addresses, emails = [], [], [], []
+    ERR_clear_error()
+    if names == NULL:
+        return (), (), (), ()
+    try:
+        for i in range(sk_GENERAL_NAME_num(names)):
+            text = <const ASN1_STRING*>GENERAL_NAME_get0_value(sk_GENERAL_NAME_value(names, i), &kind)
+            if kind not in (GEN_DNS, GEN_URI, GEN_IPADD, GEN_EMAIL):
+                continue
+            value = (<const char*>ASN1_STRING_get0_data(text))[:ASN1_STRING_length(text)]
+            if kind == GEN_IPADD:
+                if len(value) in (4, 16):
+                    addresses.append(str(ipaddress.ip_address(value)))
+                continue
+            if any([byte <= 32 or byte >= 127 for byte in value]):
+                if not strict:
+                    continue
+                raise TlsError("a name in the certificate holds a character that no name has")
+            (dns if kind == GEN_DNS else uris if kind == GEN_URI else emails).append(value.decode("ascii"))
+    finally:
+        GENERAL_NAMES_free(names)
+    return tuple(dns), tuple(uris), tuple(addresses), tuple(emails)
+
+
+cdef str key_kind(const EVP_PKEY* key):
+    cdef int kind = EVP_PKEY_get_base_id(key) if key != NULL else 0
+    if kind == EVP_PKEY_RSA:
+        return "rsa"
+    if kind == EVP_PKEY_EC:
+        return "ecdsa"
+    return "eddsa" if kind == EVP_PKEY_ED25519 or kind == EVP_PKEY_ED448 else "other"
+
+
+cdef Certificate wrap_certificate(void* x509, bint strict=True):
+    """A Certificate of an X509* that stays the caller's. With `strict`, names that two readers would read differently raise
+    TlsError; without, they are left out: an authority's own name decides nothing."""
+    cdef Certificate made = Certificate.__new__(Certificate)
+    cdef X509* own = <X509*>x509
+    X509_up_ref(own)
+    made.x509 = own
+    made.dns, made.uris, made.addresses, made.emails = alternative_names(own, strict)
+    made.subject = name_text(X509_get_subject_name(own))
+    made.issuer = name_text(X509_get_issuer_name(own))
+    made.serial = serial_text(X509_get0_serialNumber(own))
+    made.not_before = unix_time(X509_get0_notBefore(own))
+    made.not_after = unix_time(X509_get0_notAfter(own))
+    made.kind = key_kind(X509_get0_pubkey(own))
+    made.bits = EVP_PKEY_get_bits(X509_get0_pubkey(own)) if X509_get0_pubkey(own) != NULL else 0
+    made.der = der_of(own)
+    ERR_clear_error()
+    return made
+
+
+cdef class Certificate:
+    """An X.509 certificate. Made by parse_certificates()."""
+
+    def __dealloc__(self):
+        X509_free(<X509*>self.x509)
+
+    @property
+    def thumbprint(self) -> str:
+        """SHA-256 of the certificate, base64url without padding (x5t#S256)."""
+        return base64.urlsafe_b64encode(hashlib.sha256(self.der).digest()).rstrip(b"=").decode("ascii")
+
+    @property
+    def pem(self) -> str:
+        text = base64.b64encode(self.der).decode("ascii")
+        lines = [text[at:at + 64] for at in range(0, len(text), 64)]
+        return "\n".join(["-----BEGIN CERTIFICATE-----", *lines, "-----END CERTIFICATE-----", ""])
+
+    @property
+    def authority(self) -> bool:
+        """Whether it may sign other certificates."""
+        return X509_check_ca(<X509*>self.x509) > 0
+
+    def __repr__(self):
+        return f"<Certificate {self.subject}>"
+
+
+cdef class PrivateKey:
+    """A private key. Made by parse_key()."""
+
+    def __dealloc__(self):
+        EVP_PKEY_free(<EVP_PKEY*>self.key)
+
+    def matches(self, Certificate certificate not None) -> bool:
+        """Whether it is the certificate's."""
+        cdef bint same = X509_check_private_key(<X509*>certificate.x509, <EVP_PKEY*>self.key) == 1
+        ERR_clear_error()
+        return same
+
+
+cdef class RevocationList:
+    """A certificate revocation list. Made by parse_revocations()."""
+
+    def __dealloc__(self):
+        X509_CRL_free(<X509_CRL*>self.crl)
+
+
+cdef class OcspResponse:
+    """A stapled answer of an OCSP responder, in DER."""
+
+    def __dealloc__(self):
+        OCSP_BASICRESP_free(<OCSP_BASICRESP*>self.basic)
+
+    def __init__(self, bytes der not None):
+        cdef const unsigned char* at = <const unsigned char*><const char*>der
+        cdef OCSP_RESPONSE* response = d2i_OCSP_RESPONSE(NULL, &at, len(der))
+        cdef OCSP_SINGLERESP* single
+        cdef ASN1_INTEGER* serial = NULL
+        cdef ASN1_GENERALIZEDTIME* following = NULL
+        cdef int status
+        if response == NULL:
+            ERR_clear_error()
+            raise TlsError("not an OCSP response in DER")
+        try:
+            if OCSP_response_status(response) != OCSP_RESPONSE_STATUS_SUCCESSFUL:
+                raise TlsError("the OCSP responder answered with an error")
+            self.basic = OCSP_response_get1_basic(response)
+        finally:
+            OCSP_RESPONSE_free(response)
+        if self.basic == NULL or OCSP_resp_count(<OCSP_BASICRESP*>self.basic) != 1:
+            ERR_clear_error()
+            raise TlsError("the OCSP response is not about one certificate")
+        single = OCSP_resp_get0(<OCSP_BASICRESP*>self.basic, 0)
+        status = OCSP_single_get0_status(single, NULL, NULL, NULL, &following)
+        OCSP_id_get0_info(NULL, NULL, NULL, &serial, <OCSP_CERTID*>OCSP_SINGLERESP_get0_id(single))
+        self.serial = serial
+        self.status = "good" if status == 0 else "revoked" if status == 1 else "unknown"
+        self.next_update = unix_time(<const ASN1_TIME*>following)
+        self.der = der
+
+    cpdef bint answers(self, Certificate certificate):
+        """Whether it is about this certificate (by its serial number)."""
+        return self.serial != NULL and \
+            ASN1_INTEGER_cmp(<ASN1_INTEGER*>self.serial, X509_get0_serialNumber(<X509*>certificate.x509)) == 0
+
+
+cdef class ClientCertificate:
+    """The certificate that a client proved to hold the key of, verified against the listener's `client_ca`."""
+
+    def __init__(self, Certificate leaf not None, others=()):
+        self.leaf = leaf
+        self.others = tuple(others)
+        self.thumbprint = leaf.thumbprint
+
+    @property
+    def subject(self) -> str:
+        """The subject's distinguished name, RFC 4514."""
+        return self.leaf.subject
+
+    @property
+    def issuer(self) -> str:
+        return self.leaf.issuer
+
+    @property
+    def serial(self) -> str:
+        return self.leaf.serial
+
+    @property
+    def dns(self) -> tuple:
+        """DNS names among the subject's alternative names."""
+        return self.leaf.dns
+
+    @property
+    def uris(self) -> tuple:
+        """URIs among them, such as SPIFFE ids."""
+        return self.leaf.uris
+
+    @property
+    def not_after(self) -> int:
+        """Unix seconds."""
+        return self.leaf.not_after
+
+    @property
+    def pem(self) -> str:
+        """The certificate, and behind it what the client sent of its chain."""
+        return "".join([self.leaf.pem, *[other.pem for other in self.others]])
+
+    cdef bytes fields(self):
+        """RFC 9440 2.2 and 2.3: byte sequences of structured fields."""
+        if self._fields is None:
+            lines = b"client-cert: :" + base64.b64encode(self.leaf.der) + b":\r\n"
+            if self.others:
+                chain = b", ".join([b":" + base64.b64encode(other.der) + b":" for other in self.others])
+                lines += b"client-cert-chain: " + chain + b"\r\n"
+            self._fields = lines
+        return self._fields
+
+    def __repr__(self):
+        return f"<ClientCertificate {self.subject}>"
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+cdef BIO* memory_of(bytes text) except NULL:
+    cdef BIO* bio
+    if len(text) > PEM_MAX:
+        raise TlsError(f"larger than {PEM_MAX >> 20} MiB")
+    ERR_clear_error()
+    bio = BIO_new_mem_buf(<const char*>text, <int>len(text))
+    if bio == NULL:
+        raise MemoryError
+    return bio
+
+
+cdef bint ended_well():
+    """Whether the queue says no more than that there was no further PEM block."""
+    cdef unsigned long code = ERR_peek_last_error()
+    cdef bint well = code == 0 or (ERR_GET_LIB(code) == ERR_LIB_PEM and ERR_GET_REASON(code) == PEM_R_NO_START_LINE)
+    if well:
+        ERR_clear_error()
+    return well
+
+
+def parse_certificates(bytes pem not None, bint strict=True) -> list:
+    """The certificates in a PEM text, in their order. Raises TlsError when there is none or one is broken."""
+    cdef BIO* bio = memory_of(pem)
+    cdef X509* found
+    certificates = []
+    try:
+        while True:
+            found = PEM_read_bio_X509(bio, NULL, NULL, NULL)
+            if found == NULL:
+                break
+            try:
+                certificates.append(wrap_certificate(found, strict))
+            finally:
+                X509_free(found)
+        if not ended_well():
+            raise TlsError(f"a certificate in it is broken: {openssl_reason()}")
+    finally:
+        BIO_free(bio)
+    if not certificates:
+        raise TlsError("no certificate in it (PEM: -----BEGIN CERTIFICATE-----)")
+    return certificates
+
+
+def parse_key(bytes pem not None) -> PrivateKey:
+    """The private key in a PEM text. Raises TlsError when there is none, it is encrypted, or broken."""
+    cdef BIO* bio
+    cdef PrivateKey made = PrivateKey.__new__(PrivateKey)
+    if b"ENCRYPTED" in pem:
+        raise TlsError("the key is encrypted: nobody is there to type its password")
+    if b"PRIVATE KEY-----" not in pem:
+        raise TlsError("no private key in it (PEM: -----BEGIN PRIVATE KEY-----)")
+    bio = memory_of(pem)
+    try:
+        made.key = PEM_read_bio_PrivateKey(bio, NULL, no_password, NULL)
+        if made.key == NULL:
+            raise TlsError(f"the key in it is broken: {openssl_reason()}")
+    finally:
+        BIO_free(bio)
+    made.kind = key_kind(<EVP_PKEY*>made.key)
+    ERR_clear_error()
+    return made
+
+
+def parse_revocations(bytes pem not None) -> list:
+    """The revocation lists in a PEM text. Raises TlsError when there is none or one is broken."""
+    cdef BIO* bio = memory_of(pem)
+    cdef X509_CRL* found
+    cdef RevocationList made
+    lists = []
+    try:
+        while True:
+            found = PEM_read_bio_X509_CRL(bio, NULL, NULL, NULL)
+            if found == NULL:
+                break
+            made = RevocationList.__new__(RevocationList)
+            made.crl = found
+            made.issuer = name_text(X509_CRL_get_issuer(found))
+            made.next_update = unix_time(X509_CRL_get0_nextUpdate(found))
+            lists.append(made)
+        if not ended_well():
+            raise TlsError(f"a revocation list in it is broken: {openssl_reason()}")
+    finally:
+        BIO_free(bio)
+    if not lists:
+        raise TlsError("no revocation list in it (PEM: -----BEGIN X509 CRL-----)")
+    return lists

@@ -1,0 +1,60 @@
+"""What Python sees of _speedups/tls.pyx."""
+
+from collections.abc import Sequence
+
+from gateway._speedups.certificates import Certificate, ClientCertificate, OcspResponse, PrivateKey, RevocationList
+
+def rotate_ticket_keys() -> None: ...
+
+class TlsListener:
+    @property
+    def name(self) -> str: ...
+    @property
+    def digest(self) -> bytes: ...
+    def __init__(
+        self,
+        name: str,
+        pairs: list[tuple[list[Certificate], PrivateKey, OcspResponse | None]],
+        *,
+        digest: bytes,
+        authorities: Sequence[Certificate] = (),
+        revocations: Sequence[RevocationList] = (),
+        client_auth: str = "off",
+        min_version: str = "1.2",
+        alpn: Sequence[str] = ("http/1.1",),
+        handshake: float = 10,
+        handshakes: int = 1000,
+        ktls: bool = False,
+        tickets: bool = True,
+        forward_certificate: bool = False,
+    ) -> None: ...
+    @property
+    def server_names(self) -> list[str]: ...
+
+class TlsUpstream:
+    @property
+    def digest(self) -> bytes: ...
+    def __init__(
+        self,
+        *,
+        digest: bytes,
+        authorities: Sequence[Certificate] = (),
+        revocations: Sequence[RevocationList] = (),
+        chain: list[Certificate] | None = None,
+        key: PrivateKey | None = None,
+        server_name: str | None = None,
+        sans: Sequence[str] = (),
+        min_version: str = "1.2",
+        verify: bool = True,
+    ) -> None: ...
+    def adopt(self, before: TlsUpstream) -> None: ...
+
+class Tls:
+    @property
+    def reason(self) -> str | None: ...
+    @property
+    def resumed(self) -> bool: ...
+    @property
+    def certificate(self) -> ClientCertificate | None: ...
+    @property
+    def version(self) -> str: ...

@@ -1,0 +1,281 @@
+"""TLS in the configuration: what is accepted, what is an error at its place, what is a warning."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from gateway import snapshot
+from gateway._speedups.certificates import TlsError, parse_certificates, parse_key, parse_revocations
+from gateway.config import findings, load
+from gateway.config.check_tls import file_versions
+from gateway.errors import ConfigError, Problem
+from gateway.server.tickets import interval
+from gateway.server.watch import REMIND, Watch
+from tests.integration.pki import DAY, Authority, Issued, make_key
+
+ROOT = Path(__file__).parents[2]
+LISTENER = "certificates: [{cert: bank.crt, key: bank.key}]"
+
+
+@pytest.fixture(scope="module")
+def authority() -> Authority:
+    return Authority("Root", number=90)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, authority: Authority) -> Path:
+    for name in ("bank", "edge"):
+        authority.issue(f"{name}.test").write(tmp_path, name)
+    for name in ("tpp-ca", "internal-ca", "ca"):
+        (tmp_path / f"{name}.crt").write_bytes(authority.pem)
+    (tmp_path / "ca.crl").write_bytes(authority.revocations())
+    return tmp_path
+
+
+def write(folder: Path, listener: str = LISTENER, upstream: str = "") -> Path:
+    path = folder / "edge.yaml"
+    path.write_text(
+        "version: 1\nworkers: 1\nlisteners:\n  public:\n    bind: 127.0.0.1:8443\n"
+        f"    tls: {{{listener}}}\nupstreams:\n  origin: {{targets: [127.0.0.1:9001]{upstream}}}\n"
+        "routes:\n  - {name: all, match: {prefix: /}, upstream: origin}\n"
+    )
+    return path
+
+
+def problems(path: Path) -> list[Problem]:
+    try:
+        config = load(path)
+        return [*findings(config), *snapshot.check(config)]
+    except ConfigError as error:
+        return list(error.problems)
+
+
+def only(path: Path, severity: str, message: str) -> Problem:
+    found = problems(path)
+    assert [problem.severity for problem in found] == [severity], [problem.render() for problem in found]
+    assert message in found[0].message, found[0].render()
+    return found[0]
+
+
+# -- the contract
+
+
+def test_the_contract_file_is_good_but_for_http2(folder: Path) -> None:
+    shutil.copy(ROOT / "tests/data/contract/tls.yaml", folder)
+    problem = only(folder / "tls.yaml", "error", "`protocol: http2` is not in this version yet")
+    assert "protocol: http2" in problem.source and "http1" in problem.hint
+    text = (folder / "tls.yaml").read_text().replace("protocol: http2", "protocol: http1")
+    (folder / "tls.yaml").write_text(text)
+    assert problems(folder / "tls.yaml") == []
+    config = load(folder / "tls.yaml")
+    assert config.listeners["public"].tls is not None
+    assert [each.owner for each in config.certificates] == ["listener public", "upstream payments"]
+    assert set(config.watched) == {str(folder / name) for name in ("bank.crt", "bank.key", "tpp-ca.crt", "internal-ca.crt", "edge.crt", "edge.key")}
+
+
+def test_defaults(folder: Path) -> None:
+    tls = load(write(folder, upstream=", tls: true")).listeners["public"].tls
+    assert tls is not None
+    assert (tls.min_version, tls.client_auth, tls.alpn, tls.handshake, tls.ktls) == ("1.2", "off", ("http/1.1",), 10, False)
+    assert tls.tickets.enabled and tls.tickets.rotate == 8 * 3600
+    upstream = load(write(folder, upstream=", tls: true")).upstreams["origin"].tls
+    assert upstream is not None
+    assert (upstream.ca, upstream.insecure, upstream.min_version) == (None, False, "1.2")
+    assert load(write(folder, upstream=", tls: false")).upstreams["origin"].tls is None
+    assert load(write(folder, upstream=", tls: {ca: system}")).upstreams["origin"].tls == upstream
+
+
+def test_a_version_without_quotes(folder: Path) -> None:
+    tls = load(write(folder, LISTENER + ", min_version: 1.3")).listeners["public"].tls
+    assert tls is not None and tls.min_version == "1.3"
+
+
+# -- errors
+
+
+@pytest.mark.parametrize(
+    ("listener", "message"),
+    [
+        ("client_auth: required, " + LISTENER, "client certificates without a `client_ca`"),
+        ("client_ca: ca.crt, " + LISTENER, "`client_ca` without `client_auth` is never used"),
+        ("crl: ca.crl, " + LISTENER, "`crl` without `client_auth` is never used"),
+        ("forward_client_certificate: true, " + LISTENER, "nothing to forward"),
+        ("min_version: 1.1, " + LISTENER, "min_version"),
+        ("alpn: [h2, http/1.1], " + LISTENER, "`h2` is not in this version yet"),
+        ("certificates: []", "certificates"),
+        ("certificates: [{cert: bank.crt}]", "key"),
+        ("certificates: [{cert: missing.crt, key: bank.key}]", "cannot read the certificate: No such file"),
+        ("certificates: [{cert: bank.crt, key: missing.key}]", "cannot read the key: No such file"),
+        ("certificates: [{cert: bank.key, key: bank.key}]", "the certificate cannot be used: no certificate in it"),
+        ("certificates: [{cert: bank.crt, key: bank.crt}]", "the key cannot be used: no private key in it"),
+        ("certificates: [{cert: bank.crt, key: other.key}]", "this key does not belong to the certificate"),
+        ("certificates: [{cert: bank.crt, key: locked.key}]", "the key is encrypted"),
+        ("certificates: [{cert: bank.crt, key: bank.key, ocsp: bank.crt}]", "not an OCSP response"),
+        ("certificates: [{cert: bank.crt, key: bank.key, ocsp: edge.ocsp}]", "about another certificate"),
+        ("client_auth: optional, client_ca: missing.crt, " + LISTENER, "cannot read the certificates of authorities"),
+        ("client_auth: optional, client_ca: ca.crt, crl: ca.crt, " + LISTENER, "no revocation list in it"),
+        ("handshakes: 0, " + LISTENER, "handshakes"),
+    ],
+)
+def test_a_listener_that_cannot_work(folder: Path, authority: Authority, listener: str, message: str) -> None:
+    (folder / "other.key").write_bytes(Issued(authority.certificate, make_key("ec", 91)).key_pem)
+    (folder / "locked.key").write_text("-----BEGIN ENCRYPTED PRIVATE KEY-----\nAAAA\n-----END ENCRYPTED PRIVATE KEY-----\n")
+    (folder / "edge.ocsp").write_bytes(authority.staple(authority.issue("edge.test")))
+    found = [problem for problem in problems(write(folder, listener)) if problem.severity == "error"]
+    assert found and message in found[0].message, [problem.render() for problem in found]
+    assert found[0].line == 6
+
+
+@pytest.mark.parametrize(
+    ("upstream", "message"),
+    [
+        (", tls: {ca: missing.crt}", "cannot read the certificates of authorities"),
+        (", tls: {ca: bank.key}", "no certificate in it"),
+        (", tls: {certificate: {cert: edge.crt, key: bank.key}}", "does not belong"),
+        (", tls: {server_name: '*.bank.test'}", "expected a host name"),
+        (", tls: {insecure: true, ca: ca.crt}", "`insecure` verifies nothing"),
+        (", tls: {insecure: true, sans: x}", "`insecure` verifies nothing"),
+        (", protocol: grpc", "`protocol: grpc` is not in this version yet"),
+    ],
+)
+def test_an_upstream_that_cannot_work(folder: Path, authority: Authority, upstream: str, message: str) -> None:
+    authority.issue("edge.test", number=92).write(folder, "edge")
+    only(write(folder, upstream=upstream), "error", message)
+
+
+def test_without_authorities_on_this_machine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(folder / "none.pem"))
+    only(write(folder, upstream=", tls: true"), "error", "this machine has no certificates of authorities")
+
+
+def test_a_weak_key_is_an_error(folder: Path, authority: Authority) -> None:
+    from cryptography.hazmat.primitives.asymmetric import rsa
+
+    weak = authority.issue("weak.test")
+    key = rsa.generate_private_key(65537, 1024)
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes
+
+    builder = x509.CertificateBuilder(
+        weak.certificate.issuer, weak.certificate.subject, key.public_key(), weak.certificate.serial_number,
+        weak.certificate.not_valid_before_utc, weak.certificate.not_valid_after_utc,
+        [x509.Extension(x509.SubjectAlternativeName.oid, False, x509.SubjectAlternativeName([x509.DNSName("weak.test")]))],
+    )  # fmt: skip
+    Issued(builder.sign(authority.key, hashes.SHA256()), key).write(folder, "bank")
+    found = problems(write(folder))
+    assert any(problem.severity == "error" and "too small" in problem.message for problem in found), found
+
+
+# -- warnings
+
+
+def test_insecure_is_a_warning(folder: Path) -> None:
+    only(write(folder, upstream=", tls: {insecure: true}"), "warning", "is not verified")
+
+
+@pytest.mark.parametrize(
+    ("begin", "end", "message"),
+    [(-9, -1, "expired on"), (-9, 5, "expires soon"), (1, 90, "not valid before")],
+)
+def test_dates_are_warnings(folder: Path, authority: Authority, begin: int, end: int, message: str) -> None:
+    authority.issue("bank.test", begin=begin * DAY, end=end * DAY).write(folder, "bank")
+    only(write(folder), "warning", message)
+
+
+def test_a_list_out_of_date_is_a_warning(folder: Path, authority: Authority) -> None:
+    (folder / "ca.crl").write_bytes(authority.revocations(begin=-9 * DAY, end=-DAY))
+    only(write(folder, "client_auth: required, client_ca: ca.crt, crl: ca.crl, " + LISTENER), "warning", "is out of date")
+
+
+def test_a_staple_out_of_date_is_a_warning(folder: Path, authority: Authority) -> None:
+    issued = authority.issue("bank.test").write(folder, "bank")
+    (folder / "bank.ocsp").write_bytes(authority.staple(issued, begin=-9 * DAY, end=-DAY))
+    only(write(folder, "certificates: [{cert: bank.crt, key: bank.key, ocsp: bank.ocsp}]"), "warning", "is out of date")
+
+
+def test_a_chain_out_of_order_is_a_warning(folder: Path, authority: Authority) -> None:
+    stranger = Authority("Stranger", number=93)
+    (folder / "bank.crt").write_bytes((folder / "bank.crt").read_bytes() + stranger.pem)
+    only(write(folder), "warning", "the chain is out of order")
+
+
+def test_no_name_and_no_authority_are_warnings(folder: Path, authority: Authority) -> None:
+    authority.issue(subject="nameless").write(folder, "bank")
+    only(write(folder), "warning", "no subjectAltName")
+    authority.issue("bank.test").write(folder, "bank")
+    leaf = "client_auth: required, client_ca: bank.crt, " + LISTENER
+    only(write(folder, leaf), "warning", "no authority's certificate")
+
+
+# -- the digest, the keys, the watch
+
+
+def test_the_digest_covers_every_file_and_holds_no_key(folder: Path, authority: Authority) -> None:
+    path = write(folder)
+    before = load(path)
+    assert load(path).digest == before.digest
+    key = (folder / "bank.key").read_bytes()
+    assert key not in before.document.files.values()
+    authority.issue("bank.test", number=94).write(folder, "bank")
+    assert load(path).digest != before.digest
+
+
+def test_key_material_is_in_no_message(folder: Path) -> None:
+    secret = (folder / "bank.key").read_text().splitlines()[1]
+    (folder / "bank.key").write_text(f"-----BEGIN PRIVATE KEY-----\n{secret[:-4]}\n-----END PRIVATE KEY-----\n")
+    found = problems(write(folder))
+    assert found and not any(secret[:12] in problem.render() for problem in found)
+
+
+def test_parsing_refuses_what_is_broken(authority: Authority) -> None:
+    broken = authority.pem.replace(b"M", b"N", 3)
+    for parse in (parse_certificates, parse_key, parse_revocations):
+        for content in (b"", b"\0" * 100, broken, authority.pem[:-40], b"x" * (2 << 20)):
+            with pytest.raises(TlsError):
+                parse(content)
+    with pytest.raises(TlsError):
+        parse_certificates(authority.pem + broken)
+
+
+def test_the_fastest_rotation_counts(folder: Path) -> None:
+    assert interval(load(write(folder))) == 8 * 3600
+    assert interval(load(write(folder, LISTENER + ", tickets: {rotate: 10m}"))) == 600
+    assert interval(load(write(folder, LISTENER + ", tickets: {enabled: false, rotate: 10m}"))) == 8 * 3600
+
+
+def test_the_watch_asks_once_the_files_rest(tmp_path: Path) -> None:
+    paths = [str(tmp_path / name) for name in ("a", "b")]
+    for path in paths:
+        Path(path).write_text("one")
+    asked: list[int] = []
+    loaded = file_versions(paths)
+    watch = Watch(dict, lambda: asked.append(1))
+    watch.compare(loaded, file_versions(paths))
+    watch.compare(loaded, file_versions(paths))
+    assert not asked
+    Path(paths[0]).write_text("three")
+    watch.compare(loaded, file_versions(paths))
+    assert not asked  # it may not be all
+    Path(paths[1]).unlink()
+    watch.compare(loaded, file_versions(paths))
+    assert not asked
+    watch.compare(loaded, file_versions(paths))
+    watch.compare(loaded, file_versions(paths))
+    assert asked == [1]  # once, whatever came of it
+    os.symlink(paths[0], paths[1])
+    watch.compare(loaded, file_versions(paths))
+    watch.compare(loaded, file_versions(paths))
+    assert asked == [1, 1]
+
+
+def test_reminders_come_once_a_day(caplog: pytest.LogCaptureFixture) -> None:
+    watch = Watch(dict, lambda: None)
+    each = {"owner": "listener public", "file": "x", "subject": "CN=x", "not_after": 10 * 86400}
+    with caplog.at_level("WARNING", "crossway"):
+        for now in (0.0, 10.0, REMIND - 1, REMIND, REMIND + 5, 11 * 86400.0):
+            watch.remind([each], now + 86400)
+    assert [record.message for record in caplog.records] == ["a certificate expires soon"] * 2 + ["a certificate has expired"]
