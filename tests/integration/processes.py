@@ -90,7 +90,8 @@ def write_config(
 
 
 def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), **more}
+    inherited = {name: value for name, value in os.environ.items() if name != "COLUMNS"}  # tables as in a pipe
+    return {**inherited, "PYTHONPATH": str(ROOT), **more}
 
 
 class Gateway:
