@@ -110,8 +110,9 @@ cdef class Downstream(Connection):
         if why == T_QUEUE:
             counters[C_UPSTREAM_QUEUE_TIMEOUTS] += 1
             x.upstream.state.count(U_QUEUE_TIMEOUTS)
-            self.refuse(503, b"upstream-queue-timeout", b"no place at the upstream became free in time; this request was not sent")
-            return 0
+            x.refuse(503, b"upstream-queue-timeout", b"no place at the upstream became free in time; this request was not sent")
+            x.reply_headers = b"retry-after: 1\r\n"
+            return self.reply()
         counters[C_UPSTREAM_TIMEOUTS] += 1
         upstream = x.upstream_connection
         if upstream is not None and (why == T_UP_HEAD or why == T_UP_IDLE or (why == T_TOTAL and x.sent)):

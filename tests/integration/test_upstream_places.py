@@ -132,6 +132,21 @@ def test_who_waits_in_the_queue_gets_the_next_place_of_whichever_worker(tmp_path
         gateway.calm()
 
 
+def test_who_waited_too_long_is_told_when_to_come_back(tmp_path: Path) -> None:
+    busy = Busy("a")
+    with origins(busy) as (origin,), running(
+        tmp_path, [f"127.0.0.1:{origin.port}"], "limits: {requests: 1, pending: 5, queue: 300ms}"
+    ) as gateway:
+        crowd = Crowd(gateway.port(), [post("/pay", b"x") for _ in range(4)])
+        eventually(lambda: len(crowd.answers) == 3, "those that waited too long")
+        assert all(answer.status == 503 and b"upstream-queue-timeout" in answer.body for answer in crowd.answers)
+        assert all(answer.fields["retry-after"] == "1" for answer in crowd.answers)
+        busy.gate.set()
+        assert crowd.finish() == [200, 503, 503, 503]
+        assert len(busy.requests) == 1
+        gateway.calm()
+
+
 def test_a_killed_worker_s_places_are_free_again(tmp_path: Path) -> None:
     busy = Busy("a")
     with origins(busy) as (origin,), running(
