@@ -21,6 +21,7 @@ from gateway._speedups.histogram cimport WorkerSlot
 from gateway._speedups.http1 cimport Limits, parse_request as parse_request_head, parse_response as parse_response_head
 from gateway._speedups.journal cimport Journal
 from gateway._speedups.lease_table cimport LEASE_MAX, LEASE_TAKEN, LeaseTable, Spent, leased_key
+from gateway._speedups.pool cimport OUTCOME_ANSWERED, Endpoint, Upstream
 from gateway._speedups.route_trie cimport Match, RouteTrie
 from gateway._speedups.token_bucket cimport BucketTable, Decision, RateLimit
 from gateway._speedups.token_cache cimport TokenCache
@@ -364,6 +365,32 @@ def time_choose(uint64_t loops, Fleet fleet not None, uint64_t in_flight, bint r
     unused = total
     for i in range(in_flight):
         balancer.finished(&fleet.candidates[waiting[i]], now, 1000, 0, 0)
+    return began
+
+
+def time_upstream(uint64_t loops, Upstream upstream not None, int64_t now_us) -> float:
+    """Seconds for all that `loops` successful requests, 20 us apart, ask of an upstream and tell it.
+
+    A place, a deposit, an endpoint, its ticket and place; then the latency, the verdict, and both places given back.
+    """
+    cdef uint64_t i, sent = 0
+    cdef int64_t now = now_us
+    cdef Endpoint endpoint
+    cdef double began = seconds()
+    for i in range(loops):
+        now += 20
+        if not upstream.enter(now):
+            continue
+        endpoint = upstream.pick(now, 0, False, None)
+        if endpoint is not None:
+            upstream.start(endpoint, False)
+            upstream.finish(endpoint, endpoint.ticket, now, OUTCOME_ANSWERED, 200, 900 + (now & 255), 0)
+            upstream.stop(endpoint)
+            sent += 1
+        upstream.leave(True)
+    began = seconds() - began
+    if sent != loops:
+        raise ValueError(f"{loops - sent} of {loops} requests found no place or no endpoint")
     return began
 
 

@@ -243,6 +243,21 @@ def attempts(what: str, workers: int) -> Timer:
     return run
 
 
+def upstream_path(algorithm: str, count: int) -> Timer:
+    """Everything that one request asks of an upstream of `count` endpoints, and tells it."""
+    table = UpstreamTable(mmap.mmap(-1, UpstreamTable.size_for(2, 1, count)), 0, 2, 1, count)
+    endpoints = [Endpoint(f"127.0.{number // 250}.{number % 250 + 1}:9001") for number in range(count)]
+    upstream = Upstream("origin", endpoints, balance=algorithm, table=table, worker=0)
+    clock = time.monotonic_ns() // 1000
+
+    def run(loops: int) -> float:
+        nonlocal clock
+        clock += 20 * loops
+        return timing.time_upstream(loops, upstream, clock - 20 * loops)
+
+    return run
+
+
 # -- records
 
 
@@ -293,6 +308,11 @@ GROUPS: dict[str, dict[str, Callable[[], Timer]]] = {
     **{
         f"choose one of {count} endpoints": {algorithm: partial(choice, algorithm, count) for algorithm in ALGORITHMS}
         for count in (10, 100)
+    },
+    "an upstream's whole part of a request": {
+        "p2c_ewma, 1 endpoint": partial(upstream_path, "p2c_ewma", 1),
+        "p2c_ewma, 10 endpoints": partial(upstream_path, "p2c_ewma", 10),
+        "round_robin, 10 endpoints": partial(upstream_path, "round_robin", 10),
     },
     "rate limit, one token": {"1 client": partial(bucket, 1), "10,000 clients": partial(bucket, 10_000)},
     "rate limit, one leased token": {"1 client": partial(leased, 1), "10,000 clients": partial(leased, 10_000)},
