@@ -634,6 +634,7 @@ cdef class Tls:
             error = -ECONNRESET                     # no close_notify: a cut stream, not an end
         else:
             error = -EPROTO
+            self.reason = openssl_reason()          # an alert tells why: TLS 1.3 refuses a client after its handshake
         ERR_clear_error()
         return error
 
@@ -747,3 +748,8 @@ cdef class Tls:
     def version(self) -> str:
         """Such as TLSv1.3."""
         return SSL_get_version(<SSL*>self.ssl).decode("ascii")
+
+    @property
+    def cipher(self) -> str:
+        """The suite's name as OpenSSL writes it, such as TLS_AES_128_GCM_SHA256."""
+        return SSL_get_cipher(<SSL*>self.ssl).decode("ascii")
