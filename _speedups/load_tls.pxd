@@ -10,7 +10,7 @@ from gateway._speedups.tls cimport Tls, TlsUpstream
 cdef class LoadTls:
     cdef TlsUpstream settings
     cdef str host               # for SNI and verification, unless the settings name another
-    cdef bint resume            # a connection may go on with the session of an earlier one
+    cdef bint resume            # a connection goes on with the session of the one whose place it takes
     cdef list sessions          # by index of the connection: its Tls, or None
     cdef dict kinds             # (version, cipher) -> complete handshakes that counted
     cdef dict failures          # reason -> handshakes that counted and failed; REASONS_KEPT at most, then `other`

@@ -1,7 +1,8 @@
 """TLS for the load generator: the gateway's own client sessions, one to each connection; see load_tls.pxd.
 
-Strategy: nothing here knows of requests or of the schedule. Without `resume` the sessions that servers hand out are forgotten
-before each connection, so that every handshake is a full one.
+Strategy: nothing here knows of requests or of the schedule. With `resume` a connection goes on with the session of the one whose
+place it takes, as a client that comes back does; the newest ticket is kept, one for each place. Without it what servers hand
+out is forgotten before each connection, so that every handshake is a full one.
 Python is called from here: per handshake; for each read and write the lock is taken and one list item looked up.
 
 Safety: `sessions` has an item for each connection from the start and never changes its length; `at` is the index of a Link. A
@@ -35,9 +36,11 @@ cdef class LoadTls:
 
     cdef int begin(self, uint32_t at, int fd, bint counted) noexcept with gil:
         try:
-            if not self.resume:
-                self.settings.sessions.clear()
-            self.sessions[at] = self.settings.connect(fd, self.host, self.host)
+            key = str(at) if self.resume else "-"
+            kept = self.settings.sessions.get(key)
+            if kept:
+                del kept[:-1 if self.resume else len(kept)]
+            self.sessions[at] = self.settings.connect(fd, key, self.host)
             return 0
         except Exception as error:
             self.note(str(error), counted)

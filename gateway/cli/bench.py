@@ -92,7 +92,7 @@ def _request_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--key", metavar="FILE", type=Path, help="https: its key; default: in the file of --cert")
     parser.add_argument("--server-name", metavar="NAME", help="https: asked for (SNI) and verified; default: the URL's host")
     parser.add_argument("--insecure", action="store_true", help="https: do not verify the server's certificate")
-    parser.add_argument("--resume", action="store_true", help="https: new connections go on with the sessions of earlier ones")
+    parser.add_argument("--resume", action="store_true", help="https: a connection goes on with the session of the one that it replaces")
     parser.add_argument("--max-errors", default="0", metavar="N|N%", help="more make the run invalid; default: 0")
 
 

@@ -130,17 +130,18 @@ def test_plain_http_reports_no_tls() -> None:
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_connection_for_each_request_makes_full_handshakes_unless_told_to_resume(folder: Path, version: str) -> None:
     with BenchServer(cert=folder / "good", version=version) as server:
-        full = run(short(server.url(), TlsOptions(cacert=folder / "ca.crt"), keep_alive=False))
-        resumed = run(short(server.url(), TlsOptions(cacert=folder / "ca.crt", resume=True), keep_alive=False))
+        full = run(short(server.url(), TlsOptions(cacert=folder / "ca.crt"), keep_alive=False, warmup=0.0))
+        resumed = run(short(server.url(), TlsOptions(cacert=folder / "ca.crt", resume=True), keep_alive=False, warmup=0.0))
     for document in (full, resumed):
         assert errors_of(document) == {} and document["result"]["answered"] == 80
-        # Those whose intended time lies at an edge of the window may shake hands beyond it.
-        assert 60 <= document["result"]["tls"]["handshakes"] <= 100
+        # Those whose intended time lies at the end of the window may shake hands beyond it.
+        assert 4 < document["result"]["tls"]["handshakes"] <= 80
         assert document["handshake"]["count"] == document["result"]["tls"]["handshakes"]
         # The request waits for the handshake, and its latency says so.
-        assert document["latency"]["min"] > document["handshake"]["min"]
+        assert document["latency"]["mean"] > document["handshake"]["min"]
     assert full["result"]["tls"]["resumed"] == 0
-    assert resumed["result"]["tls"]["resumed"] >= 40
+    # One full handshake for each of the four places.
+    assert resumed["result"]["tls"]["handshakes"] - resumed["result"]["tls"]["resumed"] <= 4
     assert resumed["config"]["tls"]["resume"] is True and full["config"]["tls"]["resume"] is False
 
 
@@ -269,11 +270,14 @@ def test_refused_connections_are_not_opened_again_and_again(vault: Vault) -> Non
     assert document["result"]["reconnects"] <= document["result"]["requests"] + 5 + 2 * 4
 
 
-def test_a_session_over_the_gateway_is_resumed(vault: Vault) -> None:
+def test_a_client_that_comes_back_to_the_gateway_always_resumes(vault: Vault) -> None:
+    """Each resumed TLS 1.3 handshake must bring the ticket for the next one."""
     url = f"https://127.0.0.1:{vault.gateway.port('modern')}/"
-    options = TlsOptions(cacert=vault.folder / "root.crt", resume=True)
-    document = run(short(url, options, keep_alive=False))
-    assert errors_of(document) == {} and document["result"]["tls"]["resumed"] >= 40
+    document = run(short(url, TlsOptions(cacert=vault.folder / "root.crt", resume=True), keep_alive=False, warmup=0.0))
+    tls = document["result"]["tls"]
+    assert errors_of(document) == {} and document["result"]["answered"] == 80
+    # One full handshake for each of the four places.
+    assert tls["resumed"] > 4 and tls["handshakes"] - tls["resumed"] <= 4
 
 
 def test_an_answer_in_tiny_records_is_whole(folder: Path) -> None:
