@@ -1,4 +1,4 @@
-"""The load generator's connections, its schedule and its histogram: an HTTP/1.1 client that measures.
+"""The load generator's connections, its schedule and its histogram: an HTTP/1.1 client that measures, over TCP or TLS.
 
 Strategy: request i has an intended time, t0 + i/rate or the i-th arrival of a seeded Poisson process, whatever the server
 does. A request that finds every connection taken waits as a number, not as an object: requests leave in the order of their
@@ -9,11 +9,13 @@ first byte sent.
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from gateway._speedups.headers cimport Head
 from gateway._speedups.http1 cimport Chunked
+from gateway._speedups.load_tls cimport LoadTls
 from gateway._speedups.sockets cimport sockaddr_storage, socklen_t
 
 cdef enum:              # LinkState
     LINK_EMPTY = 0      # no socket; a request that is given to it opens one
     LINK_CONNECTING
+    LINK_HANDSHAKE      # TLS only
     LINK_OPEN
 
 cdef enum:              # AnswerPhase
@@ -24,6 +26,7 @@ cdef enum:              # AnswerPhase
 
 cdef enum:              # LoadError, in the order of ERRORS
     LOAD_CONNECT = 0    # no connection could be opened for the request
+    LOAD_TLS            # one was, but no TLS session on it, or the server refused it before the first answer
     LOAD_RESET          # the connection broke under the request
     LOAD_CLOSED         # it ended before the answer was complete
     LOAD_TIMEOUT
@@ -47,9 +50,10 @@ cdef struct Link:
     bint busy                   # carries a request; never free at the same time
     uint8_t measured               # the request's intended time lies in the measured window
     bint ending                 # not to be used again after this answer
+    bint proven                 # an answer came on this connection
     int64_t intended            # ns, CLOCK_MONOTONIC, as all times here
     int64_t sent
-    int64_t since               # of the connection attempt
+    int64_t since               # of the connection attempt, then of the handshake
     uint64_t written            # bytes of the request that the kernel took
     uint64_t remaining
     Chunked chunked
@@ -78,6 +82,8 @@ cdef class Load:
     cdef uint64_t wire_length
     cdef sockaddr_storage address
     cdef socklen_t address_length
+    cdef LoadTls secure         # None without TLS
+    cdef bint encrypted         # it is not None
     cdef bint no_body           # answers to HEAD
     cdef bint keep_alive
     cdef uint8_t accepted[600]
@@ -97,7 +103,8 @@ cdef class Load:
     cdef Cursor next, due
     # Results
     cdef readonly LatencyHistogram latency, service
-    cdef uint64_t errors[2][7]          # by LoadError: [0] of the warm-up's requests, [1] of the measured
+    cdef readonly LatencyHistogram handshake    # of complete TLS handshakes, before the start and in the window
+    cdef uint64_t errors[2][8]          # by LoadError: [0] of the warm-up's requests, [1] of the measured
     cdef uint64_t statuses[600]         # of measured requests
     cdef uint64_t issued, measured, answered, in_window, received, opened, refused, idle_closed, in_flight, backlog_max
     cdef int64_t late_max
@@ -109,6 +116,8 @@ cdef class Load:
     cdef int open_link(self, Link* link, int64_t now) noexcept nogil
     cdef void close_link(self, Link* link) noexcept nogil
     cdef void release(self, Link* link) noexcept nogil
+    cdef void issue_due(self, int64_t now) noexcept nogil
+    cdef ssize_t send(self, Link* link) noexcept nogil
     cdef void write(self, Link* link) noexcept nogil
     cdef void read(self, Link* link) noexcept nogil
     cdef int consume(self, Link* link, char* data, uint32_t length) noexcept nogil
@@ -117,6 +126,10 @@ cdef class Load:
     cdef void complete(self, Link* link) noexcept nogil
     cdef void fail(self, Link* link, int error) noexcept nogil
     cdef void reopen(self, Link* link, int64_t now) noexcept nogil
+    cdef bint connected(self, Link* link, uint32_t events) noexcept nogil
+    cdef bint shake(self, Link* link, uint32_t events) noexcept nogil
+    cdef void ready(self, Link* link) noexcept nogil
+    cdef void unsecured(self, Link* link) noexcept nogil
     cdef void on_events(self, Link* link, uint32_t events) noexcept nogil
     cdef void scan_timeouts(self, int64_t now) noexcept nogil
     cdef int64_t wait_until(self, int64_t now, int64_t until) noexcept nogil

@@ -1,10 +1,11 @@
-"""An open-loop HTTP/1.1 load generator and its latency histogram; see load.pxd for the schedule and the parts.
+"""An open-loop HTTP/1.1 load generator over TCP or TLS and its latency histogram; see load.pxd for the schedule and the parts.
 
 Strategy: the only thing this process does is generate load, so it drives its own epoll descriptor in a tight loop instead of
 sitting inside uvloop: a loop between us and the kernel would add its own wake-ups to what is measured. The GIL is released
 for a slice of the run at a time, and Python gets its turn between slices. A request is one send() of prebuilt bytes and
-usually one recv(); sockets are watched once, edge-triggered for both directions, so no further epoll_ctl() is needed.
-Python is called from here: never while a slice runs.
+usually one recv(); sockets are watched once, edge-triggered for both directions, so no further epoll_ctl() is needed. A
+TLS handshake is computation of a tenth of a millisecond and more, so what is due leaves between one event and the next.
+Python is called from here: never while a slice runs, but for TLS (load_tls.pyx).
 
 Safety: `links`, `ring` and `scratch` are allocated once and freed with the object; `wire` points into `request`, an immutable
 bytes object that the object holds. An epoll event carries index and generation, and an event of an older socket is dropped.
@@ -19,7 +20,9 @@ from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy, memset
 from gateway._speedups.headers cimport MAX_FIELDS, head_reset
 from gateway._speedups.http1 cimport CHUNK_DONE, Limits, chunked_decode, chunked_reset, parse_response
+from gateway._speedups.load_tls cimport LoadTls
 from gateway._speedups.sockets cimport *
+from gateway._speedups.tls cimport TlsUpstream
 
 cdef extern from *:
     """
@@ -78,7 +81,7 @@ ANSWER_LIMITS.head = HEAD_MAX
 ANSWER_LIMITS.target = 0
 ANSWER_LIMITS.fields = MAX_FIELDS
 
-ERRORS = ("connect", "reset", "closed", "timeout", "bad", "status", "unfinished")
+ERRORS = ("connect", "tls", "reset", "closed", "timeout", "bad", "status", "unfinished")
 
 
 def monotonic_ns():
@@ -179,11 +182,12 @@ cdef class Load:
     host: a numeric IPv4 or IPv6 address. request: the bytes of every request. rate: requests a second, 0.0 for a closed loop.
     accepted: the statuses that count as an answer. timeout: ns that a request may take from its first byte, or a connection
     attempt. no_body: answers have no body whatever they declare (HEAD). keep_alive: False opens a connection a request.
+    tls: how to speak TLS, for `server_name`; resume: with the sessions of earlier connections.
     """
 
     def __cinit__(self, str host not None, uint16_t port, bytes request not None, *, uint32_t connections, double rate,
                   bint poisson=False, uint64_t seed=1, accepted=range(200, 400), int64_t timeout=10_000_000_000,
-                  bint no_body=False, bint keep_alive=True):
+                  bint no_body=False, bint keep_alive=True, TlsUpstream tls=None, str server_name="", bint resume=False):
         cdef uint32_t i
         cdef bytes numeric = host.encode()
         self.epoll = -1
@@ -203,7 +207,9 @@ cdef class Load:
             if not 100 <= status < 600:
                 raise ValueError(f"{status} is not a status")
             self.accepted[<int>status] = 1
-        self.latency, self.service = LatencyHistogram(), LatencyHistogram()
+        self.latency, self.service, self.handshake = LatencyHistogram(), LatencyHistogram(), LatencyHistogram()
+        if tls is not None:
+            self.secure, self.encrypted = LoadTls(tls, server_name, connections, resume), True
         self.links = <Link*>calloc(connections, sizeof(Link))
         self.ring = <uint32_t*>calloc(connections, sizeof(uint32_t))
         self.scratch = <char*>malloc(SCRATCH)
@@ -220,7 +226,9 @@ cdef class Load:
         cdef uint32_t i
         if self.links != NULL:
             for i in range(self.links_count):
-                self.close_link(&self.links[i])
+                if self.links[i].fd >= 0:
+                    cw_close(self.links[i].fd)
+                free(self.links[i].carry)
         if self.epoll >= 0:
             cw_close(self.epoll)
         free(self.links)
@@ -290,11 +298,13 @@ cdef class Load:
             return error
         link.fd = fd
         link.state = LINK_CONNECTING
-        link.ending = False
+        link.ending = link.proven = False
         link.since = now
         return 0
 
     cdef void close_link(self, Link* link) noexcept nogil:
+        if self.encrypted and link.state >= LINK_HANDSHAKE:
+            self.secure.close(<uint32_t>(link - self.links))
         if link.fd >= 0:
             cw_close(link.fd)
         link.fd = -1
@@ -324,15 +334,27 @@ cdef class Load:
 
     # -- requests and answers
 
+    cdef ssize_t send(self, Link* link) noexcept nogil:
+        cdef size_t rest = <size_t>(self.wire_length - link.written)
+        if self.encrypted:
+            return self.secure.send(<uint32_t>(link - self.links), self.wire + link.written, rest)
+        return cw_send(link.fd, self.wire + link.written, rest)
+
     cdef void write(self, Link* link) noexcept nogil:
         cdef ssize_t sent
+        cdef uint32_t generation = link.generation
         while link.written < self.wire_length:
-            sent = cw_send(link.fd, self.wire + link.written, <size_t>(self.wire_length - link.written))
+            sent = self.send(link)
             if sent == -EAGAIN:
                 return
             if sent < 0:
-                # What the server said before it closed may lie there still.
-                if link.written == 0 or sent != -EPIPE:
+                # What the server said before it closed may lie there still: an answer, or the alert that refuses us.
+                if link.written and sent == -EPIPE:
+                    return
+                if self.encrypted and not link.proven:
+                    self.secure.wake(<uint32_t>(link - self.links), True)
+                    self.read(link)
+                if link.busy and link.generation == generation:
                     self.fail(link, LOAD_RESET)
                 return
             link.written += <uint64_t>sent
@@ -341,12 +363,19 @@ cdef class Load:
         cdef ssize_t got
         cdef uint32_t have
         cdef uint32_t generation = link.generation
+        cdef uint32_t at = <uint32_t>(link - self.links)
+        cdef bint rest = False
         cdef int result
         while True:
             have = link.carried
             if have:
                 memcpy(self.scratch, link.carry, have)
-            got = cw_recv(link.fd, self.scratch + have, SCRATCH - have)
+            if self.encrypted:
+                got = self.secure.recv(at, self.scratch + have, SCRATCH - have, &rest)
+            else:
+                got = cw_recv(link.fd, self.scratch + have, SCRATCH - have)
+                # Edge-triggered: a short read emptied the socket, unless the end of the stream stands behind it.
+                rest = got < SCRATCH - have and not link.ending
             if got == -EAGAIN:
                 return
             if got <= 0:
@@ -365,8 +394,7 @@ cdef class Load:
             if result < 0:
                 self.fail(link, LOAD_BAD)
                 return
-            # Edge-triggered: a short read emptied the socket, unless the end of the stream stands behind it.
-            if got < SCRATCH - have and not link.ending or link.generation != generation:
+            if rest or link.generation != generation:
                 return
 
     cdef int consume(self, Link* link, char* data, uint32_t length) noexcept nogil:
@@ -429,6 +457,12 @@ cdef class Load:
         return 0
 
     cdef void stream_ended(self, Link* link, int error) noexcept nogil:
+        cdef int64_t now
+        if self.encrypted and error < 0 and not link.proven:
+            now = cw_monotonic_ns()
+            if self.secure.refused(<uint32_t>(link - self.links), not link.busy, self.window_start <= now < self.window_end):
+                self.unsecured(link)
+                return
         if not link.busy:
             self.idle_closed += 1
             self.reopen(link, cw_monotonic_ns())
@@ -440,6 +474,7 @@ cdef class Load:
     cdef void complete(self, Link* link) noexcept nogil:
         cdef int64_t now = cw_monotonic_ns()
         link.busy = False
+        link.proven = True
         self.in_flight -= 1
         if link.measured:
             self.statuses[link.status] += 1
@@ -465,7 +500,7 @@ cdef class Load:
         self.errors[link.measured][error] += 1
         link.busy = False
         self.in_flight -= 1
-        if error == LOAD_CONNECT:
+        if error == LOAD_CONNECT or error == LOAD_TLS:
             self.close_link(link)
             self.paused_until = now + PAUSE_NS
         else:
@@ -474,26 +509,74 @@ cdef class Load:
 
     # -- the loop
 
-    cdef void on_events(self, Link* link, uint32_t events) noexcept nogil:
-        if link.state == LINK_CONNECTING:
-            if cw_socket_error(link.fd) != 0:
-                if link.busy:
-                    self.fail(link, LOAD_CONNECT)
-                else:
-                    self.refused += 1
-                    self.close_link(link)
-                return
-            if not events & EPOLLOUT:
-                return
-            link.state = LINK_OPEN
-            self.opened += 1
+    cdef bint connected(self, Link* link, uint32_t events) noexcept nogil:
+        """Whether an event leaves a connection that can be used; with TLS the handshake has begun."""
+        if cw_socket_error(link.fd) != 0:
             if link.busy:
-                self.write(link)
-        elif events & EPOLLOUT and link.busy and link.written < self.wire_length:
+                self.fail(link, LOAD_CONNECT)
+            else:
+                self.refused += 1
+                self.close_link(link)
+            return False
+        if not events & EPOLLOUT:
+            return False
+        if not self.encrypted:
+            self.ready(link)
+            return True
+        link.since = cw_monotonic_ns()
+        link.state = LINK_HANDSHAKE
+        if self.secure.begin(<uint32_t>(link - self.links), link.fd, self.window_start <= link.since < self.window_end) < 0:
+            self.unsecured(link)
+            return False
+        return True
+
+    cdef bint shake(self, Link* link, uint32_t events) noexcept nogil:
+        """Whether an event completed the handshake."""
+        cdef uint32_t generation = link.generation
+        cdef bint ended = events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR) != 0
+        cdef int64_t now = cw_monotonic_ns()
+        cdef bint counted = self.window_start <= now < self.window_end
+        cdef int result = self.secure.handshake(<uint32_t>(link - self.links), ended, counted)
+        if result < 0:
+            self.unsecured(link)
+        if result <= 0:
+            return False
+        if counted:
+            self.handshake.add(cw_monotonic_ns() - link.since)
+        self.ready(link)
+        return link.generation == generation
+
+    cdef void ready(self, Link* link) noexcept nogil:
+        link.state = LINK_OPEN
+        self.opened += 1
+        if link.busy:
             self.write(link)
-        if events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR):
+
+    cdef void unsecured(self, Link* link) noexcept nogil:
+        if link.busy:
+            self.fail(link, LOAD_TLS)
+        else:
+            self.refused += 1
+            self.close_link(link)
+
+    cdef void on_events(self, Link* link, uint32_t events) noexcept nogil:
+        cdef uint32_t generation = link.generation
+        cdef bint ended = events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR) != 0
+        cdef bint starved = False
+        if link.state == LINK_OPEN:
+            if self.encrypted:
+                starved = self.secure.wake(<uint32_t>(link - self.links), ended)
+            if events & EPOLLOUT and link.busy and link.written < self.wire_length:
+                self.write(link)
+        elif link.state == LINK_CONNECTING and not self.connected(link, events):
+            return
+        if link.state == LINK_HANDSHAKE and not self.shake(link, events):
+            return
+        if link.state != LINK_OPEN or link.generation != generation:
+            return
+        if ended:
             link.ending = True
-        if link.state == LINK_OPEN and events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR):
+        if events & EPOLLIN or ended or (starved and events & EPOLLOUT):
             self.read(link)
 
     cdef void scan_timeouts(self, int64_t now) noexcept nogil:
@@ -502,9 +585,14 @@ cdef class Load:
         self.next_scan = now + SCAN_NS
         for i in range(self.links_count):
             link = &self.links[i]
-            if link.busy and now - link.sent > self.timeout:
+            if (now - link.sent if link.busy else now - link.since) <= self.timeout:
+                continue
+            if link.state == LINK_HANDSHAKE:
+                self.secure.too_late(self.window_start <= now < self.window_end)
+                self.unsecured(link)
+            elif link.busy:
                 self.fail(link, LOAD_CONNECT if link.state == LINK_CONNECTING else LOAD_TIMEOUT)
-            elif link.state == LINK_CONNECTING and now - link.since > self.timeout:
+            elif link.state == LINK_CONNECTING:
                 self.refused += 1
                 self.close_link(link)
 
@@ -530,7 +618,25 @@ cdef class Load:
             index = <uint32_t>events[i].cw_data
             if self.links[index].generation == <uint32_t>(events[i].cw_data >> 32):
                 self.on_events(&self.links[index], events[i].events)
+                if self.encrypted and self.started:
+                    self.issue_due(cw_monotonic_ns())
         return n
+
+    cdef void issue_due(self, int64_t now) noexcept nogil:
+        """Gives what is due to the connections that are free."""
+        cdef Link* link
+        if self.rate != 0:
+            while self.due.time <= now and self.due.time < self.window_end:
+                self.advance(&self.due)
+        while self.ring_length and self.may_issue(now):
+            link = &self.links[self.ring[self.ring_head]]
+            self.ring_head = self.ring_head + 1 if self.ring_head + 1 < self.links_count else 0
+            self.ring_length -= 1
+            link.free = False
+            self.issue(link, now)
+            now = cw_monotonic_ns()
+        if self.ring_length == 0:
+            self.ring_empty_at = now
 
     cdef bint finished(self, int64_t now) noexcept nogil:
         if now < self.window_end or self.in_flight:
@@ -541,21 +647,9 @@ cdef class Load:
         """Runs until a time or the end of the work. 1 at the end of the work, 0 at the time, -errno."""
         cdef int64_t now
         cdef int n
-        cdef Link* link
         while True:
+            self.issue_due(cw_monotonic_ns())
             now = cw_monotonic_ns()
-            if self.rate != 0:
-                while self.due.time <= now and self.due.time < self.window_end:
-                    self.advance(&self.due)
-            while self.ring_length and self.may_issue(now):
-                link = &self.links[self.ring[self.ring_head]]
-                self.ring_head = self.ring_head + 1 if self.ring_head + 1 < self.links_count else 0
-                self.ring_length -= 1
-                link.free = False
-                self.issue(link, now)
-                now = cw_monotonic_ns()
-            if self.ring_length == 0:
-                self.ring_empty_at = now
             if self.due.index > self.next.index and self.due.index - self.next.index > self.backlog_max:
                 self.backlog_max = self.due.index - self.next.index
             if now >= self.next_scan:
@@ -575,6 +669,7 @@ cdef class Load:
         cdef int64_t now = cw_monotonic_ns()
         cdef int64_t until = now + <int64_t>(patience * 1e9)
         cdef uint32_t at = 0
+        cdef int result
         if not self.keep_alive:
             for at in range(self.links_count):
                 self.release(&self.links[at])
@@ -588,9 +683,14 @@ cdef class Load:
                 at += 1
             if at == self.links_count and self.opened + self.refused >= at:
                 break
-            if self.collect(10000000) < 0:
-                raise OSError(errno, "epoll_wait")
+            with nogil:
+                result = self.collect(10000000)
+            if result < 0:
+                raise OSError(-result, "epoll_wait")
             now = cw_monotonic_ns()
+        for at in range(self.links_count):
+            if self.links[at].state == LINK_HANDSHAKE:
+                self.secure.too_late(True)
         return self.opened
 
     def start(self, int64_t warmup, int64_t duration):
@@ -637,6 +737,16 @@ cdef class Load:
                 self.errors[1][<int>LOAD_UNFINISHED] += 1
             self.advance(&self.next)
         return self.errors[1][<int>LOAD_UNFINISHED] - before
+
+    def close(self):
+        """Close every connection; with TLS the server is told."""
+        cdef uint32_t i
+        for i in range(self.links_count):
+            self.close_link(&self.links[i])
+
+    def tls_counts(self):
+        """Handshakes before the start and in the measured window, None without TLS."""
+        return self.secure.counts() if self.encrypted else None
 
     def counters(self):
         """Numbers of requests, connections and bytes so far; late_max in ns."""

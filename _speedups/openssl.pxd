@@ -78,6 +78,7 @@ cdef extern from "openssl/ssl.h":
     int SSL_get_error(SSL* ssl, int result)
     bint SSL_has_pending(SSL* ssl)
     bint SSL_session_reused(SSL* ssl)
+    const char* SSL_get_cipher(const SSL* ssl)
     const char* SSL_get_version(SSL* ssl)
     const char* SSL_get_servername(SSL* ssl, int kind)
     int SSL_set_tlsext_host_name(SSL* ssl, const char* name)

@@ -42,7 +42,7 @@ cdef class Tls:
     cdef bint starved                   # reading waits for room to write
     cdef int failed                     # errno to report once what was read is taken
     cdef uint8_t failure                # FAILED_*
-    cdef readonly str reason            # of a failed handshake, for a log
+    cdef readonly str reason            # of a failed handshake, or the alert that ended the session; for a log
     cdef readonly bint resumed
     cdef uint8_t alpn                   # ALPN_*
     cdef readonly ClientCertificate certificate     # of the client, verified; None when it showed none

@@ -135,11 +135,10 @@ cdef extern from *:
         params[2] = OSSL_PARAM_construct_end();
         return EVP_MAC_CTX_set_params(mac, params);
     }
-    /* 1 sealed or opened, 2 opened with an older key (the client gets a new ticket), 0 full handshake, -1 failed. */
+    /* 1 sealed or opened, 2 opened and the client gets a new ticket, 0 full handshake, -1 failed. */
     static int cw_on_ticket(SSL *ssl, unsigned char *name, unsigned char *iv, EVP_CIPHER_CTX *cipher, EVP_MAC_CTX *mac, int seal) {
         cw_ticket_key keys[CW_TICKET_KEYS];
         int i = 0, result = -1;
-        (void)ssl;
         if (!cw_ring || !cw_ring_copy(keys)) return seal ? -1 : 0;
         if (seal) {
             memcpy(name, keys[0].name, 16);
@@ -149,7 +148,8 @@ cdef extern from *:
             while (i < CW_TICKET_KEYS && memcmp(name, keys[i].name, 16)) i++;
             if (i == CW_TICKET_KEYS) result = 0;
             else if (cw_ticket_set_up(mac, &keys[i]) && EVP_DecryptInit_ex(cipher, EVP_aes_256_cbc(), NULL, keys[i].cipher, iv) == 1)
-                result = i ? 2 : 1;
+                /* A TLS 1.3 client uses a ticket once (RFC 8446 C.4): without a new one every second visit would be a full handshake. */
+                result = i || SSL_version(ssl) == TLS1_3_VERSION ? 2 : 1;
         }
         OPENSSL_cleanse(keys, sizeof keys);
         return result;
@@ -634,6 +634,7 @@ cdef class Tls:
             error = -ECONNRESET                     # no close_notify: a cut stream, not an end
         else:
             error = -EPROTO
+            self.reason = openssl_reason()          # an alert tells why: TLS 1.3 refuses a client after its handshake
         ERR_clear_error()
         return error
 
@@ -747,3 +748,8 @@ cdef class Tls:
     def version(self) -> str:
         """Such as TLSv1.3."""
         return SSL_get_version(<SSL*>self.ssl).decode("ascii")
+
+    @property
+    def cipher(self) -> str:
+        """The suite's name as OpenSSL writes it, such as TLS_AES_128_GCM_SHA256."""
+        return SSL_get_cipher(<SSL*>self.ssl).decode("ascii")

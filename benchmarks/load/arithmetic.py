@@ -26,6 +26,7 @@ NOISY_SHARE = 0.1
 FIXED_SHARE = 0.5
 LOAD_SHARE = 0.25
 # Above this the load's core, not the program, may be what the latencies show.
+RESUMED_SHARE = 0.9  # of the handshakes, where they should resume
 LOAD_BUSY = 0.8
 IDLE_WORKER_BYTES = 40 * 2**20
 CONNECTION_BYTES = 8 * 2**10
@@ -37,7 +38,7 @@ class InvalidRun(Exception):
 
 @dataclass(frozen=True)
 class Load:
-    """What wrk counted in one run: requests answered, seconds, errors by kind, latency in microseconds."""
+    """What the load counted in one run: requests answered, seconds, errors by kind, latency in microseconds."""
 
     requests: int
     seconds: float
@@ -149,6 +150,22 @@ def read_bench(document: Mapping[str, Any]) -> Latency:
         return Latency(float(document["result"]["server_us_per_request"]), p50, p99, p999)
     except (KeyError, TypeError) as error:
         raise InvalidRun(f"the result of `crossway bench run` has no {error}") from None
+
+
+def read_handshakes(document: Mapping[str, Any], resumed: bool) -> Load:
+    """Return what a closed loop of `crossway bench run --no-keepalive` says; raise InvalidRun when a request failed, or when
+    sessions were resumed where they should not be, or were not where they should.
+
+    That the generator used its whole core makes no difference: what a handshake costs the program is measured, not latency.
+    """
+    result, latency = document["result"], document["latency"]
+    made, again = result["tls"]["handshakes"], result["tls"]["resumed"]
+    if result["errors_total"] or result["tls"]["failures"] or not result["answered"]:
+        raise InvalidRun(f"`crossway bench run` counted errors: {result['errors']} {result['tls']['failures']}")
+    if (resumed and again < RESUMED_SHARE * made) or (not resumed and again):
+        raise InvalidRun(f"{again:,} of {made:,} handshakes resumed a session")
+    p50, p99 = (latency["percentiles"][name]["us"] or latency["max"] for name in ("p50", "p99"))
+    return Load(result["answered"], document["config"]["duration_s"], {}, p50, p99)
 
 
 def fixed_rate(cells: Iterable[Sequence[Run]]) -> int:

@@ -8,6 +8,7 @@ the reason; it never ends the benchmark (comparison.py). The time is bounded and
     python -m benchmarks.load.compare                       all of scenarios.yaml, under 20 minutes
     python -m benchmarks.load.compare --quick               one short round, under 5 minutes
     python -m benchmarks.load.compare --scenarios plain,token --programs crossway,haproxy
+    python -m benchmarks.load.compare --scenarios tls       a group of scenarios that a run of everything leaves out
 """
 
 import argparse
@@ -15,6 +16,7 @@ import os
 import signal
 import sys
 import tempfile
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,15 +32,19 @@ from benchmarks.load.scenarios import ROOT, Catalogue, Cell, declared
 
 
 def choose(catalogue: Catalogue, scenarios: str, programs: str) -> list[Cell]:
-    """Return the cells of the named scenarios and programs, in the order of the declaration; all when none is named."""
+    """Return the cells of the named scenarios (or groups of them) and programs, in the order of the declaration.
+
+    When none is named: all programs, all scenarios without a group.
+    """
     wanted = [{name.strip() for name in names.split(",") if name.strip()} for names in (scenarios, programs)]
-    for names, known in zip(wanted, (catalogue.scenarios, catalogue.software), strict=True):
-        if names - known.keys():
-            raise Unusable(f"there is no {', '.join(sorted(names - known.keys()))}; there are: {', '.join(known)}")
+    groups = {scenario.group for scenario in catalogue.scenarios.values()} - {""}
+    for names, known in zip(wanted, ([*catalogue.scenarios, *sorted(groups)], [*catalogue.software]), strict=True):
+        if names - set(known):
+            raise Unusable(f"there is no {', '.join(sorted(names - set(known)))}; there are: {', '.join(known)}")
     return [
         cell
         for scenario in catalogue.scenarios.values()
-        if not wanted[0] or scenario.name in wanted[0]
+        if (wanted[0] & {scenario.name, scenario.group} if wanted[0] else not scenario.group)
         for cell in catalogue.cells(scenario)
         if not wanted[1] or cell.software.name in wanted[1]
     ]
@@ -77,7 +83,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks.load.compare", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--quick", action="store_true", help="one short round of everything, under 5 minutes")
-    parser.add_argument("--scenarios", default="", help="only these, separated by commas")
+    parser.add_argument("--scenarios", default="", help="only these (or groups of them, such as tls), separated by commas")
     parser.add_argument("--programs", default="", help="only these, separated by commas")
     parser.add_argument("--rounds", type=int, help="rounds (default: as scenarios.yaml says; --quick: 1)")
     parser.add_argument("--seconds", type=int, help="length of a measured interval (default 2; --quick: 1)")
@@ -115,8 +121,11 @@ def run(options: argparse.Namespace, console: Console) -> int:
         raise Unusable("no program takes part in these scenarios")
     with tempfile.TemporaryDirectory(prefix="crossway-bench-") as directory:
         bench = Bench(Path(directory), options.proxy_core, options.load_core)
-        with bench.origin() as origin:
-            comparison = Comparison(bench, origin, catalogue, chosen, plan)
+        with ExitStack() as stack:
+            origins = [stack.enter_context(bench.origin())]
+            if any(cell.scenario.kind == "tls-upstream" for cell in chosen):
+                origins.append(stack.enter_context(bench.secure_origin()))
+            comparison = Comparison(bench, origins, catalogue, chosen, plan)
             programs = len({cell.software.name for cell in chosen})
             console.print(
                 f"{len({cell.scenario.name for cell in chosen})} scenarios, {programs} programs: about "
@@ -128,7 +137,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
             comparison.run(lambda line: console.print(line, highlight=False))
     result = comparison.result()
     show(result, console)
-    name = options.name or f"{str(result['date'])[:10]}-{result['commit']}"
+    name = options.name or "-".join(filter(None, (str(result["date"])[:10], str(result["commit"]), str(result["group"]))))
     console.print(f"written: {write_result(name, result).relative_to(ROOT)}", highlight=False)
     return 0 if comparison.runs else 2
 

@@ -10,7 +10,7 @@ import resource
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TypeVar
@@ -33,14 +33,14 @@ from benchmarks.load.arithmetic import (
     summarise,
     summarise_fixed,
 )
-from benchmarks.load.loads import bench_run, open_loop_missing, warm, wrk
+from benchmarks.load.loads import bench_run, open_loop_missing, saturate, warm
 from benchmarks.load.processes import Program, Unusable, core_times, cpu_clocks, pss, tick_clocks, tree
 from benchmarks.load.programs import Bench, missing
 from benchmarks.load.results import FORMAT
 from benchmarks.load.scenarios import Catalogue, Cell, Scenario, configuration_hash
 
 START = 0.3  # seconds that a start and a stop take, for the estimate
-PROOFS = {"plain": 0, "routes": 1, "token": 2}  # starts that prove a cell once, before its first visit
+PROOFS = {"plain": 0, "routes": 1, "token": 2, "tls": 0, "tls-upstream": 0}  # starts that prove a cell once, before its first visit
 GENERATOR_START = 0.5
 ATTEMPTS = 2  # at one visit
 REPEATS = 2  # of an interval that other programs disturbed
@@ -83,11 +83,11 @@ Interval = TypeVar("Interval", Run, FixedRun)
 class Reading:
     """What the clocks of one proxy, of the load and of the two cores say at one moment."""
 
-    def __init__(self, bench: Bench, proxy: Program, origin: Program) -> None:
+    def __init__(self, bench: Bench, proxy: Program, origins: Sequence[Program]) -> None:
         self.pids = tree(proxy.pid)
         self.at = time.monotonic()
         self.ticks, self.clocks = tick_clocks(self.pids), cpu_clocks(self.pids)
-        self.origin = cpu_clocks(tree(origin.pid))
+        self.origin = cpu_clocks([pid for origin in origins for pid in tree(origin.pid)])
         self.load = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
         self.core_busy, self.stolen = core_times(bench.proxy_core)
         self.load_busy, _ = core_times(bench.load_core)
@@ -105,8 +105,10 @@ class Reading:
 class Comparison:
     """One benchmark under way: what was measured so far, and what could not be."""
 
-    def __init__(self, bench: Bench, origin: Program, catalogue: Catalogue, chosen: list[Cell], plan: Plan) -> None:
-        self.bench, self.origin, self.catalogue, self.plan = bench, origin, catalogue, plan
+    def __init__(
+        self, bench: Bench, origins: Sequence[Program], catalogue: Catalogue, chosen: list[Cell], plan: Plan
+    ) -> None:
+        self.bench, self.origins, self.catalogue, self.plan = bench, origins, catalogue, plan
         self.chosen = chosen
         self.runs: dict[str, list[Run]] = {}
         self.fixed: dict[str, list[FixedRun]] = {}
@@ -139,7 +141,7 @@ class Comparison:
         fixed_seconds = GENERATOR_START + self.plan.fixed_warm_up + self.plan.fixed_seconds
         for number, cell, saturates, fixed in self.visits():
             if not self.reasons[cell.name]:
-                total += START + saturates * (self.plan.warm_up + self.plan.seconds)
+                total += START + saturates * (self.plan.warm_up + self.plan.seconds + cell.scenario.handshakes * GENERATOR_START)
                 total += (number == 1 and saturates) * PROOFS[cell.scenario.kind] * START
                 total += (fixed and not self.open_loop) * fixed_seconds
         return total
@@ -220,15 +222,16 @@ class Comparison:
         bench, scenario = self.bench, cell.scenario
         pace = machine.pace(bench.proxy_core)
         warm(bench, scenario, port, self.plan.warm_up)
-        before = Reading(bench, started, self.origin)
-        load = wrk(bench, scenario, port, self.plan.seconds)
-        after = Reading(bench, started, self.origin)
+        before = Reading(bench, started, self.origins)
+        load = saturate(bench, scenario, port, self.plan.seconds)
+        after = Reading(bench, started, self.origins)
         cpu = spent(before.clocks, after.clocks)
         require_agreement(cpu, spent(before.ticks, after.ticks), len(after.clocks))
         return Run(
             round=number,
             requests=load.requests,
-            seconds=after.at - before.at,
+            # The start of an interpreter is no part of the load.
+            seconds=load.seconds if scenario.handshakes else after.at - before.at,
             cpu=cpu,
             core_busy=after.core_busy - before.core_busy,
             load_cpu=after.load_since(before),
@@ -268,10 +271,10 @@ class Comparison:
 
     def open_loop_run(self, number: int, cell: Cell, started: Program, port: int, rate: int) -> FixedRun:
         """Measure one interval at a fixed rate; raise InvalidRun when the generator says that it is not valid."""
-        before = Reading(self.bench, started, self.origin)
+        before = Reading(self.bench, started, self.origins)
         length = (self.plan.fixed_seconds, self.plan.fixed_warm_up)
         latency = bench_run(self.bench, cell.scenario, started, port, rate, *length)
-        after = Reading(self.bench, started, self.origin)
+        after = Reading(self.bench, started, self.origins)
         busy = after.load_since(before) / (after.at - before.at)
         if busy > LOAD_BUSY:
             raise InvalidRun(f"load and origin used {busy:.0%} of their core, {LOAD_BUSY:.0%} is the most: they may be what was measured")
@@ -297,9 +300,11 @@ class Comparison:
         usable = [cell for cell in self.chosen if not (cell.reason or missing(cell.software.name))]
         doubts = caveats(self.runs, self.fixed, {cell.name: cell.scenario.rounds for cell in usable}, bool(facts["clean_tree"]))
         scenarios = dict.fromkeys(cell.scenario for cell in self.chosen)
+        groups = {scenario.group for scenario in scenarios}
         paces = [run.pace_us for runs in self.runs.values() for run in runs]
         return facts | {
             "format": FORMAT,
+            "group": groups.pop() if len(groups) == 1 else "",
             "options": {
                 "rounds": self.plan.rounds,
                 "seconds": self.plan.seconds,

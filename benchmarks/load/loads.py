@@ -1,4 +1,4 @@
-"""The two load generators: wrk for saturation, `crossway bench run` for latency at a fixed rate.
+"""The two load generators: wrk for saturation, `crossway bench run` for latency at a fixed rate and for TLS handshakes.
 
 Strategy: both run on the load's core, one thread each, and are believed only when not one answer was wrong. A closed loop
 (wrk) shows what a request costs and how many a core can carry; latency is only taken from the open loop.
@@ -14,12 +14,13 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from benchmarks.load.arithmetic import InvalidRun, Latency, Load, read_bench, read_wrk
+from benchmarks.load.arithmetic import InvalidRun, Latency, Load, read_bench, read_handshakes, read_wrk
 from benchmarks.load.processes import Program, program
 from benchmarks.load.programs import Bench
 from benchmarks.load.scenarios import HERE, ROOT, Scenario
 
 PATIENCE = 30.0  # seconds that a generator may take beyond its duration
+RESULT = "bench-run.json"
 GENERATOR = [sys.executable, "-m", "gateway", "bench", "run"]
 
 
@@ -63,7 +64,7 @@ def wrk_command(bench: Bench, scenario: Scenario, port: int, seconds: int) -> li
     return [
         *(program("taskset"), "-c", str(bench.load_core), program("wrk")),
         *("-t1", f"-c{scenario.connections}", f"-d{seconds}s", "-s", str(HERE / "load.lua")),
-        *(f"http://127.0.0.1:{port}{scenario.paths()[0]}", "--", *words),
+        *(f"{scenario.scheme}://127.0.0.1:{port}{scenario.paths()[0]}", "--", *words),
     ]
 
 
@@ -88,6 +89,44 @@ def wrk(bench: Bench, scenario: Scenario, port: int, seconds: int) -> Load:
     return read_wrk(done.stdout)
 
 
+def handshakes(bench: Bench, scenario: Scenario, port: int, seconds: int) -> Load:
+    """Measure a closed loop in which each request makes a TLS handshake; raise InvalidRun unless each was of the kind that is due.
+
+    wrk resumes whatever it can and does not say how often, so `crossway bench run` is the load here.
+    """
+    command = [
+        *(*generator(bench, scenario, port), "--rate", "max", "--duration", f"{seconds}s", "--warmup", "0s", "--no-keepalive"),
+        *(["--resume"] if scenario.resumed else []),
+    ]
+    return read_handshakes(document_of(bench, command, seconds + PATIENCE), scenario.resumed)
+
+
+def saturate(bench: Bench, scenario: Scenario, port: int, seconds: int) -> Load:
+    """Measure a closed loop, with the load that can do the scenario."""
+    return (handshakes if scenario.handshakes else wrk)(bench, scenario, port, seconds)
+
+
+def generator(bench: Bench, scenario: Scenario, port: int, path: str = "") -> list[str]:
+    """Return the beginning of a command of `crossway bench run` on the load's core."""
+    url = f"{scenario.scheme}://127.0.0.1:{port}{path or scenario.paths()[0]}"
+    believed = ["--cacert", str(bench.certificates.authority)] if scenario.scheme == "https" else []
+    start = [program("taskset"), "-c", str(bench.load_core), *GENERATOR, url]
+    return [*start, "--connections", str(scenario.connections), "--quiet", "--json", str(bench.directory / RESULT), *believed]
+
+
+def document_of(bench: Bench, command: list[str], limit: float) -> dict[str, Any]:
+    """Run `crossway bench run` and return its result; raise InvalidRun when there is none."""
+    found = bench.directory / RESULT
+    found.unlink(missing_ok=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environment(), check=False)
+    try:
+        document: dict[str, Any] = json.loads(found.read_text())
+    except (OSError, ValueError):
+        said = (done.stdout + done.stderr).strip()[-1000:]
+        raise InvalidRun(f"`crossway bench run` ended with status {done.returncode} and no result:\n{said}") from None
+    return document
+
+
 def bench_run(
     bench: Bench, scenario: Scenario, proxy: Program, port: int, rate: int, seconds: float, warm_up: float
 ) -> Latency:
@@ -96,11 +135,8 @@ def bench_run(
     Parameterised routes are asked for the one in the middle: the generator repeats one request.
     """
     path = scenario.paths()[len(scenario.paths()) // 2]
-    found = bench.directory / "latency.json"
-    found.unlink(missing_ok=True)
     command = [
-        *(program("taskset"), "-c", str(bench.load_core), *GENERATOR, f"http://127.0.0.1:{port}{path}"),
-        *("--rate", str(rate), "--connections", str(scenario.connections), "--json", str(found), "--quiet", "--pid", str(proxy.pid)),
+        *(*generator(bench, scenario, port, path), "--rate", str(rate), "--pid", str(proxy.pid)),
         *("--duration", f"{seconds:g}s", "--warmup", f"{warm_up:g}s", "--method", scenario.method),
     ]
     body = body_file(bench, scenario)
@@ -110,11 +146,4 @@ def bench_run(
         command += ["-H", f"Authorization: Bearer {bench.token}"]
     if scenario.close:
         command.append("--no-keepalive")
-    limit = seconds + warm_up + PATIENCE
-    done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environment(), check=False)
-    try:
-        document: dict[str, Any] = json.loads(found.read_text())
-    except (OSError, ValueError):
-        said = (done.stdout + done.stderr).strip()[-1000:]
-        raise InvalidRun(f"`crossway bench run` ended with status {done.returncode} and no result:\n{said}") from None
-    return read_bench(document)
+    return read_bench(document_of(bench, command, seconds + warm_up + PATIENCE))

@@ -8,6 +8,7 @@ belongs to a program that did less than it claims.
 import http.client
 import os
 import re
+import ssl
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from benchmarks.load.certificates import SUITES, make_certificates
 from benchmarks.load.processes import Program, Unusable, find_program, free_ports, program
 from benchmarks.load.scenarios import ANSWER, HERE, ROOT, Cell, Scenario
 from benchmarks.load.tokens import AUDIENCE, ISSUER, SCOPE, Issuer
@@ -86,7 +88,8 @@ class Bench:
         self.issuer = Issuer()
         self.issuer.publish(directory)
         self.token = self.issuer.token()
-        self.origin_port = free_ports(1)[0]
+        self.certificates = make_certificates(directory)
+        self.origin_port, self.secure_port = free_ports(2)
 
     def origin(self) -> Program:
         """Start the origin on the load's core and return it when it listens."""
@@ -94,6 +97,21 @@ class Bench:
         started = Program("origin", command, self.load_core, self.directory)
         try:
             started.await_port(self.origin_port)
+        except Unusable:
+            started.stop()
+            raise
+        return started
+
+    def secure_origin(self) -> Program:
+        """Start the origin that speaks TLS on the load's core and return it when it listens."""
+        template = HERE / "origin-tls.conf"
+        path = self.directory / template.name
+        values = {"DIRECTORY": self.directory, "SECURE": self.secure_port, "ANSWER": ANSWER, **self.certificates.values("p256")}
+        path.write_text(fill(template.read_text(), values))
+        command = self.start_line("nginx", program("nginx"), path, self.secure_port, 0)
+        started = Program("origin-tls", command, self.load_core, self.directory)
+        try:
+            started.await_port(self.secure_port)
         except Unusable:
             started.stop()
             raise
@@ -134,6 +152,8 @@ class Bench:
             "PORT": port,
             "ADMIN": admin,
             "ORIGIN": self.origin_port,
+            "SECURE": self.secure_port,
+            **self.certificates.values(cell.scenario.certificate or "p256"),
             "LIMIT": limit,
             "ISSUER": ISSUER,
             "AUDIENCE": AUDIENCE,
@@ -172,7 +192,14 @@ class Bench:
         if scenario.bearer and bearer:
             fields["Authorization"] = f"Bearer {bearer}"
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+        if scenario.scheme == "https":
+            connection = http.client.HTTPSConnection("127.0.0.1", port, timeout=5, context=self.certificates.client())
         try:
+            connection.connect()
+            if isinstance(connection.sock, ssl.SSLSocket):
+                spoken = (connection.sock.version(), (connection.sock.cipher() or ("none",))[0])
+                if spoken[0] != "TLSv1.3" or spoken[1] not in SUITES:
+                    raise Unusable(f"it speaks {' '.join(map(str, spoken))} instead of TLSv1.3 {SUITES[0]}")
             connection.request(scenario.method, path or scenario.paths()[0], body, fields)
             answer = connection.getresponse()
             return answer.status, answer.read()

@@ -4,7 +4,7 @@ Strategy: the prose is written by hand; what stands between the two markers is r
 documentation is typed. The plots go to docs/images. A result with caveats is refused unless asked for, and then the caveats are printed with it.
 
     python -m benchmarks.load.render                                    the newest result
-    python -m benchmarks.load.render benchmarks/results/NAME.json
+    python -m benchmarks.load.render benchmarks/results/NAME.json       that one; a group's goes to its own place
 """
 
 import argparse
@@ -20,6 +20,7 @@ from benchmarks.load.scenarios import ROOT
 
 START = "<!-- benchmarks:start -->"
 END = "<!-- benchmarks:end -->"
+GROUP_PAGE = "docs/benchmarks.md"  # where a group of scenarios stands, between the same markers with -GROUP behind the word
 # Below this share of its core a program was waiting for the load, and could have done more.
 SATURATED = 0.95
 HEADLINE = ("plain", "token", "routes-1000", "connect", "download-16k", "download-1m", "upload-1m")  # of the README
@@ -182,7 +183,7 @@ def steadiness(result: Mapping[str, Any]) -> str:
     return said
 
 
-def block(result: Mapping[str, Any], memory: Mapping[str, Any] | None, full: bool) -> str:
+def block(result: Mapping[str, Any], memory: Mapping[str, Any] | None, full: bool, pictures: bool = True) -> str:
     """Return the Markdown that belongs between the markers."""
     parts = [provenance(result)]
     if result["caveats"]:
@@ -191,7 +192,7 @@ def block(result: Mapping[str, Any], memory: Mapping[str, Any] | None, full: boo
     if full:
         if ratios:
             parts += ["### What is asked for, and what was measured", ratios]
-        parts += [f"![{words}](images/{name})" for name, (_, words) in PLOTS.items() if PLOTS[name][0](result)]
+        parts += [f"![{words}](images/{name})" for name, (_, words) in PLOTS.items() if pictures and PLOTS[name][0](result)]
         parts += full_tables(result)
     else:
         parts.append(short_table(result))
@@ -222,6 +223,23 @@ def replace_between(text: str, new: str, where: str, start: str = START, end: st
         raise Unrenderable(f"{where}: put one line `{start}` and, below it, one line `{end}` where the figures belong")
     head, _, rest = text.partition(start)
     return f"{head}{start}\n\n{new}\n\n{end}{rest.partition(end)[2]}"
+
+
+def pages(result: Mapping[str, Any], memory: Mapping[str, Any] | None, names: Sequence[str]) -> dict[Path, str]:
+    """Return the documents of a result by path, its figures between their markers; raise Unrenderable when one has no place."""
+    group = result.get("group")
+    written = {}
+    for name in [GROUP_PAGE] if group else names:
+        page = ROOT / name
+        if not page.exists():
+            raise Unrenderable(f"{name} does not exist")
+        if group:
+            markers = [marker.replace("benchmarks:", f"benchmarks-{group}:") for marker in (START, END)]
+            text = replace_between(page.read_text(), block(result, None, full=True, pictures=False), name, *markers)
+        else:
+            text = replace_between(page.read_text(), block(result, memory, DOCUMENTS[name]), name)
+        written[page] = text
+    return written
 
 
 def load(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -267,16 +285,11 @@ def main(argv: list[str] | None = None) -> int:
             raise Unrenderable(
                 f"{path} must not be quoted:\n  {told}\nMeasure again on a quiet machine, or pass --preliminary."
             )
-        written = {}
-        for name in options.only or DOCUMENTS:
-            page = ROOT / name
-            if not page.exists():
-                raise Unrenderable(f"{name} does not exist")
-            written[page] = replace_between(page.read_text(), block(result, memory, DOCUMENTS[name]), name)
+        written = pages(result, memory, options.only or list(DOCUMENTS))
     except Unrenderable as error:
         print(f"render: {error}", file=sys.stderr)
         return 2
-    if not options.only:
+    if not options.only and not result.get("group"):
         written |= draw(result)
     print(f"from {path}")
     for page, text in written.items():

@@ -13,11 +13,13 @@ FORMAT = 2
 
 
 def newest() -> Path | None:
-    """Return the latest comparison by the date inside it; None when there is none. Memory and other files do not count."""
+    """Return the latest comparison by the date inside it; None when there is none. Results of a group of scenarios, memory and
+    other files do not count.
+    """
     dated = []
     for path in RESULTS.glob("*.json"):
         result = json.loads(path.read_text())
-        if "scenarios" in result and result.get("format") == FORMAT:
+        if "scenarios" in result and result.get("format") == FORMAT and not result.get("group"):
             dated.append((result["date"], path))
     return max(dated)[1] if dated else None
 

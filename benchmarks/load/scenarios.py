@@ -13,6 +13,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from benchmarks.load import certificates
 from benchmarks.load.processes import Unusable
 
 HERE = Path(__file__).resolve().parent
@@ -24,7 +25,7 @@ PAYMENT = (
     '{"debtor":"DE02120300000000202051","creditor":"FR1420041010050500013M02606","amount":"1250.00","currency":"EUR"}'
 )
 PATH = "/v1/payments"
-KINDS = ("plain", "routes", "token")
+KINDS = ("plain", "routes", "token", "tls", "tls-upstream")
 BEST = "best"
 # Identifiers do not repeat in real traffic; HAProxy keeps the last 10,000 results of its maps (tune.pattern.cache-size).
 DIFFERENT = 20_000
@@ -58,6 +59,19 @@ class Scenario:
     rounds: int = 3
     latency: int = 1
     only: Sequence[str] = field(default=(), hash=False)
+    certificate: str = ""
+    resumed: bool = False
+    group: str = ""
+
+    @property
+    def scheme(self) -> str:
+        """How clients speak to the program."""
+        return "https" if self.kind == "tls" else "http"
+
+    @property
+    def handshakes(self) -> bool:
+        """True when each request makes a TLS handshake of its own."""
+        return self.kind == "tls" and self.close
 
     @property
     def method(self) -> str:
@@ -157,6 +171,8 @@ def parse(document: Mapping[str, Any]) -> Catalogue:
         raise Unusable(f"{DECLARATION.name}: {error}") from error
     catalogue = Catalogue(software, scenarios, requirements)
     for scenario in scenarios.values():
+        if (scenario.kind == "tls") != (scenario.certificate in certificates.KINDS) or scenario.group in scenarios:
+            raise Unusable(f"{DECLARATION.name}: {scenario.name}: its certificate or its group cannot be")
         if scenario.kind not in KINDS or not set(scenario.only) <= software.keys():
             raise Unusable(f"{DECLARATION.name}: {scenario.name} names a kind or a program that does not exist")
         for cell in catalogue.cells(scenario):

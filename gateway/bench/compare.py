@@ -103,11 +103,23 @@ def differences(a: Document, b: Document) -> list[str]:
         before, after = a["config"].get(key), b["config"].get(key)
         if before != after:
             found.append(f"{key} differs: {before} and {after}")
+    spoken = [_spoken(document) for document in (a, b)]
+    if spoken[0] != spoken[1]:
+        found.append(f"TLS differs: {spoken[0]} and {spoken[1]}")
     for key in ("cpu", "cpus_available", "kernel"):
         before, after = a["machine"].get(key), b["machine"].get(key)
         if before != after:
             found.append(f"the machine's {key} differs: {before} and {after}")
     return found
+
+
+def _spoken(document: Document) -> str:
+    """The versions and ciphers of a run, and whether handshakes were resumed."""
+    tls = document["result"].get("tls")
+    if tls is None:
+        return "none"
+    kinds = sorted({f"{each['version']} {each['cipher']}" for each in tls["sessions"]})
+    return ", ".join(kinds) + (" resumed" if tls["resumed"] else "")
 
 
 def rows(a: Document, b: Document) -> list[tuple[str, str, str, str]]:

@@ -109,9 +109,23 @@ def facts(document: Document) -> list[tuple[str, str]]:
     ]
     if result["server_us_per_request"] is not None:
         rows.append(("server", f"{result['server_us_per_request']:.1f} us of CPU a request"))
+    if (tls := result.get("tls")) is not None:
+        rows += _tls_facts(tls, document["handshake"])
     if document["loop"] == "open":
         waited = f"at most {result['backlog_max']:,} requests waited for a connection"
         rows.append(("schedule", f"{waited}; the generator was at most {generator['late_max_ms']:.1f} ms late"))
+    return rows
+
+
+def _tls_facts(tls: dict[str, Any], handshake: dict[str, Any]) -> list[tuple[str, str]]:
+    spoken = ", ".join(f"{each['version']} {each['cipher']}" for each in tls["sessions"])
+    rows = [("TLS", f"{spoken or 'no session'}; {tls['handshakes']:,} handshakes, {tls['resumed']:,} of them resumed")]
+    if handshake["count"]:
+        known = [(name, row["us"]) for name, row in handshake["percentiles"].items() if row["us"] is not None]
+        said = [f"{name} {duration(us)}" for name, us in known if name in ("p50", "p99")] or [f"mean {duration(handshake['mean'])}"]
+        rows.append(("handshake", f"{', '.join(said)}, max {duration(handshake['max'])}"))
+    if tls["failures"]:
+        rows.append(("no handshake", ", ".join(f"{number:,} x {why}" for why, number in tls["failures"].items())))
     return rows
 
 

@@ -105,7 +105,7 @@ class MeasuredGateway:
             raise GatewayError(f"the admin listener answers {response.status} to {path}; $CROSSWAY_ADMIN_TOKEN is sent if set")
         return body
 
-    def url(self, listener: str | None, path: str) -> str:
+    def url(self, listener: str | None, path: str, scheme: str = "http") -> str:
         """The URL of a path on a listener, by name when there are several. Raises GatewayError."""
         tcp = {name: address for name, address in self.listeners.items() if not address.startswith("unix:")}
         if listener is None and len(tcp) == 1:
@@ -114,7 +114,7 @@ class MeasuredGateway:
             raise GatewayError(f"--listener must name one of: {', '.join(tcp) or 'none that takes TCP'}")
         host, _, port = tcp[listener].rpartition(":")
         host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
-        return f"http://{host}:{port}{path}"
+        return f"{scheme}://{host}:{port}{path}"
 
     def connections(self) -> list[int]:
         """Open client connections of each worker, by slot."""

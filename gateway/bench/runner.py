@@ -15,6 +15,7 @@ from typing import Any
 
 import gateway
 from gateway._speedups.load import Load, monotonic_ns
+from gateway.bench.client_tls import client_tls
 from gateway.bench.machine import cpu_seconds, machine
 from gateway.bench.percentiles import summary
 from gateway.bench.settings import Settings, statuses
@@ -24,6 +25,18 @@ SLICE = 250_000_000  # ns
 ENOUGH_RATE = 0.99  # of what was scheduled
 MOST_CPU = 0.80  # of a core
 LATE_WARNING = 0.1  # seconds
+PATIENCE = 5.0  # seconds for opening the connections
+SLOW_HANDSHAKES = 100  # a second: less is not waited for
+# Words in a failed handshake's reason, and what to do.
+HINTS = (
+    ("issuer certificate", " (--cacert FILE names who may have issued the server's certificate)"),
+    ("self-signed", " (--cacert FILE names who may have issued the server's certificate)"),
+    ("mismatch", " (the certificate is for another name; --server-name NAME asks for that one)"),
+    ("wrong version number", " (does the server speak TLS on this port?)"),
+    ("complete the handshake", " (does the server speak TLS on this port?)"),
+    ("left right after", " (does it ask for a client's certificate? --cert FILE and --key FILE show one)"),
+    ("certificate required", " (--cert FILE and --key FILE show one)"),
+)
 
 Document = dict[str, Any]
 Show = Callable[[str], None]
@@ -69,6 +82,7 @@ def run(
     while not done and monotonic_ns() < give_up:
         done = _work(load, min(monotonic_ns() + SLICE, give_up), settings, start, show)
     load.abandon()
+    load.close()
     document = _document(settings, load, usage)
     return {**document, "date": began.isoformat(timespec="seconds"), "machine": before}
 
@@ -78,6 +92,7 @@ def _connected(settings: Settings) -> Load:
         host, port = settings.resolve()
     except OSError as error:
         raise CannotConnect(f"{settings.url}: the name cannot be resolved: {error.strerror or error}") from None
+    secure = settings.https
     load = Load(
         host,
         port,
@@ -90,10 +105,24 @@ def _connected(settings: Settings) -> Load:
         timeout=int(settings.timeout * 1e9),
         no_body=settings.method == "HEAD",
         keep_alive=settings.keep_alive,
+        tls=client_tls(settings.tls) if secure else None,
+        server_name=settings.address()[0],
+        resume=settings.tls.resume,
     )
-    if load.connect() == 0 and settings.keep_alive:
-        raise CannotConnect(f"{settings.url}: no connection to {host} port {port} could be opened")
+    # Handshakes cost the server milliseconds where a plain connection costs it nothing.
+    if load.connect(PATIENCE + (settings.connections / SLOW_HANDSHAKES if secure else 0)) == 0 and settings.keep_alive:
+        failed = load.tls_counts()
+        if failed is None or not failed["failures"]:
+            raise CannotConnect(f"{settings.url}: no connection to {host} port {port} could be opened")
+        raise CannotConnect(f"{settings.url}: the TLS handshake with {host} port {port} failed: {_why(failed['failures'])}")
     return load
+
+
+def _why(failures: dict[str, int]) -> str:
+    """Why handshakes failed, the most frequent reason first, and what helps."""
+    said = sorted(failures, key=lambda reason: -failures[reason])
+    hint = next((hint for reason in said for word, hint in HINTS if word in reason), "")
+    return "; ".join(said) + hint
 
 
 def _work(load: Load, until: int, settings: Settings, start: int, show: Show | None) -> bool:
@@ -128,7 +157,13 @@ def _document(settings: Settings, load: Load, usage: Usage) -> Document:
     share = answered / offered if offered else 0.0
     core = usage.cpu / usage.wall
     closed = settings.rate is None
-    reasons, warnings = judge(settings, offered, share, core, failed), []
+    tls = load.tls_counts()
+    reasons, warnings = judge(settings, offered, share, core, failed), list[str]()
+    if tls is not None and tls["failures"]:
+        # Where they make the run invalid, they are a reason.
+        (reasons or warnings).append(f"TLS handshakes failed: {_why(tls['failures'])}")
+    if settings.https and settings.tls.insecure:
+        warnings.append("--insecure: the server's certificate was not verified, so it may be anyone's who answered")
     if counted["late_max"] > LATE_WARNING * 1e9 and not closed:
         warnings.append(
             f"the generator itself was up to {counted['late_max'] / 1e6:.0f} ms late: something else used its core"
@@ -164,6 +199,7 @@ def _document(settings: Settings, load: Load, usage: Usage) -> Document:
             "refused_reconnects": counted["refused"],
             "closed_while_idle": counted["idle_closed"],
             "received_bytes": counted["received_bytes"],
+            "tls": tls,
             "server_us_per_request": None if usage.server is None else usage.server / max(answered, 1) * 1e6,
             "generator": {
                 "cpu_s": usage.cpu,
@@ -174,6 +210,7 @@ def _document(settings: Settings, load: Load, usage: Usage) -> Document:
         },
         "latency": summary(load.latency),
         "service": summary(load.service),
+        "handshake": None if tls is None else summary(load.handshake),
     }
 
 

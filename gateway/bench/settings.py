@@ -9,13 +9,16 @@ from __future__ import annotations
 import re
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 TARGET = re.compile(r"/[\x21-\x7e]*")
+HOST = re.compile(r"[0-9A-Za-z:._-]{1,255}")
 VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 FRAMING = {"content-length", "transfer-encoding", "connection"}
+PORTS = {"http": 80, "https": 443}
 UNITS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -67,6 +70,39 @@ def statuses(text: str) -> frozenset[int]:
 
 
 @dataclass(frozen=True, slots=True)
+class TlsOptions:
+    """How https is spoken; by default the server is verified by this machine's authorities, and no session is resumed."""
+
+    cacert: Path | None = None
+    cert: Path | None = None
+    key: Path | None = None  # None: it lies in the file of `cert`
+    server_name: str | None = None  # None: the URL's host
+    insecure: bool = False
+    resume: bool = False
+
+    def check(self, https: bool) -> None:
+        """Raises UsageError for what contradicts itself."""
+        if not https and self != TlsOptions():
+            raise UsageError("--cacert, --cert, --key, --server-name, --insecure and --resume are about https")
+        if self.insecure and self.cacert is not None:
+            raise UsageError("--insecure verifies nothing, so --cacert is never used; remove one of them")
+        if self.key is not None and self.cert is None:
+            raise UsageError("--key without --cert: name the certificate, too")
+        if self.server_name is not None and not HOST.fullmatch(self.server_name):
+            raise UsageError(f"--server-name {self.server_name!r} is not a host name such as pay.bank.example")
+
+    def described(self) -> dict[str, Any]:
+        """The options as they stand in a result."""
+        return {
+            "verify": not self.insecure,
+            "cacert": None if self.insecure else str(self.cacert or "system"),
+            "client_certificate": self.cert is not None,
+            "server_name": self.server_name,
+            "resume": self.resume,
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """One run. rate: requests a second, None for a closed loop; times in seconds."""
 
@@ -84,10 +120,12 @@ class Settings:
     timeout: float = 10.0
     keep_alive: bool = True
     max_errors: Allowance = Allowance(0, False)
+    tls: TlsOptions = TlsOptions()
 
     def check(self) -> None:
         """Raises UsageError for what cannot be run."""
         self.address()
+        self.tls.check(self.https)
         self.request()
         statuses(self.accepted)
         if self.rate is not None and not 0 < self.rate <= 1e7:
@@ -99,6 +137,11 @@ class Settings:
         if not 0 < self.duration <= 86_400 or not 0 <= self.warmup <= 86_400 or not 0 < self.timeout <= 3_600:
             raise UsageError("--duration and --timeout must be above 0, --warmup at least 0, and none longer than a day")
 
+    @property
+    def https(self) -> bool:
+        """Whether the URL asks for TLS."""
+        return urlsplit(self.url).scheme == "https"
+
     def address(self) -> tuple[str, int, str, str]:
         """Return (host, port, Host field, request target). Raises UsageError."""
         try:
@@ -106,16 +149,14 @@ class Settings:
             host, port = parts.hostname, parts.port
         except ValueError as error:
             raise UsageError(f"{self.url!r}: {error}") from None
-        if parts.scheme == "https":
-            raise UsageError(f"{self.url}: https is not offered yet; point it at a plain-text listener")
-        if parts.scheme != "http" or not host:
-            raise UsageError(f"{self.url!r} is not a URL such as http://127.0.0.1:8080/path")
+        if parts.scheme not in PORTS or not host:
+            raise UsageError(f"{self.url!r} is not a URL such as http://127.0.0.1:8080/path or https://bank.example/path")
         if parts.username is not None:
             raise UsageError("credentials in the URL are not sent; use -H 'Authorization: ...'")
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         if not TARGET.fullmatch(target):
             raise UsageError(f"the path {target!r} holds characters that must be percent-encoded")
-        return host, 80 if port is None else port, parts.netloc, target
+        return host, PORTS[parts.scheme] if port is None else port, parts.netloc, target
 
     def resolve(self) -> tuple[str, int]:
         """Return (numeric address, port), the first that the resolver gives. Raises OSError."""
@@ -162,4 +203,5 @@ class Settings:
             "timeout_s": self.timeout,
             "accepted_statuses": self.accepted,
             "max_errors": str(self.max_errors),
+            "tls": self.tls.described() if self.https else None,
         }

@@ -97,6 +97,7 @@ class Plan:
     rates: tuple[float, ...] = ()
     steps: int = 6
     pin: bool = True
+    scheme: str = "http"
 
 
 def cores(plan: Plan) -> tuple[set[int] | None, set[int] | None]:
@@ -109,7 +110,7 @@ def cores(plan: Plan) -> tuple[set[int] | None, set[int] | None]:
 
 def sweep(plan: Plan, show: Show | None = None) -> tuple[list[Count], Document]:
     """Measure every count; return the counts and the document. Raises GatewayError, UsageError, CannotConnect."""
-    replace(plan.settings, url=f"http://127.0.0.1{plan.path}", rate=1.0).check()
+    replace(plan.settings, url=f"{plan.scheme}://127.0.0.1{plan.path}", rate=1.0).check()
     own = os.sched_getaffinity(0)
     gateways, generators = cores(plan)
     about = machine()
@@ -126,7 +127,7 @@ def sweep(plan: Plan, show: Show | None = None) -> tuple[list[Count], Document]:
 
 def _measure(plan: Plan, workers: int, cpus: int, pinned: set[int] | None, say: Callable[[str], None]) -> Count:
     with MeasuredGateway(plan.config, workers, pinned) as gateway:
-        settings = replace(plan.settings, url=gateway.url(plan.listener, plan.path))
+        settings = replace(plan.settings, url=gateway.url(plan.listener, plan.path, plan.scheme))
         say(f"{workers} workers: looking for saturation")
         closed = run(replace(settings, rate=None, poisson=False, duration=SATURATION))
         # One core for the generator; the upstream is wherever it is, and its share is not known here.

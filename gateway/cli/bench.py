@@ -36,7 +36,7 @@ def register(subparsers: Subparsers) -> None:
 
 def _register_run(commands: Subparsers) -> None:
     parser = commands.add_parser("run", help="send requests at a constant rate and report latencies", epilog=__doc__)
-    parser.add_argument("url", metavar="URL", help="http://HOST:PORT/PATH")
+    parser.add_argument("url", metavar="URL", help="http://HOST:PORT/PATH, or https://")
     parser.add_argument("--rate", required=True, help="requests a second; `max`: closed loop, as fast as answers come")
     _request_arguments(parser)
     parser.add_argument("--cpu", type=int, metavar="N", help="run on this processor only")
@@ -66,6 +66,7 @@ def _register_sweep(commands: Subparsers) -> None:
     parser.add_argument("--rates", metavar="N,N", help="measure these rates instead of bisecting")
     parser.add_argument("--steps", type=int, default=6, metavar="N", help="runs of a bisection; default: 6")
     parser.add_argument("--listener", metavar="NAME", help="which one, when there are several")
+    parser.add_argument("--https", action="store_true", help="the listener speaks TLS")
     parser.add_argument("--no-pin", action="store_true", help="do not keep gateway and generator on processors of their own")
     _request_arguments(parser)
     parser.add_argument("--json", metavar="FILE", type=Path)
@@ -86,6 +87,12 @@ def _request_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--accept", default="2xx,3xx", metavar="STATUS", help="what is no error; default: 2xx,3xx")
     parser.add_argument("--timeout", default="10s", metavar="TIME", help="of a request; default: 10s")
     parser.add_argument("--no-keepalive", action="store_true", help="a new connection for each request")
+    parser.add_argument("--cacert", metavar="FILE", type=Path, help="https: who may have issued the server's certificate; default: the machine's")
+    parser.add_argument("--cert", metavar="FILE", type=Path, help="https: our own certificate, for servers that ask for one")
+    parser.add_argument("--key", metavar="FILE", type=Path, help="https: its key; default: in the file of --cert")
+    parser.add_argument("--server-name", metavar="NAME", help="https: asked for (SNI) and verified; default: the URL's host")
+    parser.add_argument("--insecure", action="store_true", help="https: do not verify the server's certificate")
+    parser.add_argument("--resume", action="store_true", help="https: a connection goes on with the session of the one that it replaces")
     parser.add_argument("--max-errors", default="0", metavar="N|N%", help="more make the run invalid; default: 0")
 
 
@@ -108,7 +115,7 @@ def _guarded(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse
 
 
 def _settings(parsed: argparse.Namespace, url: str, rate: float | None) -> Settings:
-    from gateway.bench.settings import Allowance, Settings, UsageError, seconds
+    from gateway.bench.settings import Allowance, Settings, TlsOptions, UsageError, seconds
 
     headers = []
     for line in parsed.header:
@@ -135,6 +142,14 @@ def _settings(parsed: argparse.Namespace, url: str, rate: float | None) -> Setti
         timeout=seconds(parsed.timeout),
         keep_alive=not parsed.no_keepalive,
         max_errors=Allowance.read(parsed.max_errors),
+        tls=TlsOptions(
+            cacert=parsed.cacert,
+            cert=parsed.cert,
+            key=parsed.key,
+            server_name=parsed.server_name,
+            insecure=parsed.insecure,
+            resume=parsed.resume,
+        ),
     )
 
 
@@ -262,6 +277,7 @@ def sweep(parsed: argparse.Namespace) -> int:
         rates=tuple(_number(word, "--rates") for word in parsed.rates.split(",")) if parsed.rates else (),
         steps=parsed.steps,
         pin=not parsed.no_pin,
+        scheme="https" if parsed.https else "http",
     )
     with _progress(parsed.quiet) as show:
         counts, document = measure(plan, show)

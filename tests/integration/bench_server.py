@@ -1,4 +1,4 @@
-"""A server for tests of the load generator, in a process of its own: stalls on purpose, or answers wrongly, by path.
+"""A server for tests of the load generator, in a process of its own: stalls on purpose, or answers wrongly, by path; over TLS, too.
 
 Strategy: one thread, so that a stall stops everything at once, as a garbage collection or a failover does. It says its port on
 stdout and ends with its stdin.
@@ -6,13 +6,16 @@ stdout and ends with its stdin.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import http.client
 import json
 import socket
+import ssl
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -90,9 +93,21 @@ async def stalls(period: float, stall: float) -> None:
         freeze(at)
 
 
-async def serve(period: float, stall: float) -> None:
+def tls_context(cert: Path, client_ca: Path | None, version: str | None) -> ssl.SSLContext:
+    """CERT.crt and CERT.key; `client_ca`: clients must show a certificate; `version`: the only one."""
+    made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    made.load_cert_chain(cert.with_suffix(".crt"), cert.with_suffix(".key"))
+    if client_ca is not None:
+        made.verify_mode = ssl.CERT_REQUIRED
+        made.load_verify_locations(client_ca)
+    if version is not None:
+        made.minimum_version = made.maximum_version = ssl.TLSVersion[version]
+    return made
+
+
+async def serve(period: float, stall: float, context: ssl.SSLContext | None) -> None:
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(Serve, "127.0.0.1", 0, backlog=1024)
+    server = await loop.create_server(Serve, "127.0.0.1", 0, backlog=1024, ssl=context)
     print(server.sockets[0].getsockname()[1], flush=True)
     if stall:
         stalling = asyncio.ensure_future(stalls(period, stall))
@@ -104,10 +119,15 @@ async def serve(period: float, stall: float) -> None:
 
 
 class BenchServer:
-    """The server as a context manager; `url(path)`."""
+    """The server as a context manager; `url(path)`. `cert`: it speaks TLS with CERT.crt and CERT.key, see tls_context()."""
 
-    def __init__(self, period: float = 1.0, stall: float = 0.0) -> None:
-        self.words = [str(period), str(stall)]
+    def __init__(
+        self, period: float = 1.0, stall: float = 0.0, *,
+        cert: Path | None = None, client_ca: Path | None = None, version: str | None = None, host: str = "127.0.0.1",
+    ) -> None:  # fmt: skip
+        self.words = [f"--period={period}", f"--stall={stall}"]
+        self.words += [f"--{name}={value}" for name, value in (("cert", cert), ("client-ca", client_ca), ("version", version)) if value]
+        self.scheme, self.host = "http" if cert is None else "https", host
 
     def __enter__(self) -> Self:
         self.process = subprocess.Popen(
@@ -133,8 +153,15 @@ class BenchServer:
         return list(times)
 
     def url(self, path: str = "/") -> str:
-        return f"http://127.0.0.1:{self.port}{path}"
+        return f"{self.scheme}://{self.host}:{self.port}{path}"
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(float(sys.argv[1]), float(sys.argv[2])))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--period", type=float)
+    parser.add_argument("--stall", type=float)
+    parser.add_argument("--cert", type=Path)
+    parser.add_argument("--client-ca", type=Path)
+    parser.add_argument("--version")
+    given = parser.parse_args()
+    asyncio.run(serve(given.period, given.stall, given.cert and tls_context(given.cert, given.client_ca, given.version)))

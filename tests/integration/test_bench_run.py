@@ -198,7 +198,12 @@ def test_errors_up_to_the_allowance_are_borne(server: BenchServer) -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        ("run", "https://127.0.0.1/", "--rate", "1"),
+        ("run", "http://127.0.0.1/", "--rate", "1", "--insecure"),
+        ("run", "https://127.0.0.1/", "--rate", "1", "--cacert", __file__),
+        ("run", "https://127.0.0.1/", "--rate", "1", "--cacert", "/does/not/exist"),
+        ("run", "https://127.0.0.1/", "--rate", "1", "--cacert", __file__, "--insecure"),
+        ("run", "https://127.0.0.1/", "--rate", "1", "--key", __file__),
+        ("run", "https://127.0.0.1/", "--rate", "1", "--server-name", "two names"),
         ("run", "ftp://127.0.0.1/", "--rate", "1"),
         ("run", "http://127.0.0.1/", "--rate", "fast"),
         ("run", "http://127.0.0.1/", "--rate", "0"),

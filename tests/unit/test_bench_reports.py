@@ -20,7 +20,7 @@ from gateway.bench.compare import Rule, differences
 from gateway.bench.formats import hgrm, read_json
 from gateway.bench.percentiles import duration, needed, summary
 from gateway.bench.runner import judge
-from gateway.bench.settings import Allowance, Settings, UsageError, seconds, statuses
+from gateway.bench.settings import Allowance, Settings, TlsOptions, UsageError, seconds, statuses
 from gateway.bench.sweep import Count, Objective, Point, efficiency, recommend
 from gateway.cli import main
 
@@ -197,6 +197,57 @@ def test_open_and_closed_loops_are_not_compared() -> None:
     failed, why = Rule.read("p99>+500%").verdict(document(), document(loop="closed"))
     assert failed and "closed loop" in why
     assert any("rate differs" in text for text in differences(document(), document(loop="closed")))
+
+
+def spoken(cipher: str, resumed: int = 0) -> dict[str, Any]:
+    made = document()
+    made["result"] = {
+        **made["result"],
+        "tls": {"handshakes": 4, "resumed": resumed, "failures": {}, "sessions": [{"version": "TLSv1.3", "cipher": cipher, "handshakes": 4}]},
+    }
+    return made
+
+
+def test_what_was_spoken_is_a_difference() -> None:
+    assert not any("TLS" in text for text in differences(spoken("A"), spoken("A")))
+    assert "TLS differs: none and TLSv1.3 A" in differences(document(), spoken("A"))
+    assert "TLS differs: TLSv1.3 A and TLSv1.3 B resumed" in differences(spoken("A"), spoken("B", resumed=3))
+
+
+def test_a_file_of_before_tls_was_spoken_can_still_be_compared() -> None:
+    old = document()
+    old["result"].pop("tls", None)
+    assert not any("TLS" in text for text in differences(old, document()))
+
+
+@pytest.mark.parametrize(
+    ("url", "port"), [("https://bank.example/x", 443), ("https://bank.example:8443/x", 8443), ("http://bank.example/x", 80)]
+)
+def test_the_port_is_that_of_the_scheme(url: str, port: int) -> None:
+    assert Settings(url=url, rate=1.0).address() == ("bank.example", port, url.split("/")[2], "/x")
+
+
+@pytest.mark.parametrize(
+    ("url", "options", "said"),
+    [
+        ("http://a/", TlsOptions(insecure=True), "about https"),
+        ("http://a/", TlsOptions(resume=True), "about https"),
+        ("https://a/", TlsOptions(insecure=True, cacert=Path("ca")), "never used"),
+        ("https://a/", TlsOptions(key=Path("k")), "without --cert"),
+        ("https://a/", TlsOptions(server_name="a b"), "not a host name"),
+    ],
+)
+def test_options_of_tls_that_contradict_themselves_are_refused(url: str, options: TlsOptions, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        Settings(url=url, rate=1.0, tls=options).check()
+
+
+def test_a_result_names_how_tls_was_verified_and_no_key() -> None:
+    described = Settings(url="https://a/", rate=1.0, tls=TlsOptions(cert=Path("c"), key=Path("secret"))).described()
+    assert described["tls"] == {
+        "verify": True, "cacert": "system", "client_certificate": True, "server_name": None, "resume": False,
+    }  # fmt: skip
+    assert Settings(url="http://a/", rate=1.0).described()["tls"] is None
 
 
 def test_compare_exits_as_its_rules_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ import pytest
 
 from benchmarks.load import arithmetic, compare, comparison, plots, render, results
 from benchmarks.load.arithmetic import FixedRun, InvalidRun, Run
+from benchmarks.load.certificates import KINDS, make_certificates
 from benchmarks.load.comparison import FULL, QUICK, Comparison
 from benchmarks.load.processes import Unusable, cpu_clocks, pss, tick_clocks
 from benchmarks.load.programs import fill
@@ -445,6 +447,7 @@ def test_every_cell_has_a_file_or_a_reason(cell) -> None:  # type: ignore[no-unt
 @pytest.mark.parametrize("cell", [cell for cell in CELLS if not cell.reason], ids=lambda cell: cell.name)
 def test_every_configuration_fills(cell) -> None:  # type: ignore[no-untyped-def]
     names = ("DIRECTORY", "PORT", "ADMIN", "ORIGIN", "LIMIT", "ISSUER", "AUDIENCE", "SCOPE")
+    names += ("SECURE", "AUTHORITY", "CERTIFICATE", "KEY", "BOTH")
     if cell.template.suffix != ".c":
         filled = fill(cell.template.read_text(), dict.fromkeys(names, "7"), cell.scenario.routes)
         assert "@@" not in filled
@@ -499,6 +502,85 @@ def test_a_ratio_of_cells_that_do_not_exist_is_refused() -> None:
         parse(document)
 
 
+def handshakes(made: int, resumed: int, **errors: int) -> dict[str, object]:
+    """A closed loop of `crossway bench run` with a connection for each request."""
+    row = {"us": 900.0}
+    return {
+        "config": {"duration_s": 2.0},
+        "latency": {"percentiles": {"p50": row, "p99": {"us": None}}, "max": 1500.0},
+        "result": {
+            "answered": made, "errors": errors, "errors_total": sum(errors.values()),
+            "tls": {"handshakes": made, "resumed": resumed, "failures": {}},
+        },
+    }  # fmt: skip
+
+
+def test_handshakes_are_counted_when_all_are_of_the_kind_that_is_due() -> None:
+    full = arithmetic.read_handshakes(handshakes(2000, 0), resumed=False)
+    assert (full.requests, full.seconds, full.p50_us, full.p99_us) == (2000, 2.0, 900.0, 1500.0)
+    assert arithmetic.read_handshakes(handshakes(2000, 1936), resumed=True).requests == 2000
+
+
+@pytest.mark.parametrize(
+    ("document", "resumed"),
+    [(handshakes(2000, 1), False), (handshakes(2000, 1000), True), (handshakes(2000, 0, reset=1), False), (handshakes(0, 0), False)],
+)
+def test_handshakes_of_another_kind_and_errors_are_no_run(document: dict[str, object], resumed: bool) -> None:
+    with pytest.raises(InvalidRun):
+        arithmetic.read_handshakes(document, resumed)
+
+
+def test_a_group_is_asked_for_by_its_name_and_no_part_of_everything() -> None:
+    everything = {cell.scenario.name for cell in compare.choose(CATALOGUE, "", "")}
+    group = {cell.scenario.name for cell in compare.choose(CATALOGUE, "tls", "")}
+    assert group and all(CATALOGUE.scenarios[name].group == "tls" for name in group)
+    assert everything | group == set(CATALOGUE.scenarios) and not everything & group
+    assert {cell.scenario.name for cell in compare.choose(CATALOGUE, "tls-full-rsa,plain", "nginx")} == {"tls-full-rsa", "plain"}
+    with pytest.raises(Unusable, match="there are: .*tls"):
+        compare.choose(CATALOGUE, "tsl", "")
+
+
+@pytest.mark.parametrize("scenario", [{"kind": "tls"}, {"certificate": "rsa"}, {"kind": "tls", "certificate": "dsa"}, {"group": "one"}])
+def test_a_scenario_whose_certificate_or_group_cannot_be_is_refused(scenario: dict[str, str]) -> None:
+    with pytest.raises(Unusable, match="certificate or its group"):
+        parse(a_declaration(**scenario))
+
+
+def test_the_certificates_are_believed_by_their_authority_alone(tmp_path: Path) -> None:
+    ours, theirs = (make_certificates(folder) for folder in (tmp_path / "a", tmp_path / "b") if folder.mkdir() is None)
+    for kind in KINDS:
+        server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        server.load_cert_chain(ours.values(kind)["BOTH"])
+        for client, good in ((ours.client(), True), (theirs.client(), False)):
+            for name in ("127.0.0.1", "origin.test"):
+                assert shakes_hands(server, client, name) is good
+
+
+def shakes_hands(server: ssl.SSLContext, client: ssl.SSLContext, name: str) -> bool:
+    """Whether a client believes a server, in memory."""
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = [client.wrap_bio(back, there, server_hostname=name), server.wrap_bio(there, back, server_side=True)]
+    for _ in range(4):
+        for end in ends:
+            try:
+                end.do_handshake()
+            except ssl.SSLWantReadError:
+                continue
+            except ssl.SSLError:
+                return False
+    return ends[0].version() == "TLSv1.3"
+
+
+def test_a_group_is_rendered_between_markers_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "docs" / "benchmarks.md"
+    page.parent.mkdir()
+    page.write_text("<!-- benchmarks:start -->\nall\n<!-- benchmarks:end -->\n<!-- benchmarks-tls:start -->\nold\n<!-- benchmarks-tls:end -->\n")
+    monkeypatch.setattr(render, "ROOT", tmp_path)
+    written = render.pages({**a_result(), "group": "tls"}, None, ["README.md"])
+    assert list(written) == [page]
+    assert "\nall\n" in written[page] and "\nold\n" not in written[page] and "![" not in written[page]
+
+
 class FakeBench:
     """Programs that start or do not, without starting anything."""
 
@@ -534,7 +616,7 @@ def compared(monkeypatch):  # type: ignore[no-untyped-def]
 
     def make(plan: comparison.Plan, programs: str = "haproxy,nginx", **broken: int) -> Comparison:
         chosen = compare.choose(CATALOGUE, "plain,download-16k", programs)
-        return Comparison(FakeBench(broken), SimpleNamespace(pid=os.getpid()), CATALOGUE, chosen, plan)  # type: ignore[arg-type]
+        return Comparison(FakeBench(broken), [SimpleNamespace(pid=os.getpid())], CATALOGUE, chosen, plan)  # type: ignore[arg-type]
 
     return make
 
