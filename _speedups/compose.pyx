@@ -600,7 +600,9 @@ cdef int compose_reply(Exchange x, char* out, int room, bint keep_alive) except 
     cw_lit(&o, b"\r\n")
     put_bytes(&o, x.reply_headers)
     put_bytes(&o, x.answer_headers)
-    if not keep_alive:
+    if x.status == 426:
+        cw_lit(&o, b"connection: upgrade, close\r\n" if not keep_alive else b"connection: upgrade\r\n")      # RFC 9110 7.8
+    elif not keep_alive:
         cw_lit(&o, b"connection: close\r\n")
     elif x.head.minor == 0:
         cw_lit(&o, b"connection: keep-alive\r\n")

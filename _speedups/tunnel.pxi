@@ -69,7 +69,7 @@ cdef bint take_handshake(Exchange x) except -1:
     if head.fields[version].value_len != 2 or memcmp(head.base + head.fields[version].value, b"13", 2) != 0:
         x.side = SIDE_DOWNSTREAM
         x.refuse(426, b"websocket-version", b"only version 13 of WebSocket is known here")
-        x.reply_headers = b"upgrade: websocket\r\nsec-websocket-version: 13\r\nconnection: upgrade\r\n"
+        x.reply_headers = b"upgrade: websocket\r\nsec-websocket-version: 13\r\n"
         return False
     memcpy(x.websocket_key, head.base + head.fields[key].value, 24)
     x.upgrade = True
