@@ -828,7 +828,7 @@ cdef class Engine:
     cdef UpstreamConnection connect(self, Exchange x, Endpoint endpoint):
         cdef UpstreamConnection connection
         cdef int fd, result
-        if not x.upstream.open_one():
+        if not x.upstream.open_one() and not (x.upgrade and make_room(x.upstream) and x.upstream.open_one()):
             return None
         fd = cw_socket(endpoint.sockaddr.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
         if fd < 0:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.integration.bank import Peak, WatchedGateway
-from tests.integration.faults import PATTERN, PIECE, Script, ScriptedOrigin, Stream, connect
+from tests.integration.faults import PATTERN, PIECE, Script, ScriptedOrigin, Stream, connect, get, serve
 from tests.integration.processes import PATIENCE, eventually
 from tests.integration.test_streaming import KERNEL, settled
 from tests.integration.websocket_kit import Tunnels, handshake, prepared, switch, tunnels_at
@@ -255,6 +255,23 @@ def test_the_cap_holds_over_all_workers_and_a_killed_worker_gives_its_places_bac
             assert stream.exactly(1) == b"x"
             stream.close()
         tunnels.gateway.calm(same=False)
+
+
+def test_an_idle_connection_makes_room_for_a_handshake(tmp_path: Path) -> None:
+    """The upstream allows one connection, and a request has left it in the pool."""
+    with tunnels_at(tmp_path, workers=1) as tunnels:
+        with connect(tunnels.gateway.port()) as client:
+            assert client.ask(get("/lone/before")).status == 200
+        tunnels.origin.script = parrot
+        with tunnels.open("/lone/tunnel") as client:
+            client.send(b"x")
+            assert client.exactly(1) == b"x"
+            assert tunnels.origin.accepted == 2
+        eventually(lambda: tunnels.records("/lone/tunnel"), "the end of the tunnel")
+        tunnels.origin.script = serve
+        with connect(tunnels.gateway.port()) as client:
+            assert client.ask(get("/lone/after")).status == 200
+        tunnels.gateway.calm()
 
 
 # -- policies

@@ -40,6 +40,7 @@ listeners:
 upstreams:
   raw: {{targets: [127.0.0.1:{raw}]}}
   lib: {{targets: [127.0.0.1:{lib}], limits: {{requests: 2, queue: 20s}}}}
+  lone: {{targets: [127.0.0.1:{raw}], limits: {{connections: 1}}}}
   tls: {{targets: [127.0.0.1:{tls}], tls: {{ca: root.crt}}}}
 policies:
   trail: {{audit: {{file: audit.jsonl}}}}
@@ -48,6 +49,7 @@ routes:
   - {{name: raw, match: {{prefix: /raw}}, upstream: raw, policies: [trail], websocket: {websocket}}}
   - {{name: lib, match: {{prefix: /lib}}, upstream: lib, policies: [trail], websocket: {websocket}}}
   - {{name: tls, match: {{prefix: /tls}}, upstream: tls, policies: [trail], websocket: {websocket}}}
+  - {{name: lone, match: {{prefix: /lone}}, upstream: lone, policies: [trail], websocket: true}}
   - {{name: few, match: {{prefix: /few}}, upstream: raw, policies: [trail], websocket: {{tunnels: 5}}}}
   - {{name: idle, match: {{prefix: /idle}}, upstream: raw, policies: [trail], websocket: {{idle: 500ms}}}}
   - {{name: nosy, match: {{prefix: /nosy}}, upstream: raw, policies: [trail, nosy], websocket: true}}
