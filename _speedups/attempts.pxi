@@ -98,7 +98,9 @@ cdef int forward(Downstream d) except -1:
             x.total_at = x.started + allowed * 1000
         if x.total_at and d.engine.now >= x.total_at:
             return expired(d)
-    x.repeatable = is_idempotent(x.head.method) or (upstream.honours_key and x.head.first[F_IDEMPOTENCY_KEY] >= 0)
+    if x.upgrade and not take_place(d):
+        return d.reply()
+    x.repeatable = not x.upgrade and (is_idempotent(x.head.method) or (upstream.honours_key and x.head.first[F_IDEMPOTENCY_KEY] >= 0))
     x.keeping = x.repeatable and x.attempts and x.body.mode != BODY_NONE and x.collected is None and \
         (upstream.retry_on & ~<uint32_t>RETRY_CONNECT) != 0
     if x.body.mode == BODY_LENGTH and x.body.remaining > upstream.replay_max:
@@ -107,7 +109,7 @@ cdef int forward(Downstream d) except -1:
         x.repeatable = False
     if not upstream.waiting and upstream.enter(d.engine.now):
         x.entered = True
-        return d.attach(False)
+        return d.attach(x.upgrade)
     return wait(d)
 
 
@@ -141,7 +143,7 @@ cdef int admit_waiting(Downstream d) except -1:
     x.upstream.unqueue(x)
     x.waiting = False
     x.entered = True
-    return d.attach(False)
+    return d.attach(x.upgrade)
 
 
 cdef void let_in(Engine engine, Upstream upstream):
@@ -238,7 +240,7 @@ cdef bint race_again(UpstreamConnection u) except -1:
 cdef void plan_hedge(UpstreamConnection u):
     """A safe request without a body may ask a second endpoint when the first one takes long."""
     cdef Exchange x = u.x
-    if x.tries or x.hedge is not None or x.timer is not None or x.attempts < HEDGE_ATTEMPTS or not x.body.done or \
+    if x.tries or x.upgrade or x.hedge is not None or x.timer is not None or x.attempts < HEDGE_ATTEMPTS or not x.body.done or \
             x.body.mode != BODY_NONE or not (x.head.method == M_GET or x.head.method == M_HEAD):
         return
     x.timer = u.engine.loop.call_later(x.upstream.hedge_us / 1e6, u.engine.on_hedge, x, x.generation)

@@ -11,6 +11,8 @@ from gateway._speedups.headers cimport Head
 cdef int compose_request(Exchange x, char* out, int room, int64_t now) except -2
 cdef int compose_answer(Exchange x, Head* head, char* out, int room) except -2
 cdef int compose_reply(Exchange x, char* out, int room, bint keep_alive) except -2
+# 101 for a WebSocket: the upstream's fields, and `accept` as the proof.
+cdef int compose_switch(Exchange x, Head* head, bytes accept, char* out, int room) except -2
 cdef int compose_informational(Head* head, char* out, int room) noexcept
 # 36 bytes of UUIDv7 text (RFC 9562 5.7) and 55 bytes of traceparent (W3C Trace Context level 2)
 cdef void make_request_id(char* out, int64_t wall_us) noexcept nogil

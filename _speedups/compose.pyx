@@ -43,7 +43,7 @@ cdef extern from *:
             case 410: return "Gone"; case 411: return "Length Required"; case 412: return "Precondition Failed";
             case 413: return "Content Too Large"; case 414: return "URI Too Long"; case 415: return "Unsupported Media Type";
             case 417: return "Expectation Failed"; case 421: return "Misdirected Request";
-            case 422: return "Unprocessable Content"; case 425: return "Too Early"; case 428: return "Precondition Required";
+            case 422: return "Unprocessable Content"; case 425: return "Too Early"; case 426: return "Upgrade Required"; case 428: return "Precondition Required";
             case 429: return "Too Many Requests"; case 431: return "Request Header Fields Too Large";
             case 451: return "Unavailable For Legal Reasons"; case 500: return "Internal Server Error";
             case 501: return "Not Implemented"; case 502: return "Bad Gateway"; case 503: return "Service Unavailable";
@@ -214,6 +214,9 @@ cdef enum:
     OWN_ID = 1 << 4
     OWN_TRACE = 1 << 5
     OWN_VIA = 1 << 6
+
+# Of a WebSocket handshake (RFC 6455 section 4), in both directions.
+cdef tuple HANDSHAKE = (b"sec-websocket-key", b"sec-websocket-version", b"sec-websocket-accept")
 
 cdef dict OWN_LINES = {b"x-forwarded-for": OWN_FOR, b"x-forwarded-proto": OWN_PROTO, b"x-forwarded-host": OWN_HOST,
                        b"forwarded": OWN_FORWARDED, b"x-request-id": OWN_ID, b"traceparent": OWN_TRACE, b"via": OWN_VIA}
@@ -435,7 +438,7 @@ cdef int compose_request(Exchange x, char* out, int room, int64_t now) except -2
             head.fields[i].flags |= FIELD_DROP
         elif head.fields[i].id == F_AUTHORIZATION and x.route.strip_authorization:
             head.fields[i].flags |= FIELD_DROP
-        elif head.fields[i].id == F_EXPECT and (x.collected is not None or not head.expect):
+        elif head.fields[i].id == F_EXPECT and (x.collected is not None or not head.expect or x.upgrade):
             head.fields[i].flags |= FIELD_DROP
     if x.snapshot.identity_names:
         drop_folded(head, x.snapshot.identity_names)
@@ -443,6 +446,8 @@ cdef int compose_request(Exchange x, char* out, int room, int64_t now) except -2
         drop_folded(head, x.route.request_edits.remove)
     if x.request_removed is not None:
         drop_folded(head, tuple(x.request_removed))
+    if x.upgrade:
+        drop_folded(head, HANDSHAKE)
     cw_put(&o, head.base + head.method_at, head.method_len)
     cw_lit(&o, b" ")
     put_path(&o, x)
@@ -466,6 +471,10 @@ cdef int compose_request(Exchange x, char* out, int room, int64_t now) except -2
         cw_lit(&o, b"\r\n")
     elif x.body.out == BODY_CHUNKED:
         cw_lit(&o, b"transfer-encoding: chunked\r\n")
+    if x.upgrade:                                   # written anew: neither Connection nor an edit can take a part of it away
+        cw_lit(&o, b"connection: upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\nsec-websocket-key: ")
+        cw_put(&o, x.websocket_key, 24)
+        cw_lit(&o, b"\r\n")
     put_deadline(&o, x, now)
     cw_lit(&o, b"\r\n")
     return -1 if o.short_ else <int>(o.at - out)
@@ -519,6 +528,29 @@ cdef int compose_answer(Exchange x, Head* head, char* out, int room) except -2:
     return -1 if o.short_ else <int>(o.at - out)
 
 
+cdef int compose_switch(Exchange x, Head* head, bytes accept, char* out, int room) except -2:
+    cdef cw_out o
+    o.at = out
+    o.end = out + room
+    o.short_ = False
+    head_mark_hop_by_hop(head)
+    drop_folded(head, HANDSHAKE)
+    if head.first[F_X_REQUEST_ID] >= 0:
+        drop_named(head, (b"x-request-id",))
+    drop_edited(head, x.route.response_edits, x.response_removed)
+    cw_lit(&o, b"HTTP/1.1 101 Switching Protocols\r\n")
+    put_fields(&o, head)
+    cw_lit(&o, b"x-request-id: ")
+    cw_put(&o, x.request_id, 36)
+    cw_lit(&o, b"\r\n")
+    put_bytes(&o, x.answer_headers)
+    put_edits(&o, x.route.response_edits, x.response_set)
+    cw_lit(&o, b"connection: upgrade\r\nupgrade: websocket\r\nsec-websocket-accept: ")
+    put_bytes(&o, accept)
+    cw_lit(&o, b"\r\n\r\n")
+    return -1 if o.short_ else <int>(o.at - out)
+
+
 cdef int compose_informational(Head* head, char* out, int room) noexcept:
     """A 1xx answer as it came, without hop-by-hop fields."""
     cdef cw_out o
@@ -568,7 +600,9 @@ cdef int compose_reply(Exchange x, char* out, int room, bint keep_alive) except 
     cw_lit(&o, b"\r\n")
     put_bytes(&o, x.reply_headers)
     put_bytes(&o, x.answer_headers)
-    if not keep_alive:
+    if x.status == 426:
+        cw_lit(&o, b"connection: upgrade, close\r\n" if not keep_alive else b"connection: upgrade\r\n")      # RFC 9110 7.8
+    elif not keep_alive:
         cw_lit(&o, b"connection: close\r\n")
     elif x.head.minor == 0:
         cw_lit(&o, b"connection: keep-alive\r\n")

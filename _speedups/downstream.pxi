@@ -19,6 +19,8 @@ cdef class Downstream(Connection):
         cdef int result
         if self.state == D_HANDSHAKE:
             return self.secure(events)
+        if self.state == D_TUNNEL:
+            return tunnel_events(self, self, events)
         if events & (EPOLLERR | EPOLLHUP):
             # Both sides have ended: what is unread has to be read, or close() would reset what the client has not got yet.
             return self.linger() if self.state == D_LINGER else self.gone()
@@ -69,6 +71,8 @@ cdef class Downstream(Connection):
             counters[C_TLS_TIMEOUTS] += 1
             self.close()
             return 0
+        if self.state == D_TUNNEL:
+            return tunnel_silent(self)
         if self.state == D_ACTIVE:
             self.exchange_timeout(why)
             return self.advance()                   # what the client pipelined behind it has arrived already
@@ -457,6 +461,8 @@ cdef class Downstream(Connection):
             return self.refuse(413, b"body-too-large", b"the request body is larger than the limit")
         if x.route.total_us:
             x.total_at = self.engine.now + x.route.total_us
+        if head.upgrade and x.route.tunnels is not None and not take_handshake(x):
+            return self.reply()
         return self.run_steps()
 
     cdef bint preflight(self, const char* host, uint32_t n) except -1:
@@ -905,6 +911,8 @@ cdef class Downstream(Connection):
             if x.task is not None:
                 task, x.task = x.task, None
                 task.cancel()
+            if x.tunnel_from:
+                x.upstream_us += cw_monotonic_us() - x.tunnel_from
             metric = x.snapshot.unrouted if x.route is None else x.route.metric
             self.engine.slot.observe(metric, x.head.method, x.status, total, x.upstream_us, x.body.bytes, x.answer.bytes)
             if x.side != SIDE_NONE:
@@ -922,6 +930,9 @@ cdef class Downstream(Connection):
         """Our doing, not the client's: an answer under way is cut by a reset, never ended; the exchange is recorded."""
         cdef Exchange x = self.x
         if self.fd < 0 and not self.orphaned:
+            return
+        if self.state == D_TUNNEL:
+            cut_tunnel(self)
             return
         if x is not None and self.state == D_ACTIVE:
             if x.status == 0:
@@ -963,4 +974,5 @@ cdef class Downstream(Connection):
             "method": x.head.base[x.head.method_at:x.head.method_at + x.head.method_len].decode("ascii") if x.started else None,
             "client": self.text[:self.text_len].decode("ascii"),
             "sent": bool(x.sent),
+            "tunnel": x.tunnel_from != 0,
         }

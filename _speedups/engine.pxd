@@ -32,6 +32,7 @@ cdef enum:
     T_POOL              # upstream idle in its pool
     T_QUEUE             # a place at the upstream
     T_HANDSHAKE         # the client's TLS handshake
+    T_TUNNEL            # no byte through a tunnel
 
 cdef enum:
     TICK_US = 100000    # resolution of deadlines
@@ -45,6 +46,7 @@ cdef enum:
     D_FLUSH             # the answer is complete but not all sent
     D_LINGER            # answered and shut down for writing; the rest is read and dropped
     D_CLOSED
+    D_TUNNEL            # switched to another protocol: bytes pass as they come
     D_HANDSHAKE         # before the first request: a PROXY header where one is due, then TLS
 
 # Upstream connection states.
@@ -52,6 +54,7 @@ cdef enum:
     U_CONNECTING = 0    # the TLS handshake included
     U_HEAD              # request (being) sent, no answer head
     U_BODY
+    U_TUNNEL
     U_IDLE
     U_CLOSED
 
@@ -64,6 +67,9 @@ cdef class Connection:
     cdef bint readable, writable    # may be; cleared when the kernel says EAGAIN
     cdef bint ended                 # the other side sent its end: reads go on until recv() says so too
     cdef bint queued                # in Engine.again
+    cdef bint finished              # of a tunnel: recv() has said that nothing follows
+    cdef bint shut_out              # of a tunnel: our end is said, or cannot be said any more
+    cdef bint broken_off            # of a tunnel: writing failed
     cdef bint orphaned              # the client has left; its exchange goes on, and what is written to it is dropped
     cdef Tls tls                    # None: clear text
     cdef Buffer inb                 # received, not consumed
@@ -247,6 +253,7 @@ cdef class Engine:
     cdef bint crowded               # there may be events that this batch has not seen
     cdef public int connections     # downstream
     cdef public int exchanges
+    cdef int tunnels                # open
     cdef int tasks                  # parked exchanges' awaitables that run
     cdef int descriptors            # registered: listening sockets and both kinds of connections
     cdef int upstreams              # upstream connections, idle ones included

@@ -1,7 +1,7 @@
 """The engine; see engine.pxd for its parts and engine's life of a request in docs/life-of-a-request.md.
 
 Strategy: this file holds the event loop's half: registration, deadlines, batches, the slow lane, pools. The two sides of an
-exchange are in downstream.pxi and upstream.pxi, included below, because the three call each other without a detour.
+exchange are in downstream.pxi and upstream.pxi, included below with what lies between them, because the three call each other without a detour.
 Python is called from here: per parked request, and once per connection for the object itself.
 
 Safety: raw pointers are used for three things. `scratch` and `composed` are allocated once and live as long as the engine; no
@@ -29,7 +29,7 @@ from gateway._speedups.sockets cimport *
 from gateway._speedups.tls cimport FAILED_GONE, FAILED_PLAIN, Tls, TlsUpstream, tls_live
 from gateway._speedups.token_bucket cimport BucketTable
 from gateway._speedups.upstream_state cimport OUT_NEUTRAL, U_HEDGES, U_QUEUE_TIMEOUTS, classify_status
-from gateway._speedups.wire cimport cw_put_hex
+from gateway._speedups.wire cimport cw_equals_folded, cw_put_hex
 
 import logging
 
@@ -243,6 +243,7 @@ cdef void keep_tail(Buffer* out, const char* data, uint32_t n, ssize_t* sent) no
 
 
 include "attempts.pxi"
+include "tunnel.pxi"
 include "downstream.pxi"
 include "upstream.pxi"
 
@@ -424,6 +425,7 @@ cdef class Engine:
             "buffers": blocks_live(),
             "tls": tls_live(),
             "parked": PyList_GET_SIZE(self.parked),
+            "tunnels": self.tunnels,
             "descriptors": sum(1 for connection in self.by_fd if connection is not None),
         }
 
@@ -481,6 +483,7 @@ cdef class Engine:
         self.slot.gauges[G_PARKED] = PyList_GET_SIZE(self.parked) + self.tasks
         self.slot.gauges[G_BUFFERS] = blocks_live()
         self.slot.gauges[G_DESCRIPTORS] = self.descriptors
+        self.slot.gauges[G_TUNNELS] = self.tunnels
         self.slot.gauges[G_HANDSHAKES] = len(self.handshaking)
 
     cdef void dispatch(self, uint64_t data, uint32_t events, bint pooled):
@@ -677,6 +680,8 @@ cdef class Engine:
         self.exchanges -= 1
         if x.upstream is not None:
             leave_upstream(self, x)
+        if x.upgrade:
+            give_place(self, x)
         x.reset()
         if PyList_GET_SIZE(self.spare) < SPARE_EXCHANGES:
             self.spare.append(x)
@@ -823,7 +828,7 @@ cdef class Engine:
     cdef UpstreamConnection connect(self, Exchange x, Endpoint endpoint):
         cdef UpstreamConnection connection
         cdef int fd, result
-        if not x.upstream.open_one():
+        if not x.upstream.open_one() and not (x.upgrade and make_room(x.upstream) and x.upstream.open_one()):
             return None
         fd = cw_socket(endpoint.sockaddr.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
         if fd < 0:

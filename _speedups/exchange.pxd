@@ -92,6 +92,12 @@ cdef class Tap:
     cdef int take(self, Exchange x, const char* data, uint32_t n) except -1
     cdef void give_up(self) noexcept                    # the exchange ended before its body did
 
+# How a route lets WebSockets pass: how long a tunnel may be silent, and how many there may be over all workers.
+cdef class Tunnels:
+    cdef readonly uint32_t metric       # of the route, whichever of its upstreams was chosen: its cell in shared memory
+    cdef int64_t idle_us
+    cdef uint32_t most
+
 cdef class RouteEntry(Route):
     cdef readonly Upstream upstream
     cdef readonly uint32_t metric       # id in the shared name table
@@ -110,6 +116,7 @@ cdef class RouteEntry(Route):
     cdef bint strip_authorization
     cdef object cors                    # CorsStep or None
     cdef Shape shape                    # None: one upstream, no mirror
+    cdef Tunnels tunnels                # None: Upgrade is stripped
 
 cdef class ListenerEntry:
     cdef readonly str name
@@ -181,6 +188,11 @@ cdef class Exchange:
     cdef list answer_fields             # the upstream's header fields as (name, value) bytes, for response hooks only
     cdef int answer_hook                # next response hook
     cdef Tap tap                        # a mirror that waits for the body; None most of the time
+    # -- a tunnel (tunnel.pxi)
+    cdef bint upgrade                   # a WebSocket handshake that its route lets pass: no other request follows it
+    cdef char websocket_key[24]         # what the client sent for Sec-WebSocket-Key
+    cdef Tunnels place                  # whose place it holds; None: none
+    cdef int64_t tunnel_from            # monotonic us, both sides have switched; 0: they have not
     # -- answer
     cdef object upstream_connection
     cdef Endpoint endpoint

@@ -112,6 +112,15 @@ cdef class Tap:
         pass
 
 
+cdef class Tunnels:
+    """See exchange.pxd; `idle` in seconds."""
+
+    def __init__(self, uint32_t metric, *, double idle=300, uint32_t most=1024):
+        self.metric = metric
+        self.idle_us = <int64_t>(idle * 1e6)
+        self.most = most
+
+
 cdef class RouteEntry(Route):
     """A route as the engine runs it. `steps` are in the order of their phases already."""
 
@@ -121,7 +130,8 @@ cdef class RouteEntry(Route):
     def __init__(self, str name, int index, *, Upstream upstream, uint32_t metric, tuple steps=(), int64_t body_limit=-1,
                  double head=0, double idle=0, double total=0, Edits request_edits=None, Edits response_edits=None,
                  bytes rewrite_prefix=None, tuple rewrite_path=None, bytes rewrite_host=None, tuple audits=(),
-                 tuple response_hooks=(), tuple end_hooks=(), bint strip_authorization=False, cors=None, Shape shape=None):
+                 tuple response_hooks=(), tuple end_hooks=(), bint strip_authorization=False, cors=None, Shape shape=None,
+                 Tunnels tunnels=None):
         cdef int i
         Route.__init__(self, name, index)
         self.upstream = upstream
@@ -152,6 +162,7 @@ cdef class RouteEntry(Route):
         self.strip_authorization = strip_authorization
         self.cors = cors
         self.shape = shape
+        self.tunnels = tunnels
 
     def __dealloc__(self):
         free(self.step)
@@ -277,6 +288,8 @@ cdef class Exchange:
         self.balance_key = 0
         self.repeatable = False
         self.raced = False
+        self.upgrade = False
+        self.tunnel_from = 0
         if self.keeping or self.kept.cap:
             self.keeping = False
             buffer_release(&self.kept)

@@ -81,6 +81,12 @@ cdef enum:                      # counters; anonymous, so that a member indexes 
     C_UPSTREAM_TLS_HANDSHAKES
     C_UPSTREAM_TLS_RESUMED
     C_UPSTREAM_TLS_FAILURES
+    C_TUNNELS                   # opened
+    C_TUNNELS_REFUSED           # the route had as many as it may
+    C_TUNNELS_IDLE              # ended for being silent
+    C_TUNNELS_CUT               # ended by us otherwise: the end of a drain
+    C_TUNNEL_BYTES_IN           # from clients
+    C_TUNNEL_BYTES_OUT
     C_SERIES_OVERFLOW           # observations that found no free series; written by observe() only
     C_USED                      # how many there are
     COUNTER_COUNT = 96          # room in the slot
@@ -103,6 +109,7 @@ cdef enum:                      # gauges
     G_REDIS                     # 0 not configured, 1 away, 2 there
     G_LIMIT_WAIT_MAX_US         # the longest that a request has waited for Redis
     G_HANDSHAKES                # of TLS with clients, under way
+    G_TUNNELS                   # open
     G_USED
     GAUGE_COUNT = 32
 
@@ -134,11 +141,13 @@ cdef struct SlotLayout:
     uint64_t series_used        # published after the series is complete
     uint64_t routes_used
     uint64_t route_overflow     # 1 when the last RouteSeries is in use
-    uint64_t reserved[5]
+    uint64_t tunnels_used       # cells of `tunnels` that may hold something
+    uint64_t reserved[4]
     uint16_t series_index[4096]     # open addressing: position in `series` plus one
     uint16_t route_index[MAX_ROUTES]
     Series series[MAX_SERIES + 1]   # the last one takes the overflow
     RouteSeries routes[MAX_SERIES + 1]
+    uint32_t tunnels[MAX_ROUTES + 16]       # open tunnels by route id; all routes without an id share the one at MAX_ROUTES
 
 cdef class WorkerSlot:
     cdef Py_buffer view         # held for the life of the object: keeps the mapping in place
@@ -148,7 +157,14 @@ cdef class WorkerSlot:
     cdef uint64_t last_key      # the series found last, of this process; 0 none
     cdef Series* last_series
     cdef RouteSeries* last_route
+    # -- the slots of all workers, this one's among them: `count` of them from `first` on, `stride` bytes apart
+    cdef char* first
+    cdef Py_ssize_t stride
+    cdef int count
 
+    # A place for a tunnel of the route, `most` of them over all workers; the caller owes one leave_tunnel() for a True.
+    cdef bint enter_tunnel(self, uint32_t route, uint32_t most) noexcept nogil
+    cdef void leave_tunnel(self, uint32_t route) noexcept nogil
     # One finished exchange. upstream_us: the part of total_us spent waiting for the upstream, 0 for a local answer.
     cdef void observe(self, uint32_t route, uint8_t method, uint16_t status, uint64_t total_us, uint64_t upstream_us,
                       uint64_t request_bytes, uint64_t response_bytes) noexcept nogil

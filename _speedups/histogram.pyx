@@ -51,6 +51,8 @@ cdef extern from *:
     static inline uint64_t cw_read(const uint64_t *cell) { return __atomic_load_n(cell, __ATOMIC_ACQUIRE); }
     static inline void cw_publish(uint64_t *cell, uint64_t v) { __atomic_store_n(cell, v, __ATOMIC_RELEASE); }
     static inline uint64_t cw_bump(uint64_t *cell) { return __atomic_add_fetch(cell, 1, __ATOMIC_SEQ_CST); }
+    static inline uint32_t cw_cell(const uint32_t *cell) { return __atomic_load_n(cell, __ATOMIC_SEQ_CST); }
+    static inline void cw_move(uint32_t *cell, int by) { __atomic_add_fetch(cell, (uint32_t)by, __ATOMIC_SEQ_CST); }
     static inline void cw_read_fence(void) { __atomic_thread_fence(__ATOMIC_ACQUIRE); }
     """
     unsigned cw_bin(uint64_t v) noexcept nogil
@@ -62,6 +64,8 @@ cdef extern from *:
     uint64_t cw_read(const uint64_t* cell) noexcept nogil
     void cw_publish(uint64_t* cell, uint64_t v) noexcept nogil
     uint64_t cw_bump(uint64_t* cell) noexcept nogil
+    uint32_t cw_cell(const uint32_t* cell) noexcept nogil
+    void cw_move(uint32_t* cell, int by) noexcept nogil
     void cw_read_fence() noexcept nogil
 
 cdef enum:
@@ -84,11 +88,12 @@ COUNTER_NAMES: Final = (
     "mirrored_3xx", "mirrored_4xx", "mirrored_5xx", "mirror_failed", "mirror_dropped", "mirror_skipped", "fault_delays",
     "fault_aborts", "accept_paused", "loop_polls", "loop_events", "retries_denied", "hedges", "orphans",
     "upstream_overloaded", "upstream_queue_timeouts", "lookups", "lookup_failures", "files_rejected", "tls_handshakes", "tls_resumed", "tls_failed",
-    "tls_timeouts", "tls_evicted", "upstream_tls_handshakes", "upstream_tls_resumed", "upstream_tls_failures", "series_overflow",
+    "tls_timeouts", "tls_evicted", "upstream_tls_handshakes", "upstream_tls_resumed", "upstream_tls_failures", "tunnels",
+    "tunnels_refused", "tunnels_idle", "tunnels_cut", "tunnel_bytes_in", "tunnel_bytes_out", "series_overflow",
 )
 GAUGE_NAMES: Final = (
     "connections", "exchanges", "upstream_active", "upstream_idle", "parked", "config_version", "ready", "draining", "cpu_us",
-    "started", "pid", "rss", "buffers", "descriptors", "redis", "limit_wait_max_us", "tls_handshakes",
+    "started", "pid", "rss", "buffers", "descriptors", "redis", "limit_wait_max_us", "tls_handshakes", "tunnels",
 )
 assert len(COUNTER_NAMES) == C_USED and len(GAUGE_NAMES) == G_USED
 
@@ -127,6 +132,9 @@ cdef class WorkerSlot:
         self.last_key = 0
         self.last_series = NULL
         self.last_route = NULL
+        self.first = <char*>self.slot
+        self.stride = 0
+        self.count = 1
 
     def __dealloc__(self):
         PyBuffer_Release(&self.view)        # does nothing if the buffer was never taken
@@ -152,6 +160,46 @@ cdef class WorkerSlot:
         cw_add(&self.last_route.overhead[overhead_bin], 1)
         cw_add(&self.last_route.overhead_buckets[cw_classic(overhead_us, overhead_bin)], 1)
         cw_add(&self.last_route.overhead_sum_us, overhead_us)
+
+    def join(self, Py_ssize_t first, Py_ssize_t stride, int count) -> None:
+        """Count places for tunnels together with the slots at `first`, `first` + `stride` and so on of the same buffer."""
+        if first < 0 or stride < 0 or count < 1 or first + stride * (count - 1) > self.view.len - <Py_ssize_t>sizeof(SlotLayout):
+            raise ValueError("the slots do not lie in the buffer")
+        self.first = <char*>self.view.buf + first
+        self.stride = stride
+        self.count = count
+
+    cdef bint enter_tunnel(self, uint32_t route, uint32_t most) noexcept nogil:
+        # Its own place first, then a look at all: of two workers that want the last one at once, at most one gets it.
+        cdef uint32_t at = route if route < <uint32_t>MAX_ROUTES else <uint32_t>MAX_ROUTES
+        cdef uint64_t total = 0
+        cdef int i
+        if self.slot.tunnels_used <= at:
+            cw_publish(&self.slot.tunnels_used, <uint64_t>at + 1)
+        cw_move(&self.slot.tunnels[at], 1)
+        for i in range(self.count):
+            total += cw_cell(&(<SlotLayout*>(self.first + i * self.stride)).tunnels[at])
+        if total > most:
+            cw_move(&self.slot.tunnels[at], -1)
+            return False
+        return True
+
+    cdef void leave_tunnel(self, uint32_t route) noexcept nogil:
+        cw_move(&self.slot.tunnels[route if route < <uint32_t>MAX_ROUTES else <uint32_t>MAX_ROUTES], -1)
+
+    def take_tunnel(self, uint32_t route, uint32_t most) -> bool:
+        """enter_tunnel() for Python and the tests."""
+        return self.enter_tunnel(route, most)
+
+    def give_tunnel(self, uint32_t route) -> None:
+        """leave_tunnel() for Python and the tests."""
+        self.leave_tunnel(route)
+
+    def tunnels(self) -> list[tuple[int, int]]:
+        """(route, tunnels that are open) of each route that had any."""
+        cdef uint64_t i
+        return [(i if i < <uint64_t>MAX_ROUTES else OVERFLOW_ROUTE, cw_cell(&self.slot.tunnels[i]))
+                for i in range(min(cw_read(&self.slot.tunnels_used), <uint64_t>MAX_ROUTES + 1)) if cw_cell(&self.slot.tunnels[i])]
 
     def record(self, uint32_t route, uint8_t method, uint16_t status, uint64_t total_us, uint64_t upstream_us=0,
                uint64_t request_bytes=0, uint64_t response_bytes=0) -> None:
@@ -231,6 +279,7 @@ cdef class WorkerSlot:
             memset(&slot.routes[MAX_SERIES], 0, sizeof(RouteSeries))
         if slot.routes_used:
             memset(slot.route_index, 0, sizeof(slot.route_index))
+        memset(slot.tunnels, 0, <size_t>min(slot.tunnels_used, <uint64_t>MAX_ROUTES + 1) * sizeof(uint32_t))
         memset(slot, 0, <size_t>(<char*>slot.route_index - <char*>slot))
         self.last_key = 0
         self.last_series = NULL

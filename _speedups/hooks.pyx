@@ -88,7 +88,7 @@ cdef bytes detail_of(str text, bytes default):
 DETAIL_MAX = 512
 TOKEN = b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyz"
 FORBIDDEN = frozenset({b"connection", b"content-length", b"transfer-encoding", b"keep-alive", b"upgrade", b"te", b"trailer",
-                       b"host", b"proxy-connection"})
+                       b"host", b"proxy-connection", b"sec-websocket-key", b"sec-websocket-version", b"sec-websocket-accept"})
 # An application server that folds these reads Content_Length as Content-Length.
 FOLDED = bytes.maketrans(b"!#$%&'*+.^_`|~", b"-" * 14)
 

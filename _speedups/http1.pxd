@@ -42,6 +42,8 @@ cdef struct Limits:
 
 cdef int parse_request(const char* base, uint32_t length, Head* head, const Limits* limits) noexcept nogil
 cdef int parse_response(const char* base, uint32_t length, Head* head, const Limits* limits) noexcept nogil
+# 1 when the comma-separated list of tokens holds `lower`, 0 when not, -1 when an element is not a token.
+cdef int list_has(const char* p, uint32_t length, const char* lower, uint32_t size) noexcept nogil
 cdef uint8_t method_id(const char* p, uint32_t n) noexcept nogil
 cdef int error_status(int error) noexcept nogil
 cdef const char* error_slug(int error) noexcept nogil

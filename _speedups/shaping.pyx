@@ -411,7 +411,7 @@ cdef class Mirror:
             skip = PyByteArray_GET_SIZE(x.collected) > self.body_limit
         else:
             skip = not x.body.done and (x.body.mode != BODY_LENGTH or x.body.remaining > self.body_limit)
-        if skip:
+        if skip or x.upgrade:                       # a copy of a handshake would lead nowhere
             x.slot.counters[C_MIRROR_SKIPPED] += 1
             return 0
         if self.in_flight >= self.in_flight_max:

@@ -379,6 +379,8 @@ cdef class CorsStep(Step):
                 x.add_answer_header(b"vary: origin\r\n")
             if origin is not None and x.head.method == M_OPTIONS and x.head.first[F_ACR_METHOD] >= 0:
                 return x.refuse(403, b"origin-not-allowed", b"this origin may not call")
+            if origin is not None and x.upgrade:        # no browser asks before it, and none hides what comes back (RFC 6455 10.2)
+                return x.refuse(403, b"origin-not-allowed", b"this origin may not open a WebSocket here")
             return STEP_GO
         lines = b"access-control-allow-origin: *\r\n" if self.any_origin else \
             b"access-control-allow-origin: " + origin + b"\r\nvary: origin\r\n"
@@ -519,7 +521,7 @@ cdef str outcome(Exchange x):
     if x.side == SIDE_DOWNSTREAM and x.slug is None:
         return "aborted"
     # 499 without the client's doing: the end of a drain, or an error of ours, cut it off.
-    if x.side == SIDE_UPSTREAM or x.status == 499 or x.status == 500 and x.side == SIDE_GATEWAY:
+    if x.side == SIDE_UPSTREAM or x.status == 499 or (x.status == 500 or x.status == 101) and x.side == SIDE_GATEWAY:
         return "failed"
     return "refused" if x.side != SIDE_NONE else "answered"
 

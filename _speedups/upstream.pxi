@@ -42,6 +42,8 @@ cdef class UpstreamConnection(Connection):
                 return self.connected(events)
             return 0
         downstream = <Downstream>self.x.connection
+        if self.state == U_TUNNEL:
+            return tunnel_events(downstream, self, events)
         if events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR):
             self.ended = True
         if events & EPOLLOUT:
@@ -117,6 +119,8 @@ cdef class UpstreamConnection(Connection):
         cdef Downstream downstream
         if self.x is not None and self.x.hedge is self:
             drop_hedge(self.x, OUTCOME_NONE)
+        elif self.state == U_TUNNEL:
+            cut_tunnel(<Downstream>self.x.connection)
         elif self.x is not None:
             downstream = <Downstream>self.x.connection
             self.detach()
@@ -390,6 +394,8 @@ cdef class UpstreamConnection(Connection):
             buffer_consume(&self.inb, length)
             self.pending = self.inb.end > self.inb.start
             return 1
+        if head.status == 101 and x.upgrade:
+            return take_switch(self, length)
         x.informational += 1
         if head.status == 101 or x.informational > INFORMATIONAL_MAX:
             self.engine.slot.counters[C_UPSTREAM_BAD] += 1
@@ -459,7 +465,7 @@ cdef class UpstreamConnection(Connection):
             x.keep_alive = False
         # An answer that begins before its request has left completely makes the connection's next answer doubtful.
         self.keep = (not head.close if head.minor else head.keep_alive and not head.close) and x.answer.mode != BODY_CLOSE \
-            and x.body.done and self.out.end == self.out.start
+            and x.body.done and self.out.end == self.out.start and not x.upgrade
         if not x.body.done or self.engine.draining:
             x.keep_alive = False
         if x.answer_hook < len(x.route.response_hooks):
@@ -646,6 +652,8 @@ cdef class UpstreamConnection(Connection):
             return self.fail(502, b"upstream-bad-answer", b"the upstream's answer is malformed")
         if x.answer_hook < len(x.route.response_hooks):
             return self.hold(head)
+        if head.status == 101:
+            return switch_protocols(self, head)
         if self.send_answer(head) == 1:
             self.pump_answer()
         return 0

@@ -31,6 +31,11 @@ class Edits:
 class Shape: ...
 class Tap: ...
 
+class Tunnels:
+    def __init__(self, metric: int, *, idle: float = 300, most: int = 1024) -> None: ...
+    @property
+    def metric(self) -> int: ...
+
 class RouteEntry(Route):
     def __init__(
         self,
@@ -55,6 +60,7 @@ class RouteEntry(Route):
         strip_authorization: bool = False,
         cors: Step | None = None,
         shape: Shape | None = None,
+        tunnels: Tunnels | None = None,
     ) -> None: ...
     @property
     def upstream(self) -> Upstream: ...

@@ -187,6 +187,8 @@ def _way(config: Config, route: Route, request: Request, client: str | None, sou
         facts["targets"] = _targets(config, name)
     if route.mirror is not None:
         facts["mirror"] = {"upstream": route.mirror.upstream, "percent": route.mirror.percent}
+    if route.websocket is not None:
+        facts["websocket"] = {"idle": route.websocket.idle, "tunnels": route.websocket.tunnels}
     return facts
 
 
@@ -257,6 +259,9 @@ def _way_lines(answer: dict[str, Any]) -> list[str]:
             lines.append(f"split     {text}   ({', '.join(each['targets'])})")
     if "mirror" in answer:
         lines.append(f"mirror    {answer['mirror']['upstream']}, {answer['mirror']['percent']:g}% of the methods that it copies")
+    if "websocket" in answer:
+        allowed = answer["websocket"]
+        lines.append(f"websocket at most {allowed['tunnels']}, closed after {allowed['idle']:g}s of silence")
     return lines
 
 

@@ -71,6 +71,7 @@ def describe(config: Config, route: Route) -> dict[str, Any]:
         "sticky": route.sticky,
         "canary": [{"when": conditions_of(canary.when), "upstream": canary.upstream} for canary in route.canary],
         "mirror": None if route.mirror is None else {"upstream": route.mirror.upstream, "percent": route.mirror.percent},
+        "websocket": None if route.websocket is None else {"idle": route.websocket.idle, "tunnels": route.websocket.tunnels},
         "listeners": list(route.listeners or config.listeners),
     }
 
@@ -94,6 +95,8 @@ def _upstream_cell(fact: Mapping[str, Any]) -> str:
     lines += [f"{each['upstream']} if {' and '.join(each['when'])}" for each in fact["canary"]]
     if fact["mirror"] is not None:
         lines.append(f"{fact['mirror']['upstream']} gets copies, {fact['mirror']['percent']:g}%")
+    if fact["websocket"] is not None:
+        lines.append(f"WebSockets, at most {fact['websocket']['tunnels']}")
     return "\n".join(lines)
 
 

@@ -263,6 +263,8 @@ def _route(config: Config, number: int, route: Route, document: Document) -> Non
                 "raise `total`, or lower this",
             )
     _reachable(config, route, place, document)
+    if route.websocket is not None:
+        _websocket(route, place, document, by_origin="cors" in first)
     check_shaping(config, number, identified="jwt" in first or "api_key" in first, faults=[at for at, policy in used if policy.fault])
 
 
@@ -282,6 +284,22 @@ def _rewrite(route: Route, policy: Policy, at: Place, document: Document) -> Non
         document.report(
             at, f"the rewritten path uses a parameter{shown} that the route's match does not have", f"it has: {has}"
         )
+
+
+def _websocket(route: Route, place: Place, document: Document, *, by_origin: bool) -> None:
+    at = (*place, "websocket")
+    if route.match.methods is not None and "GET" not in route.match.methods:
+        document.report(
+            at, "WebSockets, but a handshake is a GET, which this route does not take", "add GET to `methods`, or remove it"
+        )
+    if not by_origin and "origin" not in route.match.headers:
+        document.warn(
+            at,
+            "any web page may open this WebSocket in its visitor's name: nothing looks at Origin",
+            "add a cors policy with your `origins` (it refuses handshakes of others), or match `headers: {origin: ...}`",
+        )
+    if route.mirror is not None:
+        document.warn(at, "WebSocket handshakes are not mirrored", "nothing needs to be done if that is meant")
 
 
 def _reachable(config: Config, route: Route, place: Place, document: Document) -> None:

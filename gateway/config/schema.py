@@ -273,6 +273,19 @@ class RouteTimeouts(Model):
     idle: Deadline | None = setting(None, "without a byte of the response")
 
 
+class WebSocket(Model):
+    """WebSockets of one route: tunnels once the handshake has passed the policies."""
+
+    idle: Deadline = setting("5m", "without a byte in either direction; the tunnel is closed after it")
+    tunnels: Int = Field(default=1024, ge=1, le=10_000_000, description="open at once, over all workers; 503 above it")
+
+
+def _widen_websocket(raw: Any) -> Any:
+    if isinstance(raw, bool):
+        return {} if raw else None
+    return raw
+
+
 class RouteLimits(Model):
     """Bounds of one route; what is absent is the listener's."""
 
@@ -298,6 +311,9 @@ class Route(Model):
         [], "requests that go elsewhere; the first that matches counts, before `split` and `upstream`"
     )
     mirror: Mirror | None = setting(None, "copies for another upstream")
+    websocket: Annotated[
+        WebSocket | None, Shorthand(_widen_websocket, {"type": "boolean", "x-is": "`true`"})
+    ] = setting(None, "lets WebSocket handshakes switch to a tunnel; `true`: with the defaults; default: Upgrade is stripped")
     listeners: Annotated[tuple[Name, ...], listed("listener name"), Field(min_length=1)] | None = setting(
         None, "listeners that offer it; default: all"
     )

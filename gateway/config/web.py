@@ -43,6 +43,9 @@ FRAMING_NAMES = frozenset(
         "content-length",
         "expect",
         "host",
+        "sec-websocket-key",
+        "sec-websocket-version",
+        "sec-websocket-accept",
     ]
 )
 

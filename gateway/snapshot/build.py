@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from gateway._speedups.exchange import ListenerEntry, RouteEntry, Shape, Snapshot, Step
+from gateway._speedups.exchange import ListenerEntry, RouteEntry, Shape, Snapshot, Step, Tunnels
 from gateway._speedups.pool import Upstream
 from gateway._speedups.route_trie import Route, RouteTrie
 from gateway.config import Config, schema
@@ -192,6 +192,8 @@ def _route(
     if any(name not in upstreams for name in wanted):
         return None
     total = route.timeouts.total or parts.total or 0
+    allowed = route.websocket
+    tunnels = None if allowed is None else Tunnels(metric, idle=allowed.idle, most=allowed.tunnels)
 
     def entry(way: Way, total: float = total, shape: Shape | None = None) -> RouteEntry:
         times = route.timeouts
@@ -201,7 +203,7 @@ def _route(
             request_edits=way.request, response_edits=way.response,
             rewrite_prefix=parts.rewrite_prefix, rewrite_path=parts.rewrite_path, rewrite_host=parts.rewrite_host,
             audits=tuple(parts.audits), response_hooks=tuple(parts.response_hooks), end_hooks=tuple(parts.end_hooks),
-            strip_authorization=parts.strip_authorization, cors=parts.cors, shape=shape,
+            strip_authorization=parts.strip_authorization, cors=parts.cors, shape=shape, tunnels=tunnels,
         )
 
     with faults.at(("routes", index), f"route '{route.name}' cannot be used"):

@@ -118,6 +118,11 @@ COUNTERS: dict[str, _Total] = {
     "upstream_tls_handshakes": _Total("upstream_tls_handshakes", "TLS handshakes with upstreams that were completed."),
     "upstream_tls_resumed": _Total("upstream_tls_sessions_resumed", "TLS handshakes with upstreams that resumed a session."),
     "upstream_tls_failures": _Total("upstream_tls_failures", "TLS handshakes with upstreams that failed."),
+    "tunnels": _Total("tunnels", "WebSockets that were opened."),
+    "tunnels_refused": _Total("tunnels_refused", "WebSockets refused because their route had as many as it may."),
+    **_grouped("tunnels_ended", "WebSockets that the gateway ended.", "cause", tunnels_idle="idle", tunnels_cut="cut"),
+    **_grouped("tunnel_bytes", "Bytes that passed through WebSockets: in from clients, out to them.", "direction",
+               tunnel_bytes_in="in", tunnel_bytes_out="out"),
     "series_overflow": _Total("metrics_overflow", "Observations counted in the overflow series."),
 }
 assert COUNTERS.keys() == set(COUNTER_NAMES)
@@ -127,6 +132,7 @@ SUMMED_GAUGES = {
     "exchanges": ("exchanges", "Requests in flight."),
     "parked": ("exchanges_parked", "Requests that wait for Python."),
     "buffers": ("buffers", "Blocks of memory that connections hold for bytes under way."),
+    "tunnels": ("tunnels_open", "WebSockets that are open."),
     "tls_handshakes": ("tls_handshakes_in_flight", "TLS handshakes with clients that are under way."),
     "descriptors": ("descriptors", "Sockets that the workers watch: listening, clients' and upstreams'."),
 }
@@ -264,6 +270,7 @@ class SharedCollector(Collector):
             for values, value in self._summed(alive, gauge, []):
                 family.add_metric(values, value)
             yield family
+        yield self._tunnels(alive)
         upstream = GaugeMetricFamily("crossway_upstream_connections", "Upstream connections.", labels=self._names(["state"]))
         for gauge, state in (("upstream_active", "active"), ("upstream_idle", "idle")):
             for values, value in self._summed(alive, gauge, [state]):
@@ -279,6 +286,19 @@ class SharedCollector(Collector):
             if slot.gauge("redis"):     # 0: none is configured
                 up.add_metric([worker], slot.gauge("redis") - 1)
         yield up
+
+    def _tunnels(self, alive: list[tuple[str, WorkerSlot]]) -> Metric:
+        family = GaugeMetricFamily(
+            "crossway_route_tunnels_open", "WebSockets that are open or asked for, by route.", labels=self._names(["http_route"])
+        )
+        found: dict[tuple[str, ...], int] = {}
+        for worker, slot in alive:
+            for route, count in slot.tunnels():
+                key = tuple(self._values(worker, [self._route(route)[0]]))
+                found[key] = found.get(key, 0) + count
+        for values, count in found.items():
+            family.add_metric(list(values), count)
+        return family
 
     def _summed(self, alive: list[tuple[str, WorkerSlot]], gauge: str, extra: list[str]) -> Iterator[tuple[list[str], float]]:
         if self._by_worker:

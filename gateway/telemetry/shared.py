@@ -88,6 +88,8 @@ class SharedState:
         self.buckets = BucketTable(self.memory, self.layout.buckets, bucket_slots)
         self.upstreams = UpstreamTable(self.memory, self.layout.upstreams, workers, UPSTREAMS, ENDPOINTS)
         self._slots = tuple(WorkerSlot(self.memory, self.layout.slot(index)) for index in range(workers + 1))
+        for slot in self._slots[:workers]:
+            slot.join(self.layout.slot(0), self.layout.slot(1) - self.layout.slot(0), workers)
 
     @property
     def workers(self) -> int:

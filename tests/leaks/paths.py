@@ -61,6 +61,8 @@ routes:
   - {{name: waits, match: {{path: /waits}}, upstream: origin, policies: [waits]}}
   - {{name: reads, match: {{path: /reads}}, upstream: origin, policies: [reads]}}
   - {{name: inside, match: {{path: /inside}}, upstream: origin, policies: [inside]}}
+  - {{name: socket, match: {{prefix: /socket}}, upstream: origin, websocket: {{tunnels: 8}}}}
+  - {{name: silent, match: {{path: /silent}}, upstream: origin, websocket: {{idle: 1ms}}}}
   - name: shaped
     match: {{path: /shaped}}
     policies: [{{fault: {{delay: 1h, when: {{headers: {{x-chaos: {{present: true}}}}}}}}}}]
@@ -376,6 +378,53 @@ def shaped(lab: Lab, turn: int) -> None:
         lab.turn()
 
 
+HANDSHAKE = HOST + b"connection: upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+PROVEN = b"connection: upgrade\r\nupgrade: websocket\r\nsec-websocket-accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n"
+
+
+def tunnels(lab: Lab, turn: int) -> None:
+    """Handshakes refused by either side, and tunnels that end in every way, with bytes on their way in both directions."""
+    kind = turn % 8
+    sock = lab.client(b"GET /%b HTTP/1.1\r\n" % (b"silent" if kind == 7 and turn % 64 == 7 else b"socket") + HANDSHAKE + b"early")
+    upstream = lab.upstream()
+    if kind == 0:
+        reset(sock) if turn % 16 else sock.close()
+    elif kind == 1:
+        upstream.send(b"HTTP/1.1 101 Unproven\r\nupgrade: websocket\r\n\r\n")
+        answered(lab, sock, b"502")
+    elif kind == 2:
+        upstream.send(b"HTTP/1.1 403 No\r\ncontent-length: 2\r\n\r\nno")
+        answered(lab, sock, b"403")
+    else:
+        upstream.send(b"HTTP/1.1 101 Yes\r\n" + PROVEN + b"late")
+        answered(lab, sock, b"101")
+        lab.poll_for(upstream)
+        assert upstream.recv(65536) == b"early"
+        sock.send(b"up")
+        upstream.send(b"down" * 5000)
+        lab.engine.poll()
+        if kind == 3:
+            reset(sock)
+        elif kind == 4:
+            reset(upstream)
+        elif kind == 5:                             # both ends, one after the other
+            sock.shutdown(socket.SHUT_WR)
+            lab.engine.poll()
+        elif kind == 6:                             # a side that takes nothing while the other one leaves
+            upstream.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    upstream.send(bytes(1 << 20))
+                    lab.engine.poll()
+            reset(sock)
+        elif turn % 64 == 7:
+            lab.turn(0.22)                          # silent for long enough
+    for each in (sock, upstream):
+        each.close()
+        for _ in range(4):
+            lab.engine.poll()
+
+
 def tls_clients(lab: Lab, turn: int) -> None:
     """Handshakes begun, broken and complete; requests answered and cut; clients that leave in every way."""
     kind = turn % 8
@@ -448,7 +497,7 @@ def tls_upstreams(lab: Lab, turn: int) -> None:
 
 
 PATHS: dict[str, Callable[[Lab, int], None]] = {
-    path.__name__: path for path in (refused, client_leaves, upstream_fails, unreachable, pooled, garbage, late, shaped, tls_clients, tls_upstreams)
+    path.__name__: path for path in (refused, client_leaves, upstream_fails, unreachable, pooled, garbage, late, shaped, tunnels, tls_clients, tls_upstreams)
 }
 
 

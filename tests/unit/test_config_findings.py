@@ -155,6 +155,46 @@ def test_cors_needs_no_options_in_its_route(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("match", "policies", "more", "severity", "message"),
+    [
+        ("prefix: /ws, methods: [POST]", "{cors: {origins: [https://a.test]}}", "", "error", "a handshake is a GET"),
+        ("prefix: /ws", "", "", "warning", "nothing looks at Origin"),
+        ("prefix: /ws, headers: {x-a: b}", "{rate_limit: {rate: 5/s, key: ip}}", "", "warning", "nothing looks at Origin"),
+        (
+            "prefix: /ws",
+            "{cors: {origins: [https://a.test]}}",
+            ", mirror: {upstream: copies}",
+            "warning",
+            "handshakes are not mirrored",
+        ),
+    ],
+)
+def test_websockets_that_cannot_be_meant(
+    tmp_path: Path, match: str, policies: str, more: str, severity: str, message: str
+) -> None:
+    head = HEAD + ("  copies: {targets: [127.0.0.1:9002]}\n" if more else "")
+    routes = "routes:\n" + route("ws", match, policies, more + ", websocket: true")
+    only(found(write(tmp_path, routes, head)), severity, message)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        route("ws", "prefix: /ws", "{cors: {origins: [https://a.test]}}", ", websocket: true"),
+        route("ws", "prefix: /ws, headers: {origin: https://a.test}", "", ", websocket: {idle: 1h, tunnels: 10}"),
+        route("ws", "prefix: /ws", "", ", websocket: false"),
+    ],
+)
+def test_websockets_that_are_well(tmp_path: Path, text: str) -> None:
+    assert found(write(tmp_path, "routes:\n" + text)) == []
+
+
+def test_the_handshake_s_own_fields_belong_to_the_gateway(tmp_path: Path) -> None:
+    text = route("ws", "prefix: /ws", "{headers: {request: {set: {Sec-WebSocket-Key: x}}}}")
+    assert "a header that frames the message" in found(write(tmp_path, "routes:\n" + text))[0].message
+
+
+@pytest.mark.parametrize(
     ("policy", "column", "message"),
     [
         ("{cors: {origins: '*', credentials: true}}", None, "every origin with credentials"),

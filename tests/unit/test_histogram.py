@@ -150,6 +150,26 @@ def test_an_idle_slot_touches_few_pages() -> None:
     assert 0 < resident_kib <= 64
 
 
+def test_places_for_tunnels_are_counted_over_all_slots_that_belong_together() -> None:
+    stride = -(-SLOT_BYTES // 64) * 64
+    memory = mmap.mmap(-1, 3 * stride)
+    one, two, other = (WorkerSlot(memory, index * stride) for index in range(3))
+    for slot in (one, two):
+        slot.join(0, stride, 2)
+    assert [one.take_tunnel(7, 3), two.take_tunnel(7, 3), one.take_tunnel(7, 3)] == [True] * 3
+    assert not two.take_tunnel(7, 3) and not one.take_tunnel(7, 3)
+    assert two.take_tunnel(8, 3) and other.take_tunnel(7, 3)        # another route; a slot of its own
+    assert (one.tunnels(), two.tunnels()) == ([(7, 2)], [(7, 1), (8, 1)])
+    one.give_tunnel(7)
+    assert two.take_tunnel(7, 3) and not two.take_tunnel(7, 3)
+    two.clear()                                                     # its worker was killed
+    assert two.tunnels() == [] and one.take_tunnel(7, 2) and not one.take_tunnel(7, 2)
+    assert one.take_tunnel(OVERFLOW, 1) and not two.take_tunnel(OVERFLOW, 1)
+    assert one.tunnels()[-1] == (OVERFLOW, 1)
+    with pytest.raises(ValueError, match="do not lie in the buffer"):
+        one.join(0, stride, 4)
+
+
 def test_geometry_is_checked() -> None:
     memory = mmap.mmap(-1, SLOT_BYTES)
     for offset in (64, -64):

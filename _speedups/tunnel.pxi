@@ -1,0 +1,335 @@
+# Tunnels: WebSockets over HTTP/1.1, from the handshake to the last byte (included by engine.pyx).
+#
+# Strategy: a handshake (RFC 6455 section 4) is checked before the policies see it, travels on a connection of its own, and is the
+# last request of its client's connection whatever becomes of it: bytes behind it are never a request. Nothing that follows it is
+# read before the upstream has answered 101 and proved by Sec-WebSocket-Accept that it read this handshake; from then on bytes
+# pass in both directions as they come, and frames are not looked at. A side is read only while the other one has taken
+# everything, so a tunnel holds at most TUNNEL_PIECE bytes each way. An end of one side is passed on as such. Python is called
+# from here: per handshake, for the proof.
+
+from base64 import b64encode
+from hashlib import sha1
+
+cdef enum:
+    TUNNEL_PIECE = 65536            # one recv(), and what waits for a side that does not read
+    HALF_CLOSED_US = 30000000       # one side has said its end: silence of the other is not waited for longer than this
+
+cdef bytes WEBSOCKET_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"         # RFC 6455 1.3
+
+
+# -- the handshake ----------------------------------------------------------------------------------------------------
+
+cdef int only_field(const Head* head, const char* lower, size_t length) noexcept nogil:
+    """The index of the one field of that name; -1 when there is none, or more than one."""
+    cdef int i = head_find(head, lower, length, 0)
+    return i if i >= 0 and head_find(head, lower, length, i + 1) < 0 else -1
+
+
+cdef bint offers_websocket(const Head* head) noexcept nogil:
+    """Whether the client would switch to it. HTTP/1.0 cannot (RFC 9110 7.8), nor do other protocols concern us."""
+    cdef int i
+    if not head.upgrade or head.minor != 1:
+        return False
+    for i in range(head.count):
+        if head.fields[i].id == F_UPGRADE and list_has(head.base + head.fields[i].value, head.fields[i].value_len, b"websocket", 9) == 1:
+            return True
+    return False
+
+
+cdef bint key_is_sound(const char* p, uint32_t n) noexcept nogil:
+    """16 bytes in base64, spelled in the one canonical way: 22 characters, of the last the lower four bits zero, then ==."""
+    cdef uint32_t i
+    cdef uint8_t c
+    if n != 24 or p[22] != 61 or p[23] != 61:
+        return False
+    for i in range(22):
+        c = <uint8_t>p[i]
+        if not (65 <= c <= 90 or 97 <= c <= 122 or 48 <= c <= 57 or c == 43 or c == 47):
+            return False
+    return p[21] == 65 or p[21] == 81 or p[21] == 103 or p[21] == 119       # A Q g w
+
+
+cdef bint take_handshake(Exchange x) except -1:
+    """On a route that lets WebSockets pass: takes the handshake, or refuses (False) what is none but says so. Anything else goes on
+    as an ordinary request, its Upgrade stripped."""
+    cdef Head* head = x.head
+    cdef int version, key
+    if not offers_websocket(head):
+        return True
+    x.keep_alive = False                            # whatever is behind it is no request (RFC 6455 4.1: the client waits)
+    version = only_field(head, b"sec-websocket-version", 21)
+    key = only_field(head, b"sec-websocket-key", 17)
+    if head.method != M_GET or head.chunked or head.content_length > 0 or version < 0 or key < 0 or \
+            not key_is_sound(head.base + head.fields[key].value, head.fields[key].value_len):
+        x.slot.counters[C_BAD_REQUESTS] += 1
+        x.side = SIDE_DOWNSTREAM
+        x.refuse(400, b"bad-handshake", b"a WebSocket handshake is a GET without a body, with one Sec-WebSocket-Version and one Sec-WebSocket-Key"
+                 b" of 16 bytes in base64")
+        return False
+    if head.fields[version].value_len != 2 or memcmp(head.base + head.fields[version].value, b"13", 2) != 0:
+        x.side = SIDE_DOWNSTREAM
+        x.refuse(426, b"websocket-version", b"only version 13 of WebSocket is known here")
+        x.reply_headers = b"upgrade: websocket\r\nsec-websocket-version: 13\r\n"
+        return False
+    memcpy(x.websocket_key, head.base + head.fields[key].value, 24)
+    x.upgrade = True
+    return True
+
+
+cdef bint take_place(Downstream d) except -1:
+    """One of the route's places for tunnels, for as long as the exchange lasts. False: refused."""
+    cdef Exchange x = d.x
+    cdef Tunnels tunnels = x.route.tunnels
+    if not d.engine.slot.enter_tunnel(tunnels.metric, tunnels.most):
+        d.engine.slot.counters[C_TUNNELS_REFUSED] += 1
+        x.refuse(503, b"too-many-tunnels", b"as many WebSockets as this route may have are open; this one was not asked for upstream")
+        x.reply_headers = b"retry-after: 5\r\n"
+        return False
+    x.place = tunnels
+    return True
+
+
+cdef bint make_room(Upstream upstream):
+    """A handshake needs a new connection where the upstream has as many as it may: an idle one makes room."""
+    cdef Endpoint endpoint
+    for endpoint in upstream.endpoints:
+        if endpoint.idle:
+            (<UpstreamConnection>endpoint.idle[0]).leave_pool()
+            return True
+    return False
+
+
+cdef void give_place(Engine engine, Exchange x):
+    """The exchange is over, and with it its tunnel if there was one."""
+    if x.place is not None:
+        engine.slot.leave_tunnel(x.place.metric)
+        x.place = None
+    if x.tunnel_from:
+        engine.tunnels -= 1
+
+
+cdef bytes accept_of(Exchange x):
+    """What a server that read this handshake answers in Sec-WebSocket-Accept (RFC 6455 4.2.2)."""
+    return b64encode(sha1(x.websocket_key[:24] + WEBSOCKET_GUID, usedforsecurity=False).digest())
+
+
+cdef bint proves_switch(UpstreamConnection u, const Head* head) except -1:
+    """Whether a 101 is the answer to our handshake: that protocol, that key, no body (RFC 6455 4.1, RFC 9110 15.2.2 and 8.6)."""
+    cdef int protocol = only_field(head, b"upgrade", 7)
+    cdef int proof = only_field(head, b"sec-websocket-accept", 20)
+    cdef bytes wanted
+    if protocol < 0 or proof < 0 or head.minor != 1 or not head.upgrade or head.chunked or head.content_length >= 0 or \
+            u.out.end > u.out.start or head.fields[protocol].value_len != 9 or \
+            not cw_equals_folded(head.base + head.fields[protocol].value, b"websocket", 9):
+        return False
+    wanted = accept_of(u.x)
+    return head.fields[proof].value_len == 28 and memcmp(head.base + head.fields[proof].value, <const char*>wanted, 28) == 0
+
+
+cdef int take_switch(UpstreamConnection u, int length) except -1:
+    """101 came to a handshake. Always 0: nothing behind it is an answer."""
+    cdef Exchange x = u.x
+    cdef Head* head = u.engine.answer_head
+    if not proves_switch(u, head):
+        u.engine.slot.counters[C_UPSTREAM_BAD] += 1
+        return u.fail(502, b"upstream-bad-answer", b"the upstream switched protocols without proving that it read this handshake")
+    u.head_length = length
+    u.judge(head)
+    x.status = 101
+    memset(&x.answer, 0, sizeof(Body))
+    if x.answer_hook < len(x.route.response_hooks):
+        u.hold(head)
+        return 0
+    return switch_protocols(u, head)
+
+
+cdef int switch_protocols(UpstreamConnection u, Head* head) except -1:
+    """The client gets its 101; what came along behind the two heads are the tunnel's first bytes. Always 0."""
+    cdef Exchange x = u.x
+    cdef Downstream d = <Downstream>x.connection
+    cdef Engine engine = u.engine
+    cdef int n = compose_switch(x, head, accept_of(x), engine.composed, HEAD_ROOM)
+    cdef uint32_t early = d.inb.end - d.inb.start - x.body_at
+    cdef uint32_t behind = u.inb.end - u.inb.start - <uint32_t>u.head_length
+    cdef int result
+    if n < 0:
+        return u.fail(502, b"upstream-bad-answer", b"the upstream's answer head is too large")
+    x.answer_started = True
+    x.upstream_us = cw_monotonic_us() - x.upstream_from
+    x.tunnel_from = cw_monotonic_us()
+    x.total_at = 0                                  # that was for the handshake
+    u.state = U_TUNNEL
+    d.state = D_TUNNEL
+    engine.tunnels += 1
+    engine.slot.counters[C_TUNNELS] += 1
+    leave_upstream(engine, x)                       # answered: no longer in flight
+    result = d.put(engine.composed, n)
+    engine.slot.counters[C_BYTES_OUT] += n
+    if result == 0 and behind:
+        result = d.put(u.inb.base + u.inb.start + u.head_length, behind)
+        count_out(x, behind)
+    if result < 0:
+        return end_tunnel(d, SIDE_DOWNSTREAM, None, True)
+    buffer_release(&u.inb)
+    if early:                                       # the head before them stays where it is: the record reads it
+        result = u.put(d.inb.base + d.inb.start + x.body_at, early)
+        count_in(x, early)
+        d.inb.end -= early
+        if result < 0:
+            return end_tunnel(d, SIDE_UPSTREAM, None, True)
+    stir(d)
+    return d.queue_up()
+
+
+# -- bytes ------------------------------------------------------------------------------------------------------------
+
+cdef inline void count_in(Exchange x, uint64_t n) noexcept:
+    x.body.bytes += n
+    x.slot.counters[C_TUNNEL_BYTES_IN] += n
+    x.slot.counters[C_UPSTREAM_BYTES_OUT] += n
+
+
+cdef inline void count_out(Exchange x, uint64_t n) noexcept:
+    x.answer.bytes += n
+    x.slot.counters[C_TUNNEL_BYTES_OUT] += n
+    x.slot.counters[C_BYTES_OUT] += n
+
+
+cdef void stir(Downstream d) noexcept:
+    """Bytes moved: the time of silence begins anew."""
+    cdef int64_t idle = d.x.place.idle_us
+    if (d.finished or (<UpstreamConnection>d.x.upstream_connection).finished) and idle > HALF_CLOSED_US:
+        idle = HALF_CLOSED_US
+    d.engine.set_timer(d, T_TUNNEL, d.engine.now + idle)
+
+
+cdef int tunnel_events(Downstream d, Connection c, uint32_t events) except -1:
+    """An event of one of the two sides."""
+    cdef int result
+    if events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR):
+        c.ended = True
+    if events & EPOLLOUT:
+        c.writable = True
+        if c.out.end > c.out.start:
+            result = c.flush()
+            if result < 0:
+                sink_lost(c)
+            stir(d)
+        if c.tls is not None and c.tls.starved:
+            c.readable = True
+    if events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR):
+        c.wake()
+    return pump_tunnel(d)
+
+
+cdef int pump_tunnel(Downstream d) except -1:
+    """Moves what is there, in turns, as far as both sides allow and this connection's share of the batch goes."""
+    cdef Exchange x = d.x
+    cdef UpstreamConnection u = <UpstreamConnection>x.upstream_connection
+    cdef bint half = d.finished or u.finished
+    cdef bint moved = False
+    cdef ssize_t up, down
+    cdef int piece
+    for piece in range(PIECES):
+        up = relay(d, u)
+        if up < 0:
+            return source_lost(d, d, u)
+        down = relay(u, d)
+        if down < 0:
+            return source_lost(d, u, d)
+        if up:
+            d.engine.slot.counters[C_BYTES_IN] += up
+            count_in(x, up)
+        if down:
+            d.engine.slot.counters[C_UPSTREAM_BYTES_IN] += down
+            count_out(x, down)
+        if up == 0 and down == 0:
+            break
+        moved = True
+    else:
+        d.queue_up()
+    pass_end(d, u)
+    pass_end(u, d)
+    if d.finished and u.finished and d.shut_out and u.shut_out and d.out.end == d.out.start and u.out.end == u.out.start:
+        return end_tunnel(d, SIDE_DOWNSTREAM if d.broken_off else SIDE_UPSTREAM if u.broken_off else SIDE_NONE, None, False)
+    if moved or half != (d.finished or u.finished):
+        stir(d)
+    return 0
+
+
+cdef ssize_t relay(Connection source, Connection sink) noexcept:
+    """One piece. The bytes read; 0 when nothing goes now, or the source has ended; -errno when it broke."""
+    cdef ssize_t n
+    if source.finished or not source.readable or sink.out.end > sink.out.start:
+        return 0
+    n = source.recv(source.engine.scratch, TUNNEL_PIECE)
+    if n == -EAGAIN:
+        source.readable = False
+        return 0
+    if n <= 0:
+        source.finished = n == 0
+        return n
+    if source.drained(n, TUNNEL_PIECE):
+        source.readable = False
+    if sink.put(source.engine.scratch, <uint32_t>n) < 0:
+        source.finished = True                      # nobody takes what it says
+        sink_lost(sink)
+    return n
+
+
+cdef void sink_lost(Connection sink):
+    """It takes nothing any more. What it said before is still read, to its end."""
+    sink.shut_out = True
+    sink.readable = True
+    sink.broken_off = not sink.finished             # who has said its end need not listen
+    buffer_release(&sink.out)
+
+
+cdef void pass_end(Connection source, Connection sink):
+    """The source has ended and all it said is delivered: so ends our side towards the sink."""
+    if source.finished and not sink.shut_out and sink.out.end == sink.out.start and sink.shut():
+        sink.shut_out = True
+
+
+cdef int source_lost(Downstream d, Connection source, Connection sink) except -1:
+    """A side broke. That is a cut, unless the tunnel had ended already but for this side's last word."""
+    if sink.finished and source.shut_out and not source.broken_off:
+        return end_tunnel(d, SIDE_NONE, None, False)
+    return end_tunnel(d, SIDE_DOWNSTREAM if source is d else SIDE_UPSTREAM, None, True)
+
+
+# -- the end ----------------------------------------------------------------------------------------------------------
+
+cdef int tunnel_silent(Downstream d) except -1:
+    """No byte passed for too long. What a side has not taken by now it will not take: then it is no orderly end."""
+    cdef UpstreamConnection u = <UpstreamConnection>d.x.upstream_connection
+    d.engine.slot.counters[C_TUNNELS_IDLE] += 1
+    return end_tunnel(d, SIDE_NONE, b"tunnel-idle", d.out.end > d.out.start or u.out.end > u.out.start)
+
+
+cdef void cut_tunnel(Downstream d):
+    """Our doing: the end of a drain, or an error of ours."""
+    d.engine.slot.counters[C_TUNNELS_CUT] += 1
+    end_tunnel(d, SIDE_GATEWAY, b"tunnel-cut", True)
+
+
+cdef int end_tunnel(Downstream d, uint8_t side, bytes slug, bint cut) except -1:
+    """Closes both sides, with `cut` by resets, and records the exchange."""
+    cdef Exchange x = d.x
+    cdef UpstreamConnection u = <UpstreamConnection>x.upstream_connection
+    x.side = side
+    x.slug = slug
+    if side == SIDE_DOWNSTREAM:
+        d.engine.slot.counters[C_CLIENT_ABORTS] += 1
+    elif side == SIDE_UPSTREAM:
+        d.engine.slot.counters[C_UPSTREAM_RESETS] += 1
+    if cut:
+        u.cut_short()
+        d.cut_short()
+    elif slug is not None:
+        u.shut()                                    # TLS says its end; without it the socket's would be a truncation
+    u.detach()
+    u.close()
+    d.finish_exchange()
+    d.close()
+    return 0
