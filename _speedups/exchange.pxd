@@ -97,6 +97,7 @@ cdef class Tunnels:
     cdef readonly uint32_t metric       # of the route, whichever of its upstreams was chosen: its cell in shared memory
     cdef int64_t idle_us
     cdef uint32_t most
+    cdef bint expire                    # a tunnel ends with the token by which it was opened
 
 cdef class RouteEntry(Route):
     cdef readonly Upstream upstream
@@ -193,6 +194,7 @@ cdef class Exchange:
     cdef char websocket_key[24]         # what the client sent for Sec-WebSocket-Key
     cdef Tunnels place                  # whose place it holds; None: none
     cdef int64_t tunnel_from            # monotonic us, both sides have switched; 0: they have not
+    cdef int64_t tunnel_until           # monotonic us, the end of the token; 0: none
     # -- answer
     cdef object upstream_connection
     cdef Endpoint endpoint

@@ -115,8 +115,9 @@ cdef class Tap:
 cdef class Tunnels:
     """See exchange.pxd; `idle` in seconds."""
 
-    def __init__(self, uint32_t metric, *, double idle=300, uint32_t most=1024):
+    def __init__(self, uint32_t metric, *, double idle=300, uint32_t most=1024, bint expire=True):
         self.metric = metric
+        self.expire = expire
         self.idle_us = <int64_t>(idle * 1e6)
         self.most = most
 
@@ -289,7 +290,7 @@ cdef class Exchange:
         self.repeatable = False
         self.raced = False
         self.upgrade = False
-        self.tunnel_from = 0
+        self.tunnel_from = self.tunnel_until = 0
         if self.keeping or self.kept.cap:
             self.keeping = False
             buffer_release(&self.kept)

@@ -84,6 +84,7 @@ cdef enum:                      # counters; anonymous, so that a member indexes 
     C_TUNNELS                   # opened
     C_TUNNELS_REFUSED           # the route had as many as it may
     C_TUNNELS_IDLE              # ended for being silent
+    C_TUNNELS_EXPIRED           # their token did
     C_TUNNELS_CUT               # ended by us otherwise: the end of a drain
     C_TUNNEL_BYTES_IN           # from clients
     C_TUNNEL_BYTES_OUT

@@ -12,6 +12,7 @@ from hashlib import sha1
 
 cdef enum:
     TUNNEL_PIECE = 65536            # one recv(), and what waits for a side that does not read
+    EXPIRY_MAX = 1000000000         # seconds: what ends later than in 30 years ends never
     HALF_CLOSED_US = 30000000       # one side has said its end: silence of the other is not waited for longer than this
 
 cdef bytes WEBSOCKET_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"         # RFC 6455 1.3
@@ -158,6 +159,8 @@ cdef int switch_protocols(UpstreamConnection u, Head* head) except -1:
     x.upstream_us = cw_monotonic_us() - x.upstream_from
     x.tunnel_from = cw_monotonic_us()
     x.total_at = 0                                  # that was for the handshake
+    if x.place.expire and x.principal is not None and x.principal.expires - cw_wall_us() // 1000000 < EXPIRY_MAX:
+        x.tunnel_until = engine.now + x.principal.expires * 1000000 - cw_wall_us()
     u.state = U_TUNNEL
     d.state = D_TUNNEL
     engine.tunnels += 1
@@ -200,7 +203,10 @@ cdef void stir(Downstream d) noexcept:
     cdef int64_t idle = d.x.place.idle_us
     if (d.finished or (<UpstreamConnection>d.x.upstream_connection).finished) and idle > HALF_CLOSED_US:
         idle = HALF_CLOSED_US
-    d.engine.set_timer(d, T_TUNNEL, d.engine.now + idle)
+    idle += d.engine.now
+    if d.x.tunnel_until and d.x.tunnel_until < idle:
+        idle = d.x.tunnel_until
+    d.engine.set_timer(d, T_TUNNEL, idle)
 
 
 cdef int tunnel_events(Downstream d, Connection c, uint32_t events) except -1:
@@ -301,10 +307,11 @@ cdef int source_lost(Downstream d, Connection source, Connection sink) except -1
 # -- the end ----------------------------------------------------------------------------------------------------------
 
 cdef int tunnel_silent(Downstream d) except -1:
-    """No byte passed for too long. What a side has not taken by now it will not take: then it is no orderly end."""
+    """No byte passed for too long, or the token is over. What a side has not taken by now it will not take: then it is no orderly end."""
     cdef UpstreamConnection u = <UpstreamConnection>d.x.upstream_connection
-    d.engine.slot.counters[C_TUNNELS_IDLE] += 1
-    return end_tunnel(d, SIDE_NONE, b"tunnel-idle", d.out.end > d.out.start or u.out.end > u.out.start)
+    cdef bint expired = d.x.tunnel_until and d.engine.now >= d.x.tunnel_until
+    d.engine.slot.counters[C_TUNNELS_EXPIRED if expired else C_TUNNELS_IDLE] += 1
+    return end_tunnel(d, SIDE_NONE, b"tunnel-expired" if expired else b"tunnel-idle", d.out.end > d.out.start or u.out.end > u.out.start)
 
 
 cdef void cut_tunnel(Downstream d):

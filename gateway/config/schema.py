@@ -278,6 +278,9 @@ class WebSocket(Model):
 
     idle: Deadline = setting("5m", "without a byte in either direction; the tunnel is closed after it")
     tunnels: Int = Field(default=1024, ge=1, le=10_000_000, description="open at once, over all workers; 503 above it")
+    expiry: Literal["close", "ignore"] = setting(
+        "close", "when the token by which it was opened expires: close the tunnel, or let it go on"
+    )
 
 
 def _widen_websocket(raw: Any) -> Any:

@@ -193,7 +193,7 @@ def _route(
         return None
     total = route.timeouts.total or parts.total or 0
     allowed = route.websocket
-    tunnels = None if allowed is None else Tunnels(metric, idle=allowed.idle, most=allowed.tunnels)
+    tunnels = None if allowed is None else Tunnels(metric, idle=allowed.idle, most=allowed.tunnels, expire=allowed.expiry == "close")
 
     def entry(way: Way, total: float = total, shape: Shape | None = None) -> RouteEntry:
         times = route.timeouts

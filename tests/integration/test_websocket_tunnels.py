@@ -7,6 +7,7 @@ import os
 import signal
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from typing import Any
 import pytest
 
 from tests.integration.bank import Peak, WatchedGateway
-from tests.integration.faults import PATTERN, PIECE, Script, ScriptedOrigin, Stream, connect, get, serve
+from tests.integration.echo import token
+from tests.integration.faults import PATTERN, PIECE, Cut, Script, ScriptedOrigin, Stream, connect, get, serve
 from tests.integration.processes import PATIENCE, eventually
 from tests.integration.test_streaming import KERNEL, settled
 from tests.integration.websocket_kit import Tunnels, handshake, prepared, switch, tunnels_at
@@ -222,6 +224,27 @@ def test_silence_ends_a_tunnel_and_talk_does_not(tunnels: Tunnels) -> None:
     assert (record["outcome"], record["reason"], record["bytes_in"]) == ("answered", "tunnel-idle", 10)
     assert record["duration_us"] > 1_500_000
     assert tunnels.number('tunnels_ended_total{cause="idle"}') == before + 1
+
+
+def test_a_tunnel_ends_with_its_token(tunnels: Tunnels) -> None:
+    assert connect(tunnels.gateway.port()).ask(handshake("/bank/nobody")).status == 401
+    before = tunnels.number('tunnels_ended_total{cause="expired"}')
+    expires = int(time.time()) + 5
+    short = f"authorization: Bearer {token(exp=expires)}"
+    with tunnels.open("/bank/short", short) as client, tunnels.open("/lax/short", short) as other:
+        try:
+            while True:                                         # talk does not keep it
+                client.send(b"x")
+                client.exactly(1)
+                time.sleep(0.05)
+        except (Cut, ConnectionError):
+            pass
+        assert time.time() >= expires
+        other.send(b"still here")
+        assert other.exactly(10) == b"still here"
+    record = tunnels.record("/bank/short")
+    assert (record["outcome"], record["reason"], record["subject"]) == ("answered", "tunnel-expired", "alice")
+    assert tunnels.number('tunnels_ended_total{cause="expired"}') == before + 1
 
 
 # -- places

@@ -24,6 +24,7 @@ from websockets import ConnectionClosed, Subprotocol
 from websockets.asyncio.server import Server, ServerConnection, serve
 
 from tests.integration.bank import WatchedGateway
+from tests.integration.echo import ISSUER, jwks
 from tests.integration.faults import ScriptedOrigin, Stream, connect
 from tests.integration.pki import Authority
 from tests.integration.processes import PATIENCE, eventually
@@ -44,12 +45,15 @@ upstreams:
   tls: {{targets: [127.0.0.1:{tls}], tls: {{ca: root.crt}}}}
 policies:
   trail: {{audit: {{file: audit.jsonl}}}}
+  bank: {{jwt: {{issuer: {issuer}, audience: payments, keys: jwks.json, algorithms: [RS256], leeway: 0s}}}}
   nosy: {{python: {{class: "nosy:Nosy"}}}}
 routes:
   - {{name: raw, match: {{prefix: /raw}}, upstream: raw, policies: [trail], websocket: {websocket}}}
   - {{name: lib, match: {{prefix: /lib}}, upstream: lib, policies: [trail], websocket: {websocket}}}
   - {{name: tls, match: {{prefix: /tls}}, upstream: tls, policies: [trail], websocket: {websocket}}}
   - {{name: lone, match: {{prefix: /lone}}, upstream: lone, policies: [trail], websocket: true}}
+  - {{name: bank, match: {{prefix: /bank}}, upstream: raw, policies: [trail, bank], websocket: true}}
+  - {{name: lax, match: {{prefix: /lax}}, upstream: raw, policies: [trail, bank], websocket: {{expiry: ignore}}}}
   - {{name: few, match: {{prefix: /few}}, upstream: raw, policies: [trail], websocket: {{tunnels: 5}}}}
   - {{name: idle, match: {{prefix: /idle}}, upstream: raw, policies: [trail], websocket: {{idle: 500ms}}}}
   - {{name: nosy, match: {{prefix: /nosy}}, upstream: raw, policies: [trail, nosy], websocket: true}}
@@ -142,10 +146,10 @@ class Tunnels:
         more = {"ssl": self.trust()} if name == "secure" else {}
         return {"max_size": None, "ping_interval": None, "proxy": None, "open_timeout": PATIENCE, **more}
 
-    def open(self, path: str = "/raw", name: str = "public", *, receive: int = 0) -> Stream:
+    def open(self, path: str = "/raw", *lines: str, receive: int = 0) -> Stream:
         """A raw tunnel: the client's end, its 101 read."""
-        stream = connect(self.gateway.port(name), receive=receive)
-        stream.send(handshake(path))
+        stream = connect(self.gateway.port(), receive=receive)
+        stream.send(handshake(path, *lines))
         assert stream.head().status == 101
         return stream
 
@@ -167,7 +171,7 @@ class Tunnels:
 
     def configure(self, **changes: Any) -> Path:
         known = {
-            "workers": 2, "drain": "20s", "websocket": "true", "raw": self.origin.port,
+            "workers": 2, "drain": "20s", "websocket": "true", "raw": self.origin.port, "issuer": ISSUER,
             "lib": self.servers.port(self.servers.clear), "tls": self.servers.port(self.servers.secure),
         }  # fmt: skip
         path = self.folder / "edge.yaml"
@@ -182,6 +186,7 @@ def prepared(folder: Path) -> Iterator[Tunnels]:
     root.issue("127.0.0.1", "localhost").write(folder, "edge")
     (folder / "root.crt").write_bytes(root.pem)
     (folder / "nosy.py").write_text(NOSY)
+    (folder / "jwks.json").write_text(jwks(("RS256", "rs")))
     made = Tunnels(folder, root, Servers(folder), ScriptedOrigin())
     try:
         yield made
@@ -197,9 +202,9 @@ def tunnels_at(folder: Path, **changes: Any) -> Iterator[Tunnels]:
         yield made
 
 
-def handshake(path: str, key: bytes | None = None) -> bytes:
-    text = base64.b64encode(key or os.urandom(16)).decode()
-    lines = [f"GET {path} HTTP/1.1", "host: bank.test", "connection: Upgrade", "upgrade: websocket", "sec-websocket-version: 13"]
+def handshake(path: str, *more: str) -> bytes:
+    text = base64.b64encode(os.urandom(16)).decode()
+    lines = [f"GET {path} HTTP/1.1", "host: bank.test", "connection: Upgrade", "upgrade: websocket", "sec-websocket-version: 13", *more]
     return "\r\n".join([*lines, f"sec-websocket-key: {text}", "", ""]).encode()
 
 

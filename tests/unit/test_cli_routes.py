@@ -134,3 +134,16 @@ def test_missing_file_exits_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     for words in (("routes",), ("explain", "GET", "/")):
         assert call(*words, "-c", str(tmp_path / "none.yaml")) == 2
         assert "none.yaml" in capsys.readouterr().err
+
+
+def test_websockets_are_shown(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config.write_text(CONFIG + "    websocket: {idle: 90s, tunnels: 7}\n")
+    code, found = answer(capsys, "routes", "--json", "-c", str(config))
+    assert code == 0
+    assert {each["name"]: each["websocket"] for each in found} == {
+        "read": None, "create": None, "hosted": None, "hidden": {"idle": 90, "tunnels": 7},
+    }  # fmt: skip
+    assert call("routes", "-c", str(config)) == 0
+    assert "WebSockets, at most 7" in capsys.readouterr().out
+    assert call("explain", "GET", "/hidden", "--listener", "inner", "-c", str(config)) == 0
+    assert "websocket at most 7, closed after 90s of silence" in capsys.readouterr().out
