@@ -283,6 +283,7 @@ cdef class Exchange:
         self.replayable = True
         self.trusted = False
         self.secure = False
+        self.http2 = False
         self.certificate = None
         self.tries = 0
         self.attempts = 0
