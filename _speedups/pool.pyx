@@ -31,6 +31,8 @@ cdef dict RETRY_BITS = {"connect-failure": RETRY_CONNECT, "reset": RETRY_RESET, 
                         "500": RETRY_500, "502": RETRY_502, "503": RETRY_503, "504": RETRY_504}
 cdef dict KEY_KINDS = {"": KEY_NONE, "client": KEY_CLIENT, "source": KEY_SOURCE, "header": KEY_HEADER, "cookie": KEY_COOKIE}
 
+cdef dict PROTOCOLS = {"http1": PROTOCOL_HTTP1, "http2": PROTOCOL_HTTP2, "grpc": PROTOCOL_GRPC}
+
 
 cdef class Endpoint:
     """One address of an upstream: `address` is numeric, host:port or [host]:port; `target` is the name that it was found by.
@@ -100,9 +102,11 @@ cdef class Upstream:
                  str zone=None, int attempts=1, retry_on=("connect-failure",), double per_try=0, double backoff=0.025,
                  double backoff_max=0.25, int64_t replay=65536, bint honours_key=False, double budget=0.2, int reserve=10,
                  double hedge=0, bint finish_abandoned=True, dict eject=None, bint panic=False, table=None, int worker=0,
-                 TlsUpstream tls=None):
+                 TlsUpstream tls=None, str protocol="http1", Http2 http2=None):
         self.name = name
         self.tls = tls
+        self.protocol = PROTOCOLS[protocol]
+        self.http2 = None if self.protocol == PROTOCOL_HTTP1 else Http2() if http2 is None else http2
         self.unresolved = set()
         self.zone = zone
         self.table = private_table() if table is None else table
@@ -198,9 +202,16 @@ cdef class Upstream:
 
     def equivalent(self, Upstream other not None) -> bool:
         """Whether connections made for one can serve the other's requests."""
+        if self.protocol != other.protocol or self.http2 != other.http2:
+            return False
         if self.tls is None or other.tls is None:
             return self.tls is other.tls
         return self.tls.digest == other.tls.digest
+
+    @property
+    def protocol_name(self) -> str:
+        """http1, http2 or grpc."""
+        return ("http1", "http2", "grpc")[self.protocol]
 
     def abandon(self) -> None:
         """The upstream is in no snapshot any more."""
