@@ -169,7 +169,6 @@ cdef class Http2Session:
     cdef int on_goaway(self, uint32_t id, const char* p, uint32_t n) except -1
     cdef int on_window(self, uint32_t id, const char* p, uint32_t n) except -1
     cdef int stream_error(self, Http2Stream stream, uint32_t error) except -1
-    cdef int take_end(self, Http2Stream stream) except -1
     cdef int wake(self) except -1
     cdef bint idle(self, uint32_t id) noexcept
     cdef int unknown(self, uint32_t id) noexcept

@@ -52,6 +52,7 @@ cdef class Endpoint:
         self.weight = weight
         self.zone = zone
         self.idle = []
+        self.links = []
         encoded = address.encode("ascii")
         candidate_reset(&self.candidate, hash_key(encoded, len(encoded)), weight, 1)
         self.candidate.usable = True
@@ -67,7 +68,8 @@ cdef object succeed(Endpoint endpoint, Endpoint before, Upstream upstream, bint 
         retire(before)
     before.retired = True
     endpoint.idle, before.idle = before.idle, []
-    for connection in endpoint.idle:
+    endpoint.links, before.links = before.links, []
+    for connection in [*endpoint.idle, *endpoint.links]:
         connection.moved(endpoint, upstream)
     endpoint.candidate.ewma_us = before.candidate.ewma_us
     endpoint.candidate.ewma_at = before.candidate.ewma_at
@@ -79,7 +81,7 @@ cdef object retire(Endpoint endpoint):
     """Nobody will draw from this pool any more."""
     endpoint.retired = True
     idle, endpoint.idle = endpoint.idle, []
-    for connection in idle:
+    for connection in [*idle, *endpoint.links]:
         connection.discard()
 
 
@@ -256,7 +258,7 @@ cdef class Upstream:
     cdef bint has_idle(self) noexcept:
         cdef Endpoint endpoint
         for endpoint in self.endpoints:
-            if endpoint.idle:
+            if endpoint.idle or endpoint.links:
                 return True
         return False
 
