@@ -475,11 +475,26 @@ cdef class Downstream(Connection):
             return self.refuse(413, b"body-too-large", b"the request body is larger than the limit")
         if x.route.total_us:
             x.total_at = self.engine.now + x.route.total_us
+        if x.http2 and is_grpc(head):
+            x.grpc = True
+            if head.first[F_GRPC_TIMEOUT] >= 0 and self.limit_grpc():
+                return 0
         if head.upgrade and x.route.tunnels is not None and not take_handshake(x):
             return self.reply()
         if self.stream is not None and self.stream.connects and not x.upgrade:
             return self.refuse(501, b"no-tunnel", b"no WebSockets are offered here")
         return self.run_steps()
+
+    cdef int limit_grpc(self) except -1:
+        """The client's own deadline, when it is the shorter one. 1 when it is no time at all: answered."""
+        cdef int64_t us = grpc_timeout(self.x.head)
+        if us == -2:
+            self.x.side = SIDE_DOWNSTREAM
+            self.refuse(400, b"bad-deadline", b"grpc-timeout is not up to eight digits and one of H M S m u n")
+            return 1
+        if self.x.total_at == 0 or self.x.started + us < self.x.total_at:
+            self.x.total_at = self.x.started + us
+        return 0
 
     cdef bint preflight(self, const char* host, uint32_t n) except -1:
         """A CORS preflight (Fetch 4.8) is answered by the route that the method to come would reach."""
@@ -930,7 +945,10 @@ cdef class Downstream(Connection):
     cdef int abort(self, bint reset) except -1:
         """Ends the exchange without a (complete) answer. With `reset` the client sees a reset, never a clean end."""
         cdef Exchange x = self.x
+        cdef bint grpc = x is not None and x.grpc and x.answer_started
         if x is not None:
+            if grpc:
+                self.closing = x.total_at and self.engine.now >= x.total_at
             self.drop_upstream()
             if x.status == 0:
                 x.status = 499                      # nginx's code for a client that left; only seen in records
@@ -939,12 +957,22 @@ cdef class Downstream(Connection):
         if self.orphaned:
             bury(self)
             return 0
-        if reset and self.fd >= 0:
+        if reset and self.fd >= 0 and not (grpc and self.end_grpc()):
             self.cut_short()
         elif self.tls is not None:
             self.tls.broken = True                  # nobody may take what he got for all of it
         self.close()
         return 0
+
+    cdef bint end_grpc(self) noexcept:
+        """A gRPC answer under way fails as gRPC has it, by its trailers: no client takes that for an answer."""
+        cdef bytes lines = b"grpc-status: 4\r\ngrpc-message: the time for this call is over\r\n" if self.closing else \
+            b"grpc-status: 14\r\ngrpc-message: the upstream's answer stopped\r\n"
+        if self.out.end > self.out.start or self.stream.done or self.stream.reset or \
+                buffer_append(&self.stream.closing_lines, lines, <uint32_t>len(lines)) < 0:
+            return False
+        self.stream.end()
+        return True
 
     cdef void finish_exchange(self):
         """Records the exchange and gives it back."""

@@ -180,6 +180,8 @@ cdef class Downstream(Connection):
     cdef int answered(self) except -1
     cdef int settle(self) except -1
     cdef int abort(self, bint reset) except -1
+    cdef bint end_grpc(self) noexcept
+    cdef int limit_grpc(self) except -1
     cdef void drop_upstream(self)
     cdef void finish_exchange(self)
     cdef bint waits_for_body(self) noexcept
@@ -209,6 +211,8 @@ cdef class UpstreamConnection(Connection):
     cdef uint32_t start_at          # of the body, when the present attempt began: it may be refused unread
     cdef int64_t start_remaining
     cdef uint64_t start_bytes
+    cdef bint undecided             # a gRPC answer whose status is in its trailers
+    cdef int64_t took               # us until its head came
 
     cdef void leave_pool(self)
     cdef void take_up(self, Exchange x) noexcept

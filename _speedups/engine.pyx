@@ -19,6 +19,7 @@ from libc.string cimport memchr, memcmp, memcpy, memmove, memset
 from gateway._speedups.buffers cimport *
 from gateway._speedups.compose cimport *
 from gateway._speedups.exchange cimport *
+from gateway._speedups.grpc cimport *
 from gateway._speedups.headers cimport *
 from gateway._speedups.histogram cimport *
 from gateway._speedups.http1 cimport *

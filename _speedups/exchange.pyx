@@ -285,6 +285,7 @@ cdef class Exchange:
         self.trusted = False
         self.secure = False
         self.http2 = False
+        self.grpc = False
         self.certificate = None
         self.tries = 0
         self.attempts = 0

@@ -32,6 +32,7 @@ cdef enum:
     OUTCOME_RESET
     OUTCOME_TIMEOUT
     OUTCOME_BAD                 # not HTTP
+    OUTCOME_GRPC                # a gRPC answer; its `status` is the grpc-status
 
 cdef enum:
     HOST_PRESERVE = 0

@@ -399,6 +399,10 @@ cdef class Upstream:
             out = classify_status(status)
             if out == OUT_OK:
                 sample = SAMPLE_GOOD
+        elif outcome == OUTCOME_GRPC:
+            out = classify_grpc(status)
+            if out == OUT_OK:
+                sample = SAMPLE_GOOD
         elif outcome == OUTCOME_CONNECT:
             out = OUT_CONNECT
         elif outcome == OUTCOME_TIMEOUT:
@@ -406,7 +410,7 @@ cdef class Upstream:
         else:
             out = OUT_RESET
         self.balancer.finished(&endpoint.candidate, now, us if us > 0 else 0, sample, retry_after_us)
-        if self.adaptive and outcome == OUTCOME_ANSWERED:
+        if self.adaptive and (outcome == OUTCOME_ANSWERED or outcome == OUTCOME_GRPC):
             self.state.sampled(now - us, now)
         event = endpoint.state.report(self.state, out, ticket, now)
         if event:

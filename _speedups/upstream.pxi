@@ -89,6 +89,8 @@ cdef class UpstreamConnection(Connection):
         """Joins connection and exchange."""
         self.x = x
         self.recorded = False
+        self.undecided = False
+        self.took = 0
         self.ticket = self.endpoint.ticket
         self.sent_at = self.engine.now
         self.upstream.start(self.endpoint, x.tries > 0)
@@ -99,7 +101,7 @@ cdef class UpstreamConnection(Connection):
         if not self.recorded:
             self.recorded = True
             event = self.upstream.finish(self.endpoint, self.ticket, self.engine.now, outcome, status,
-                                         self.engine.now - self.sent_at, retry_after_us)
+                                         self.took or self.engine.now - self.sent_at, retry_after_us)
             if event:
                 self.engine.tell(self.endpoint, event)
 
@@ -428,11 +430,21 @@ cdef class UpstreamConnection(Connection):
         cdef Exchange x = self.x
         cdef Downstream downstream = <Downstream>x.connection
         cdef int status = head.status
+        cdef int code = -1
         cdef int64_t after = 0, left
         if status == 429 or status == 503:
             after = number_of(head, F_RETRY_AFTER)
             after = min(after, <int64_t>86400) * 1000000 if after > 0 else 0
-        self.record(OUTCOME_ANSWERED, status, after)
+        if status == 200 and x.upstream.protocol == PROTOCOL_GRPC:
+            code = grpc_status_of(head)
+            if code >= 0:                           # refused in its head, which is all of the answer
+                self.record(OUTCOME_GRPC, code, after)
+                status = grpc_as_http(code)
+            else:
+                self.undecided = True
+                self.took = self.engine.now - self.sent_at
+        else:
+            self.record(OUTCOME_ANSWERED, status, after)
         if x.hedge is not None:
             if retry_bit(status) and status != 429:             # the other one may know better
                 if x.hedge is self:
@@ -607,6 +619,9 @@ cdef class UpstreamConnection(Connection):
         if x.answer.out == BODY_CHUNKED and not self.terminated and downstream.put(b"0\r\n\r\n", 5) < 0:
             downstream.gone()
             return 0
+        if self.undecided:
+            self.record(OUTCOME_GRPC, max(grpc_status_in(self.stream.trailers.base + self.stream.trailers.start,
+                                                         self.stream.trailers.end - self.stream.trailers.start), GRPC_OK), 0)
         if downstream.stream is not None:
             if self.owes_trailers():
                 downstream.stream.closing_lines, self.stream.trailers = self.stream.trailers, downstream.stream.closing_lines

@@ -59,7 +59,7 @@ def check_tls(config: Config, document: Document) -> list[CertificateInfo]:
             _listener(listener.tls, ("listeners", name, "tls"), f"listener {name}", files)
     for name, upstream in config.upstreams.items():
         place: Place = ("upstreams", name)
-        if False and upstream.protocol != "http1":
+        if upstream.protocol != "http1":
             document.report(
                 (*place, "protocol"),
                 f"`protocol: {upstream.protocol}` {NOT_BUILT}",
@@ -155,7 +155,7 @@ class _Files:
 
 
 def _listener(tls: ListenerTls, place: Place, owner: str, files: _Files) -> None:
-    if False and "h2" in tls.alpn:
+    if "h2" in tls.alpn:
         files.document.report((*place, "alpn"), f"`h2` {NOT_BUILT}", "offer http/1.1 alone")
     for index, pair in enumerate(tls.certificates):
         at: Place = (*place, "certificates", index)

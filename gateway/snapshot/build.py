@@ -112,7 +112,7 @@ def _upstream(name: str, settings: schema.Upstream, zone: str | None, workshop: 
         eject={"failures": eject.failures, "ratio": eject.ratio or 0, "minimum": eject.minimum, "base": eject.base,
                "maximum": eject.max, "share": eject.share},
         panic=settings.health.when_all_bad == "panic", table=table, worker=max(workshop.worker, 0),
-        tls=None if settings.tls is None else upstream_tls(settings.tls), protocol=settings.protocol,
+        tls=None if settings.tls is None else upstream_tls(settings.tls),
     )
     endpoints = Endpoints(upstream, settings, loud=workshop.worker <= 0)
     if endpoints.moving:
@@ -135,7 +135,7 @@ def _listeners(config: Config, routes: Sequence[RouteEntry | None], faults: Faul
                 body_limit=limits.body, head=times.head, body=times.body, keepalive=times.keepalive, write=times.write,
                 requests=limits.requests, connections=limits.connections,
                 trusted=[str(network) for network in settings.trusted_proxies], proxy_protocol=settings.proxy_protocol,
-                tls=None if settings.tls is None else listener_tls(name, settings.tls), http2=__import__('gateway._speedups.http2_settings',fromlist=['Http2']).Http2(clear=True),
+                tls=None if settings.tls is None else listener_tls(name, settings.tls),
             )
     return listeners
 
