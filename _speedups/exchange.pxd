@@ -10,6 +10,7 @@ from gateway._speedups.buffers cimport Buffer
 from gateway._speedups.certificates cimport ClientCertificate
 from gateway._speedups.headers cimport Head
 from gateway._speedups.http1 cimport Chunked, Limits
+from gateway._speedups.http2_settings cimport Http2
 from gateway._speedups.histogram cimport WorkerSlot
 from gateway._speedups.journal cimport Journal
 from gateway._speedups.pool cimport Endpoint, Upstream
@@ -129,6 +130,7 @@ cdef class ListenerEntry:
     cdef Networks trusted
     cdef int proxy_protocol             # 0 off, 1 optional, 2 required
     cdef readonly TlsListener tls       # None: clear text
+    cdef readonly Http2 http2           # None: HTTP/1.1 only
 
 cdef class Snapshot:
     cdef readonly int version
@@ -172,6 +174,8 @@ cdef class Exchange:
     cdef int peer_len
     cdef bint trusted                   # the connection comes from a trusted proxy
     cdef bint secure                    # the client's side of the edge spoke TLS
+    cdef bint http2                     # ... and HTTP/2
+    cdef bint grpc                      # ... and gRPC: refusals are told by grpc-status
     cdef ClientCertificate certificate  # of the client, verified
     cdef char request_id[36]
     cdef char trace[55]

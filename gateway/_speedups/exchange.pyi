@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Iterable
 from typing import Any
 
+from gateway._speedups.http2_settings import Http2
 from gateway._speedups.journal import Journal
 from gateway._speedups.pool import Upstream
 from gateway._speedups.route_trie import Route, RouteTrie
@@ -90,11 +91,14 @@ class ListenerEntry:
         trusted: Iterable[str] = (),
         proxy_protocol: str = "off",
         tls: TlsListener | None = None,
+        http2: Http2 | None = None,
     ) -> None: ...
     @property
     def name(self) -> str: ...
     @property
     def tls(self) -> TlsListener | None: ...
+    @property
+    def http2(self) -> Http2 | None: ...
 
 class Snapshot:
     journals: list[Journal]
