@@ -127,7 +127,7 @@ def test_data_in_the_same_segment_behind_a_reset_hurts_nobody(h2: Subject) -> No
 
 
 def test_an_error_of_a_stream_leaves_the_others_alone(h2: Subject) -> None:
-    with h2.client(offer={INITIAL_WINDOW: 100}) as client:
+    with h2.client(offer={INITIAL_WINDOW: 5000}) as client:
         good = client.open(LARGE)
         bad = client.open(head("/", "GET", ("te", "gzip")))
         assert client.answer(bad).reset == PROTOCOL_ERROR or client.answer(bad).status == 400
