@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.bank import Bank, open_bank
+from tests.integration.h2_pairs import PAIRS, Pair
 from tests.integration.h2_subject import Subject, open_subject
 from tests.integration.processes import Origin, write_config
 from tests.integration.vault import Vault, open_vault
@@ -66,3 +67,9 @@ def h2(opened_h2: Subject) -> Iterator[Subject]:
     if opened_h2.echoes:
         opened_h2.origin.reset()
         opened_h2.watched.calm()
+
+
+@pytest.fixture(params=PAIRS, ids=lambda pair: f"{pair[0]}-to-{pair[1]}")
+def pair(request: pytest.FixtureRequest, h2: Subject) -> Pair:
+    """Every combination of a client's and an upstream's version."""
+    return Pair(h2, *request.param)

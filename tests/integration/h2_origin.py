@@ -103,7 +103,7 @@ class Call:
         await self.link.inform(self, status, fields)
 
     async def head(self, status: int = 200, fields: Fields = (), *, end: bool = False) -> None:
-        await self.link.head(self, status, fields, end)
+        await self.link.head(self, status, [(octets(name), octets(value)) for name, value in fields], end)
         self.done = self.done or end
 
     async def write(self, data: bytes) -> None:
