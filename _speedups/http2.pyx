@@ -15,13 +15,13 @@ into a line was checked byte by byte, so that no value can end its line.
 cimport cython
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
-from libc.string cimport memcmp, memcpy, memset
+from libc.string cimport memcmp, memcpy, memset, strlen
 from gateway._speedups.buffers cimport Buffer, buffer_append, buffer_consume, buffer_release, buffer_reserve
 from gateway._speedups.histogram cimport (
     C_H2_CALMED, C_H2_ERRORS, C_H2_FRAMES_EMPTY, C_H2_MALFORMED, C_H2_REFUSED, C_H2_RESETS_IN, C_H2_RESETS_OUT, C_H2_STREAMS)
 from gateway._speedups.hpack cimport hpack_answer, hpack_lines, hpack_request
 from gateway._speedups.sockets cimport EAGAIN, ECONNRESET, EPIPE, cw_monotonic_us
-from gateway._speedups.wire cimport CW_TOKEN, CW_UPPER, cw_class, cw_decimal, cw_equals_folded, cw_put_decimal, cw_span_value
+from gateway._speedups.wire cimport CW_TOKEN, CW_UPPER, cw_class, cw_decimal, cw_equals_folded, cw_reason, cw_span_value
 
 from base64 import b64encode
 from os import urandom
@@ -1324,13 +1324,16 @@ cdef inline const char* pseudo_at(Block* b, int which) noexcept nogil:
 
 cdef void start_answer(Block* b) noexcept nogil:
     cdef const char* status
+    cdef const char* reason
     if not b.seen[P_STATUS] or b.length[P_STATUS] != 3:
         b.malformed = True
         return
     status = pseudo_at(b, P_STATUS)
     b.status = <int>cw_decimal(status, 3)
+    reason = cw_reason(b.status)                    # HTTP/2 has none
     if b.status < 100 or b.status == 101 or buffer_append(b.text, b"HTTP/1.1 ", 9) < 0 or buffer_append(b.text, status, 3) < 0 or \
-            buffer_append(b.text, b" \r\n", 3) < 0:
+            buffer_append(b.text, b" ", 1) < 0 or buffer_append(b.text, reason, <uint32_t>strlen(reason)) < 0 or \
+            buffer_append(b.text, b"\r\n", 2) < 0:
         b.malformed = True
 
 
