@@ -487,7 +487,7 @@ class TwinOrigin:
     def reset(self) -> None:
         """Break what is open and behave as in the beginning."""
         self.run(self._reset())
-        eventually(lambda: not self.open(), "the end of the origin's connections")
+        eventually(lambda: not self.open() or self.run(self._reset()), "the end of the origin's connections")
         self.script, self.offer, self.seen = by_path, {}, threading.Semaphore(0)
         self.calls, self.links = [], []
         failures, self.failures = self.failures, []
