@@ -12,6 +12,7 @@ cdef bytes plain_on_tls():
 cdef bytes PLAIN_ON_TLS = plain_on_tls()
 
 
+@cython.freelist(256)
 cdef class Downstream(Connection):
     """A client's connection."""
 
