@@ -317,9 +317,13 @@ cdef bint orphan(Downstream d) except -1:
     x.keep_alive = False
     d.orphaned = True
     d.engine.orphans.add(d)
-    d.engine.unregister(d)
-    d.engine.connections -= 1
-    d.engine.slot.counters[C_CONNECTIONS_CLOSED] += 1
+    if d.stream is None:
+        d.engine.unregister(d)
+        d.engine.connections -= 1
+        d.engine.slot.counters[C_CONNECTIONS_CLOSED] += 1
+    elif d.stream.session is not None and d.stream.counted:
+        d.stream.counted = False                    # its work goes on: it keeps its place on the connection
+        d.held = d.stream.session
     d.hang_up()
     buffer_release(&d.out)
     if (<UpstreamConnection>x.upstream_connection).state == U_BODY:
@@ -336,5 +340,8 @@ cdef void bury(Downstream d):
     d.engine.unlink_timer(d)
     d.engine.orphans.discard(d)
     d.state = D_CLOSED
+    if d.held is not None:
+        d.held.active -= 1
+        d.held = None
     buffer_release(&d.inb)
     buffer_release(&d.out)

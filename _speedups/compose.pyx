@@ -11,6 +11,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy
 from gateway._speedups.exchange cimport BODY_CHUNKED, BODY_CLOSE, BODY_LENGTH, BODY_NONE, Edits, Exchange
+from gateway._speedups.grpc cimport grpc_code, is_grpc
 from gateway._speedups.headers cimport *
 from gateway._speedups.pool cimport HOST_LITERAL, HOST_PRESERVE
 from gateway._speedups.wire cimport cw_fold_name, cw_hex, cw_put_decimal
@@ -360,7 +361,7 @@ cdef void put_identity(cw_out* o, Exchange x, int without):
         cw_put(o, x.trace, 55)
         cw_lit(o, b"\r\n")
     if not without & OWN_VIA:
-        cw_lit(o, b"via: 1.1 crossway\r\n")
+        cw_lit_name(o, b"via: 2 crossway\r\n" if x.http2 else b"via: 1.1 crossway\r\n")
 
 
 cdef void put_forwarded(cw_out* o, Exchange x, const char* host):
@@ -395,11 +396,6 @@ cdef inline bint is_v6(Exchange x) noexcept:
         if x.peer_text[i] == 58:
             return True
     return False
-
-
-cdef bint is_grpc(const Head* head) noexcept nogil:
-    cdef int i = head.first[F_CONTENT_TYPE]
-    return i >= 0 and head.fields[i].value_len >= 16 and memcmp(head.base + head.fields[i].value, b"application/grpc", 16) == 0
 
 
 cdef void put_deadline(cw_out* o, Exchange x, int64_t now) noexcept:
@@ -491,6 +487,18 @@ cdef void put_status(cw_out* o, int status) noexcept nogil:
     cw_lit(o, b"\r\n")
 
 
+cdef void put_received_status(cw_out* o, const Head* head) noexcept nogil:
+    """The upstream's status line; HTTP/2 has no reason phrase, and gets the usual one."""
+    if head.reason_len == 0:
+        put_status(o, head.status)
+        return
+    cw_lit(o, b"HTTP/1.1 ")
+    put_number(o, head.status)
+    cw_lit(o, b" ")
+    cw_put(o, head.base + head.reason_at, head.reason_len)
+    cw_lit(o, b"\r\n")
+
+
 cdef int compose_answer(Exchange x, Head* head, char* out, int room) except -2:
     cdef cw_out o
     o.at = out
@@ -502,11 +510,7 @@ cdef int compose_answer(Exchange x, Head* head, char* out, int room) except -2:
     if head.first[F_CROSSWAY_ATTEMPTS] >= 0 and not x.trusted:
         drop_named(head, (b"x-crossway-attempts-left",))
     drop_edited(head, x.route.response_edits, x.response_removed)
-    cw_lit(&o, b"HTTP/1.1 ")
-    put_number(&o, head.status)
-    cw_lit(&o, b" ")
-    cw_put(&o, head.base + head.reason_at, head.reason_len)
-    cw_lit(&o, b"\r\n")
+    put_received_status(&o, head)
     put_fields(&o, head)
     cw_lit(&o, b"x-request-id: ")
     cw_put(&o, x.request_id, 36)
@@ -558,11 +562,7 @@ cdef int compose_informational(Head* head, char* out, int room) noexcept:
     o.end = out + room
     o.short_ = False
     head_mark_hop_by_hop(head)
-    cw_lit(&o, b"HTTP/1.1 ")
-    put_number(&o, head.status)
-    cw_lit(&o, b" ")
-    cw_put(&o, head.base + head.reason_at, head.reason_len)
-    cw_lit(&o, b"\r\n")
+    put_received_status(&o, head)
     put_fields(&o, head)
     cw_lit(&o, b"\r\n")
     return -1 if o.short_ else <int>(o.at - out)
@@ -575,6 +575,26 @@ cdef bytes problem(Exchange x):
             b',"detail":"' + x.detail + b'","request_id":"' + x.request_id[:36] + b'"}\n')
 
 
+cdef int grpc_reply(Exchange x, cw_out* o) except -2:
+    """A refusal as gRPC has it: a head that is all of the answer ("Trailers-Only"). `detail` holds no %, so it is encoded already."""
+    cdef char* from_ = o.at
+    put_status(o, 200)
+    cw_lit(o, b"content-type: application/grpc\r\ngrpc-status: ")
+    put_number(o, grpc_code(x.status))
+    cw_lit(o, b"\r\ngrpc-message: ")
+    if x.reply_body is None:
+        put_bytes(o, x.detail)
+    else:
+        cw_lit_name(o, cw_reason(x.status))
+    cw_lit(o, b"\r\nx-request-id: ")
+    cw_put(o, x.request_id, 36)
+    cw_lit(o, b"\r\n")
+    put_bytes(o, x.reply_headers)
+    put_bytes(o, x.answer_headers)
+    cw_lit(o, b"\r\n")
+    return -1 if o.short_ else <int>(o.at - from_)
+
+
 cdef int compose_reply(Exchange x, char* out, int room, bint keep_alive) except -2:
     cdef cw_out o
     cdef bytes body = x.reply_body
@@ -582,6 +602,8 @@ cdef int compose_reply(Exchange x, char* out, int room, bint keep_alive) except 
     o.at = out
     o.end = out + room
     o.short_ = False
+    if x.grpc and x.status >= 400:
+        return grpc_reply(x, &o)
     if body is None:
         body = problem(x)
     put_status(&o, x.status)

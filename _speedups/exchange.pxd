@@ -174,6 +174,8 @@ cdef class Exchange:
     cdef int peer_len
     cdef bint trusted                   # the connection comes from a trusted proxy
     cdef bint secure                    # the client's side of the edge spoke TLS
+    cdef bint http2                     # ... and HTTP/2
+    cdef bint grpc                      # ... and gRPC: refusals are told by grpc-status
     cdef ClientCertificate certificate  # of the client, verified
     cdef char request_id[36]
     cdef char trace[55]

@@ -284,6 +284,8 @@ cdef class Exchange:
         self.replayable = True
         self.trusted = False
         self.secure = False
+        self.http2 = False
+        self.grpc = False
         self.certificate = None
         self.tries = 0
         self.attempts = 0

@@ -32,6 +32,7 @@ cdef enum:
     OUTCOME_RESET
     OUTCOME_TIMEOUT
     OUTCOME_BAD                 # not HTTP
+    OUTCOME_GRPC                # a gRPC answer; its `status` is the grpc-status
 
 cdef enum:
     HOST_PRESERVE = 0
@@ -62,6 +63,7 @@ cdef class Endpoint:
     cdef readonly int weight
     cdef readonly str zone              # None: unknown
     cdef list idle                      # connections, most recent last
+    cdef list links                     # HTTP/2 connections, whatever they carry now
     cdef public bint retired            # replaced or gone: nobody will draw from its pool
     cdef Candidate candidate            # the balancer points to it while this is one of its upstream's endpoints
     cdef EndpointState state            # from the moment on that it is one

@@ -52,6 +52,7 @@ cdef class Endpoint:
         self.weight = weight
         self.zone = zone
         self.idle = []
+        self.links = []
         encoded = address.encode("ascii")
         candidate_reset(&self.candidate, hash_key(encoded, len(encoded)), weight, 1)
         self.candidate.usable = True
@@ -67,7 +68,8 @@ cdef object succeed(Endpoint endpoint, Endpoint before, Upstream upstream, bint 
         retire(before)
     before.retired = True
     endpoint.idle, before.idle = before.idle, []
-    for connection in endpoint.idle:
+    endpoint.links, before.links = before.links, []
+    for connection in [*endpoint.idle, *endpoint.links]:
         connection.moved(endpoint, upstream)
     endpoint.candidate.ewma_us = before.candidate.ewma_us
     endpoint.candidate.ewma_at = before.candidate.ewma_at
@@ -79,7 +81,7 @@ cdef object retire(Endpoint endpoint):
     """Nobody will draw from this pool any more."""
     endpoint.retired = True
     idle, endpoint.idle = endpoint.idle, []
-    for connection in idle:
+    for connection in [*idle, *endpoint.links]:
         connection.discard()
 
 
@@ -256,7 +258,7 @@ cdef class Upstream:
     cdef bint has_idle(self) noexcept:
         cdef Endpoint endpoint
         for endpoint in self.endpoints:
-            if endpoint.idle:
+            if endpoint.idle or endpoint.links:
                 return True
         return False
 
@@ -397,6 +399,10 @@ cdef class Upstream:
             out = classify_status(status)
             if out == OUT_OK:
                 sample = SAMPLE_GOOD
+        elif outcome == OUTCOME_GRPC:
+            out = classify_grpc(status)
+            if out == OUT_OK:
+                sample = SAMPLE_GOOD
         elif outcome == OUTCOME_CONNECT:
             out = OUT_CONNECT
         elif outcome == OUTCOME_TIMEOUT:
@@ -404,7 +410,7 @@ cdef class Upstream:
         else:
             out = OUT_RESET
         self.balancer.finished(&endpoint.candidate, now, us if us > 0 else 0, sample, retry_after_us)
-        if self.adaptive and outcome == OUTCOME_ANSWERED:
+        if self.adaptive and (outcome == OUTCOME_ANSWERED or outcome == OUTCOME_GRPC):
             self.state.sampled(now - us, now)
         event = endpoint.state.report(self.state, out, ticket, now)
         if event:
