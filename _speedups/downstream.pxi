@@ -427,6 +427,7 @@ cdef class Downstream(Connection):
         if self.stream is not None:
             x.keep_alive = True
             x.http2 = True
+            x.grpc = is_grpc(head)
             if head.content_length < 0 and not self.stream.connects and not self.stream.ended:
                 x.body.mode = BODY_CLOSE            # until the stream ends
                 x.body.out = BODY_CHUNKED
@@ -475,13 +476,12 @@ cdef class Downstream(Connection):
             return self.refuse(413, b"body-too-large", b"the request body is larger than the limit")
         if x.route.total_us:
             x.total_at = self.engine.now + x.route.total_us
-        if x.http2 and is_grpc(head):
-            x.grpc = True
-            if head.first[F_GRPC_TIMEOUT] >= 0 and self.limit_grpc():
-                return 0
+        if x.grpc and head.first[F_GRPC_TIMEOUT] >= 0 and self.limit_grpc():
+            return 0
         if head.upgrade and x.route.tunnels is not None and not take_handshake(x):
             return self.reply()
         if self.stream is not None and self.stream.connects and not x.upgrade:
+            x.side = SIDE_DOWNSTREAM
             return self.refuse(501, b"no-tunnel", b"no WebSockets are offered here")
         return self.run_steps()
 

@@ -39,7 +39,8 @@ STATIC = {
     b"range": 50, b"referer": 51, b"refresh": 52, b"retry-after": 53, b"server": 54, b"set-cookie": 55,
     b"strict-transport-security": 56, b"user-agent": 58, b"vary": 59, b"via": 60, b"www-authenticate": 61,
 }
-HTTP1_ONLY = (b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade", b"http2-settings", b"host", b"te")
+HTTP1_ONLY = (b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade", b"http2-settings", b"host", b"te",
+              b"sec-websocket-accept")
 SECRET = (b"authorization", b"proxy-authorization", b"cookie", b"set-cookie", b"x-api-key", b"client-cert")
 
 

@@ -153,6 +153,7 @@ cdef class Http2Session:
     cdef uint32_t open_block(self, uint32_t id) noexcept
     cdef void close_block(self, uint32_t at, uint32_t id, bint last) noexcept
     cdef void tell_out(self) noexcept
+    cdef void earn(self, int frames) noexcept
     cdef bint pay_frame(self) noexcept
     cdef bint pay_reset(self) noexcept
     cdef int frame(self, uint8_t kind, uint8_t flags, uint32_t id, const char* p, uint32_t n) except -1

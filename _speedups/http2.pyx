@@ -83,6 +83,7 @@ cdef enum:
     RESETS_RATE = 10
     SMALL_UPDATE = 256          # a WINDOW_UPDATE below this carries nothing
     PREPAID = 4                 # empty frames that a request pays for
+    FOR_DATA = 2                # ... and payload that was sent
 
 # What decode() is to make of a block.
 cdef enum:
@@ -248,7 +249,9 @@ cdef class Http2Stream:
         session.send_window -= room
         if room < <int64_t>n:
             session.blocked[self] = None
-        elif ends:
+            return room
+        session.earn(FOR_DATA)                      # it will be acknowledged, in small pieces perhaps
+        if ends:
             self.done = True
         elif self.last:
             self.end()
@@ -272,6 +275,7 @@ cdef class Http2Stream:
                 return -1
             self.id = session.next_id
             session.next_id += 2
+            session.earn(PREPAID)
             self.send_window = session.peer_window
             session.enter(self)
         at = session.open_block(self.id)
@@ -622,6 +626,11 @@ cdef class Http2Session:
 
     # -- budgets ------------------------------------------------------------------------------------------------------
 
+    cdef void earn(self, int frames) noexcept:
+        """Real work: it may cost as many frames that carry nothing, such as acknowledgements and measurements."""
+        if self.frames_left < <int64_t>self.settings.frames:
+            self.frames_left += frames
+
     cdef bint pay_frame(self) noexcept:
         """For a frame that carries nothing. False when that was one too many: the connection is over."""
         cdef int64_t now, gained
@@ -798,8 +807,8 @@ cdef class Http2Session:
         if n == 0 and not flags & END_STREAM:
             self.pay_frame()
             return 0
-        if n >= SMALL_UPDATE and self.frames_left < <int64_t>self.settings.frames:
-            self.frames_left += 1
+        if n:
+            self.earn(1)
         if flags & END_STREAM:
             stream.ended = True
             if stream.expected >= 0 and stream.received != stream.expected and not stream.bodiless:
@@ -888,8 +897,7 @@ cdef class Http2Session:
         cdef Http2Stream stream
         cdef int found
         self.last_id = id
-        if self.frames_left < <int64_t>self.settings.frames:
-            self.frames_left += PREPAID
+        self.earn(PREPAID)
         if self.active >= <int>self.settings.streams:
             self.recent[(id >> 1) & (RECENT - 1)] = id | 0x80000000
             if self.decode(NOTHING, NULL, None, p, n) >= BROKEN:
