@@ -34,6 +34,15 @@ cdef struct WebBody:
     uint8_t head[5]
     uint32_t left           # bytes of the present message to come
 
+# A call whose client speaks gRPC-Web.
+cdef class WebCall:
+    cdef bint text              # what it sends is text
+    cdef bint wants_text        # and what it wants to read
+    cdef bint translating       # the answer is one of gRPC: its content type is changed
+    cdef bint framed            # ... and its body, which ends with a frame of trailers that is still owed
+    cdef WebBody answer
+    cdef Buffer out             # translated and not handed on; empty between two events
+
 # Of a content type; `suffix` becomes the offset of what follows "+", suffix_len its length, 0 without one.
 cdef int web_kind(const char* value, uint32_t n, uint32_t* suffix, uint32_t* suffix_len) noexcept nogil
 # Whether a client that sends this Accept wants text.

@@ -12,7 +12,7 @@ reserved before it is written, by the bounds in the .pxd, which hold because eac
 
 from libc.stdint cimport int8_t, uint8_t, uint32_t
 from libc.string cimport memcpy, memset
-from gateway._speedups.buffers cimport Buffer, buffer_append, buffer_reserve
+from gateway._speedups.buffers cimport Buffer, buffer_append, buffer_release, buffer_reserve
 from gateway._speedups.wire cimport CW_ALNUM, cw_class, cw_equals_folded
 
 cdef extern from *:
@@ -40,6 +40,17 @@ cdef enum:
 
 cdef const char* WEB = b"application/grpc-web"          # 20 bytes
 cdef const char* WEB_TEXT_NAME = b"application/grpc-web-text"       # 25 bytes
+
+
+cdef class WebCall:
+    """See grpc_web.pxd."""
+
+    def __cinit__(self):
+        memset(&self.out, 0, sizeof(Buffer))
+        web_reset(&self.answer, False)
+
+    def __dealloc__(self):
+        buffer_release(&self.out)
 
 
 # -- content types ----------------------------------------------------------------------------------------------------
