@@ -15,7 +15,7 @@ from gateway._speedups.grpc cimport grpc_code, is_grpc
 from gateway._speedups.grpc_web cimport WEB_TYPE_MAX, web_answer_type, web_request_type
 from gateway._speedups.headers cimport *
 from gateway._speedups.pool cimport HOST_LITERAL, HOST_PRESERVE
-from gateway._speedups.wire cimport cw_fold_name, cw_hex, cw_put_decimal
+from gateway._speedups.wire cimport cw_fold_name, cw_hex, cw_put_decimal, cw_reason
 
 cdef extern from "<sys/random.h>" nogil:
     ssize_t getrandom(void* out, size_t n, unsigned int flags)
@@ -34,25 +34,6 @@ cdef extern from *:
     static inline void cw_hex_bytes(char *out, uint64_t v, int digits) {
         for (int i = digits - 1; i >= 0; i--) { out[i] = cw_hexdigits[v & 15]; v >>= 4; }
     }
-    static const char *cw_reason(int status) {
-        switch (status) {
-            case 200: return "OK"; case 201: return "Created"; case 202: return "Accepted"; case 204: return "No Content";
-            case 301: return "Moved Permanently"; case 302: return "Found"; case 303: return "See Other";
-            case 304: return "Not Modified"; case 307: return "Temporary Redirect"; case 308: return "Permanent Redirect";
-            case 400: return "Bad Request"; case 401: return "Unauthorized"; case 402: return "Payment Required";
-            case 403: return "Forbidden"; case 404: return "Not Found"; case 405: return "Method Not Allowed";
-            case 406: return "Not Acceptable"; case 408: return "Request Timeout"; case 409: return "Conflict";
-            case 410: return "Gone"; case 411: return "Length Required"; case 412: return "Precondition Failed";
-            case 413: return "Content Too Large"; case 414: return "URI Too Long"; case 415: return "Unsupported Media Type";
-            case 417: return "Expectation Failed"; case 421: return "Misdirected Request";
-            case 422: return "Unprocessable Content"; case 425: return "Too Early"; case 426: return "Upgrade Required"; case 428: return "Precondition Required";
-            case 429: return "Too Many Requests"; case 431: return "Request Header Fields Too Large";
-            case 451: return "Unavailable For Legal Reasons"; case 500: return "Internal Server Error";
-            case 501: return "Not Implemented"; case 502: return "Bad Gateway"; case 503: return "Service Unavailable";
-            case 504: return "Gateway Timeout"; case 505: return "HTTP Version Not Supported";
-            default: return "Status";
-        }
-    }
     typedef struct { char *at; char *end; int short_; } cw_out;
     static inline void cw_put(cw_out *o, const char *p, size_t n) {
         if ((size_t)(o->end - o->at) < n) { o->short_ = 1; return; }
@@ -64,7 +45,6 @@ cdef extern from *:
     uint64_t cw_random_state[4]
     uint64_t cw_random() nogil
     void cw_hex_bytes(char* out, uint64_t v, int digits) nogil
-    const char* cw_reason(int status) nogil
     size_t strlen(const char* s) nogil
     ctypedef struct cw_out:
         char* at
@@ -508,10 +488,6 @@ cdef void put_status(cw_out* o, int status) noexcept nogil:
 
 
 cdef void put_received_status(cw_out* o, const Head* head) noexcept nogil:
-    """The upstream's status line; HTTP/2 has no reason phrase, and gets the usual one."""
-    if head.reason_len == 0:
-        put_status(o, head.status)
-        return
     cw_lit(o, b"HTTP/1.1 ")
     put_number(o, head.status)
     cw_lit(o, b" ")

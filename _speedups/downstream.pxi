@@ -782,7 +782,7 @@ cdef class Downstream(Connection):
             if upstream.stream is not None:
                 upstream.stream.last = x.body.done
                 if x.body.done and self.stream is not None:
-                    upstream.stream.closing_lines, self.stream.trailers = self.stream.trailers, upstream.stream.closing_lines
+                    pass_trailers(self.stream, upstream.stream, x.route.request_edits, x.snapshot.identity_names)
                 result = upstream.put(data, <uint32_t>payload)
                 if result == 0 and x.body.done:
                     upstream.finish()

@@ -251,7 +251,8 @@ cdef class Link(Connection):
     cdef int stirred(self) except -1        # after each event: deadlines, and the end of a connection that is to end
 
 cdef class LinkSession(Http2Session):
-    cdef Link link
+    cdef Link link                          # None once that is closed
+    cdef bint held                          # in Engine.held
 
 cdef class FrontLink(Link):
     cdef Downstream face                    # what the client's connection was before it was this
@@ -295,6 +296,7 @@ cdef class Engine:
     cdef list spare                 # free exchanges
     cdef set orphans                # Downstreams whose clients have left: owned here until their exchanges end
     cdef set full                   # upstreams with a queue
+    cdef list held                  # sessions with small pieces that wait for the tick
     cdef list corked                # links with frames to be sent at the end of the batch
     cdef object look_handle
     cdef dict listening             # name -> ListenSocket
@@ -345,3 +347,4 @@ cdef class Engine:
     cdef UpstreamConnection obtain_stream(self, Exchange x, Endpoint endpoint)
     cdef BackLink link_to(self, Exchange x, Endpoint endpoint)
     cdef void uncork(self)
+    cdef void force_held(self)

@@ -33,7 +33,7 @@ from gateway._speedups.sockets cimport *
 from gateway._speedups.tls cimport ALPN_HTTP2, FAILED_GONE, FAILED_PLAIN, Tls, TlsUpstream, tls_live
 from gateway._speedups.token_bucket cimport BucketTable
 from gateway._speedups.upstream_state cimport OUT_NEUTRAL, U_HEDGES, U_QUEUE_TIMEOUTS, classify_status
-from gateway._speedups.wire cimport cw_equals_folded, cw_put_hex
+from gateway._speedups.wire cimport cw_equals_folded, cw_fold_name, cw_put_hex
 
 import logging
 
@@ -360,6 +360,7 @@ cdef class Engine:
         self.orphans = set()
         self.full = set()
         self.corked = []
+        self.held = []
         self.listening = {}
         self.handshaking = {}
         self.complaints = {}
@@ -523,6 +524,8 @@ cdef class Engine:
             self.poll()                 # bytes that arrived while the process slept come before its deadlines
         self.now = cw_monotonic_us()
         self.expire()
+        if self.held:
+            self.force_held()
         self.go_on()
         self.slot.gauges[G_CONNECTIONS] = self.connections
         self.slot.gauges[G_EXCHANGES] = self.exchanges
@@ -952,6 +955,18 @@ cdef class Engine:
         self.upstreams += 1
         self.slot.counters[C_UPSTREAM_CONNECTS] += 1
         return link
+
+    cdef void force_held(self):
+        """Pieces that waited for more window have waited long enough."""
+        cdef LinkSession session
+        held, self.held = self.held, []
+        for session in held:
+            session.held = False
+            if session.link is not None:
+                try:
+                    session.force()
+                except BaseException as error:
+                    self.report(session.link, error)
 
     cdef void uncork(self):
         """What the links have to say leaves."""

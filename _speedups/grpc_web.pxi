@@ -69,6 +69,8 @@ cdef int end_web_answer(UpstreamConnection u, Downstream d) except -999:
     cdef WebCall web = u.x.web
     cdef const char* lines = b"grpc-status: 13\r\ngrpc-message: the service ended its answer without a status\r\n"
     cdef uint32_t n = <uint32_t>strlen(lines)
+    if u.stream is not None:
+        thin_out(&u.stream.trailers, u.x.route.response_edits, ())
     if u.stream is not None and grpc_status_in(u.stream.trailers.base + u.stream.trailers.start,
                                                u.stream.trailers.end - u.stream.trailers.start) >= 0:
         lines = u.stream.trailers.base + u.stream.trailers.start

@@ -29,7 +29,7 @@ cdef struct Name:
 cdef Name names[SLOTS]
 
 # RFC 7541 appendix A, each name's first index, without the pseudo-headers.
-STATIC = {
+cdef dict STATIC = {
     b"accept-charset": 15, b"accept-encoding": 16, b"accept-language": 17, b"accept-ranges": 18, b"accept": 19,
     b"access-control-allow-origin": 20, b"age": 21, b"allow": 22, b"authorization": 23, b"cache-control": 24,
     b"content-disposition": 25, b"content-encoding": 26, b"content-language": 27, b"content-length": 28, b"content-location": 29,
@@ -39,9 +39,9 @@ STATIC = {
     b"range": 50, b"referer": 51, b"refresh": 52, b"retry-after": 53, b"server": 54, b"set-cookie": 55,
     b"strict-transport-security": 56, b"user-agent": 58, b"vary": 59, b"via": 60, b"www-authenticate": 61,
 }
-HTTP1_ONLY = (b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade", b"http2-settings", b"host", b"te",
+cdef tuple HTTP1_ONLY = (b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade", b"http2-settings", b"host", b"te",
               b"sec-websocket-accept")
-SECRET = (b"authorization", b"proxy-authorization", b"cookie", b"set-cookie", b"x-api-key", b"client-cert")
+cdef tuple SECRET = (b"authorization", b"proxy-authorization", b"cookie", b"set-cookie", b"x-api-key", b"client-cert")
 
 
 cdef inline uint32_t slot_of(const char* lower, uint32_t n) noexcept nogil:

@@ -114,6 +114,9 @@ cdef class Http2Session:
     cdef bint dead                      # nothing more is handled
     cdef bint feeding
     cdef bint dirty                     # out has something, and that was told
+    cdef bint acknowledged              # our SETTINGS were
+    cdef bint forced                    # small pieces may go
+    cdef bint released                  # its memory is to be given back
     cdef bint pinged                    # the first GOAWAY of a drain waits for its PING
     cdef uint32_t error                 # H2_* of its end
     cdef const char* reason             # in words; NULL without one
@@ -133,7 +136,7 @@ cdef class Http2Session:
     cdef int opened(self, Http2Stream stream) except -1             # server: a request's head is in stream.inb
     cdef int stirred(self, Http2Stream stream, int what) except -1
     cdef void wants_out(self) noexcept                              # `out` has something
-    cdef void settled(self) noexcept                                # client: the server's SETTINGS are here
+    cdef void hold(self) noexcept                                   # force() is wanted at the next tick
 
     cdef int begin(self, bint client, Http2 settings, uint32_t head_limit, uint64_t* counters) except -1
     cdef int feed(self) except -1       # handles what is complete in `inb`
@@ -171,6 +174,8 @@ cdef class Http2Session:
     cdef int on_window(self, uint32_t id, const char* p, uint32_t n) except -1
     cdef int stream_error(self, Http2Stream stream, uint32_t error) except -1
     cdef int wake(self) except -1
+    cdef int force(self) except -1
+    cdef void release(self) noexcept
     cdef bint idle(self, uint32_t id) noexcept
     cdef int unknown(self, uint32_t id) noexcept
     cdef int put_handshake(self, Buffer* text) except -1

@@ -15,13 +15,16 @@ into a line was checked byte by byte, so that no value can end its line.
 cimport cython
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
-from libc.string cimport memcmp, memcpy, memset
+from libc.string cimport memcmp, memcpy, memset, strlen
 from gateway._speedups.buffers cimport Buffer, buffer_append, buffer_consume, buffer_release, buffer_reserve
 from gateway._speedups.histogram cimport (
     C_H2_CALMED, C_H2_ERRORS, C_H2_FRAMES_EMPTY, C_H2_MALFORMED, C_H2_REFUSED, C_H2_RESETS_IN, C_H2_RESETS_OUT, C_H2_STREAMS)
+from gateway._speedups.headers cimport (
+    F_AUTHORIZATION, F_CONTENT_ENCODING, F_CONTENT_TYPE, F_COOKIE, F_EXPECT, F_IDEMPOTENCY_KEY, F_ORIGIN, F_TRACEPARENT, F_TRAILER, F_X_API_KEY,
+    F_X_REQUEST_ID, field_id, field_is_identity)
 from gateway._speedups.hpack cimport hpack_answer, hpack_lines, hpack_request
 from gateway._speedups.sockets cimport EAGAIN, ECONNRESET, EPIPE, cw_monotonic_us
-from gateway._speedups.wire cimport CW_TOKEN, CW_UPPER, cw_class, cw_decimal, cw_equals_folded, cw_put_decimal, cw_span_value
+from gateway._speedups.wire cimport CW_TOKEN, CW_UPPER, cw_class, cw_decimal, cw_equals_folded, cw_reason, cw_span_value
 
 from base64 import b64encode
 from os import urandom
@@ -81,6 +84,7 @@ cdef enum:
     TRAILERS_MAX = 8192
     FRAMES_RATE = 100           # a second, into the budget of empty frames
     RESETS_RATE = 10
+    SILLY = 4096                # a piece below this is not cut off for want of window
     SMALL_UPDATE = 256          # a WINDOW_UPDATE below this carries nothing
     PREPAID = 4                 # empty frames that a request pays for
     FOR_DATA = 2                # ... and payload that was sent
@@ -243,12 +247,19 @@ cdef class Http2Stream:
             return -EAGAIN
         if <int64_t>n < room:
             room = n
+        elif room < SILLY and room < <int64_t>n and 2 * room < session.peer_window and not session.forced:
+            # Pieces that only get smaller (RFC 1122 4.2.3.4): more window is waited for, until the next tick at most.
+            session.blocked[self] = None
+            session.hold()
+            return -EAGAIN
         ends = self.last and room == <int64_t>n and self.closing_lines.end == self.closing_lines.start
         session.put_data(self.id, <const char*>data, <uint32_t>room, ends)
         self.send_window -= room
         session.send_window -= room
         if room < <int64_t>n:
             session.blocked[self] = None
+            if room >= SILLY:
+                session.earn(FOR_DATA)
             return room
         session.earn(FOR_DATA)                      # it will be acknowledged, in small pieces perhaps
         if ends:
@@ -356,16 +367,10 @@ cdef class Http2Session:
         memset(&self.cookie, 0, sizeof(Buffer))
         memset(self.table, 0, sizeof(self.table))
         memset(self.recent, 0, sizeof(self.recent))
+        self.blocked = {}
 
     def __dealloc__(self):
-        cdef int i
-        buffer_release(&self.inb)
-        buffer_release(&self.out)
-        buffer_release(&self.block)
-        buffer_release(&self.pseudo)
-        buffer_release(&self.cookie)
-        if self.inflater != NULL:
-            nghttp2_hd_inflate_del(<nghttp2_hd_inflater*>self.inflater)
+        self.release()
 
     cdef int opened(self, Http2Stream stream) except -1:
         return 0
@@ -376,7 +381,7 @@ cdef class Http2Session:
     cdef void wants_out(self) noexcept:
         pass
 
-    cdef void settled(self) noexcept:
+    cdef void hold(self) noexcept:
         pass
 
     # -- life ---------------------------------------------------------------------------------------------------------
@@ -392,7 +397,6 @@ cdef class Http2Session:
         self.settings = settings
         self.counters = counters
         self.head_limit = head_limit
-        self.blocked = {}
         self.next_id = 1
         self.refuse_above = WINDOW_MAX
         self.send_window = self.peer_window = WINDOW_DEFAULT
@@ -465,6 +469,19 @@ cdef class Http2Session:
         if error == H2_ENHANCE_YOUR_CALM:
             self.counters[C_H2_CALMED] += 1
         return 0
+
+    cdef void release(self) noexcept:
+        """Gives back all memory but the object's own; while frames are being handled that waits until they are."""
+        if self.feeding:
+            return
+        buffer_release(&self.inb)
+        buffer_release(&self.out)
+        buffer_release(&self.block)
+        buffer_release(&self.pseudo)
+        buffer_release(&self.cookie)
+        if self.inflater != NULL:
+            nghttp2_hd_inflate_del(<nghttp2_hd_inflater*>self.inflater)
+            self.inflater = NULL
 
     cdef int lost(self) except -1:
         cdef Http2Stream stream
@@ -609,6 +626,17 @@ cdef class Http2Session:
         if self.blocked and not self.dead:
             self.wake()
 
+    cdef int force(self) except -1:
+        """The tick: small pieces may go."""
+        if self.dead:
+            return 0
+        self.forced = True
+        try:
+            self.wake()
+        finally:
+            self.forced = False
+        return 0
+
     cdef int wake(self) except -1:
         """Those that waited for window or room, as far as there is some, in the order in which they came."""
         cdef Http2Stream stream
@@ -705,6 +733,8 @@ cdef class Http2Session:
                 buffer_release(&self.inb)
         finally:
             self.feeding = False
+            if self.released:
+                self.release()
         return 0
 
     cdef int frame(self, uint8_t kind, uint8_t flags, uint32_t id, const char* p, uint32_t n) except -1:
@@ -991,6 +1021,9 @@ cdef class Http2Session:
         if flags & ACK:
             if n:
                 return self.fail(H2_FRAME_SIZE_ERROR, b"an acknowledgement with a payload")
+            if self.acknowledged:                   # there was one SETTINGS of ours
+                self.pay_frame()
+            self.acknowledged = True
             return 0
         if n % 6:
             return self.fail(H2_FRAME_SIZE_ERROR, b"SETTINGS of a wrong size")
@@ -1023,9 +1056,7 @@ cdef class Http2Session:
             elif which == ENABLE_CONNECT_PROTOCOL and value > 1:
                 return self.fail(H2_PROTOCOL_ERROR, b"a setting that cannot be")
         self.put_frame(0, SETTINGS, ACK, 0)
-        if not self.peer_settings:
-            self.peer_settings = True
-            self.settled()
+        self.peer_settings = True
         self.wake()
         return 0
 
@@ -1224,6 +1255,8 @@ cdef void take_field(Block* b, const uint8_t* name, size_t n, const uint8_t* val
     if not sound_name(name, n) or not sound_value(value, size) or of_connection(name, n):
         b.malformed = True
         return
+    if b.what == TRAILERS and no_trailer(<const char*>name, n):
+        return
     if not b.started and b.what != TRAILERS:
         start_text(b)
         if b.malformed:
@@ -1261,6 +1294,17 @@ cdef void take_field(Block* b, const uint8_t* name, size_t n, const uint8_t* val
             b.malformed = True
         return
     put_bounded(b, name, n, value, size)
+
+
+cdef bint no_trailer(const char* name, size_t n) noexcept nogil:
+    """What must not come behind a body (RFC 9110 6.5.1): who puts trailers among the fields would believe it. Dropped.
+
+    Fields of framing are malformed; that is seen before, or after.
+    """
+    cdef uint8_t id = field_id(name, n)
+    return id == F_AUTHORIZATION or id == F_COOKIE or id == F_EXPECT or id == F_TRAILER or id == F_ORIGIN or id == F_X_API_KEY or \
+        id == F_IDEMPOTENCY_KEY or id == F_X_REQUEST_ID or id == F_TRACEPARENT or id == F_CONTENT_TYPE or id == F_CONTENT_ENCODING or \
+        field_is_identity(name, n)
 
 
 cdef void put_bounded(Block* b, const uint8_t* name, size_t n, const uint8_t* value, size_t size) noexcept nogil:
@@ -1324,13 +1368,16 @@ cdef inline const char* pseudo_at(Block* b, int which) noexcept nogil:
 
 cdef void start_answer(Block* b) noexcept nogil:
     cdef const char* status
+    cdef const char* reason
     if not b.seen[P_STATUS] or b.length[P_STATUS] != 3:
         b.malformed = True
         return
     status = pseudo_at(b, P_STATUS)
     b.status = <int>cw_decimal(status, 3)
+    reason = cw_reason(b.status)                    # HTTP/2 has none
     if b.status < 100 or b.status == 101 or buffer_append(b.text, b"HTTP/1.1 ", 9) < 0 or buffer_append(b.text, status, 3) < 0 or \
-            buffer_append(b.text, b" \r\n", 3) < 0:
+            buffer_append(b.text, b" ", 1) < 0 or buffer_append(b.text, reason, <uint32_t>strlen(reason)) < 0 or \
+            buffer_append(b.text, b"\r\n", 2) < 0:
         b.malformed = True
 
 

@@ -70,8 +70,10 @@ cdef class LinkSession(Http2Session):
     cdef void wants_out(self) noexcept:
         self.link.engine.corked.append(self.link)
 
-    cdef void settled(self) noexcept:
-        pass
+    cdef void hold(self) noexcept:
+        if not self.held:
+            self.held = True
+            self.link.engine.held.append(self)
 
 
 cdef class Link(Connection):
@@ -135,10 +137,20 @@ cdef class Link(Connection):
         return 0
 
     cdef int over(self) except -1:
+        self.close()
         return 0
 
     cdef int stirred(self) except -1:
         return 0
+
+    cdef void close(self):
+        """The socket closes, and the streams are lost. The session knows its link no more: the two are no cycle."""
+        Connection.close(self)
+        self.h2.lost()
+        self.h2.dirty = True                        # nobody sends it any more
+        self.h2.released = True
+        self.h2.release()
+        self.h2.link = None
 
     cdef int on_events(self, uint32_t events) except -1:
         if events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR):
@@ -310,11 +322,6 @@ cdef class FrontLink(Link):
         self.close()
         return 0
 
-    cdef int over(self) except -1:
-        """The client has left."""
-        self.close()
-        return 0
-
     cdef void close_now(self):
         self.cut_short()
         self.close()
@@ -325,11 +332,7 @@ cdef class FrontLink(Link):
         self.engine.connections -= 1
         self.engine.slot.counters[C_CONNECTIONS_CLOSED] += 1
         self.state = D_CLOSED
-        Connection.close(self)
-        self.h2.lost()
-        if not self.h2.feeding:
-            buffer_release(&self.h2.inb)
-        buffer_release(&self.h2.out)
+        Link.close(self)
 
 
 # -- the upstream's side ----------------------------------------------------------------------------------------------
@@ -451,10 +454,6 @@ cdef class BackLink(Link):
         self.close()
         return 0
 
-    cdef int over(self) except -1:
-        self.close()
-        return 0
-
     def moved(self, Endpoint endpoint, Upstream upstream) -> None:
         """Its endpoint is a new snapshot's now."""
         self.endpoint = endpoint
@@ -480,11 +479,7 @@ cdef class BackLink(Link):
         if self in self.endpoint.links:
             self.endpoint.links.remove(self)
         self.state = U_CLOSED
-        Connection.close(self)
-        self.h2.lost()
-        if not self.h2.feeding:
-            buffer_release(&self.h2.inb)
-        buffer_release(&self.h2.out)
+        Link.close(self)
 
 
 cdef void dress_stream(UpstreamConnection u, Downstream d) noexcept:
@@ -494,6 +489,32 @@ cdef void dress_stream(UpstreamConnection u, Downstream d) noexcept:
     u.start_at = x.body_at
     u.start_remaining = x.body.remaining
     u.start_bytes = x.body.bytes
+
+
+cdef int pass_trailers(Http2Stream source, Http2Stream sink, Edits edits, tuple names) except -1:
+    """What came behind a body goes on behind it, without the fields that a policy removes, or asserts itself."""
+    if source.trailers.end > source.trailers.start:
+        sink.closing_lines, source.trailers = source.trailers, sink.closing_lines
+        thin_out(&sink.closing_lines, edits, names)
+    return 0
+
+
+cdef int thin_out(Buffer* trailers, Edits edits, tuple names) except -1:
+    """Takes out of these lines what a policy removes."""
+    cdef bytes lines
+    names = names + (tuple(edits.remove) if edits is not None else ())
+    if names and trailers.end > trailers.start:
+        folded = {fold(name) for name in names}
+        lines = trailers.base[trailers.start:trailers.end]
+        lines = b"".join(line for line in lines.splitlines(keepends=True) if fold(line.partition(b":")[0]) not in folded)
+        buffer_release(trailers)
+        buffer_append(trailers, lines, <uint32_t>len(lines))
+    return 0
+
+
+cdef bytes fold(bytes name):
+    """As an application server may spell it: X_User and x.user are X-User."""
+    return bytes([cw_fold_name(c) for c in name])
 
 
 cdef int part_stream(UpstreamConnection u) except -1:

@@ -637,8 +637,8 @@ cdef class UpstreamConnection(Connection):
             self.record(OUTCOME_GRPC, max(grpc_status_in(self.stream.trailers.base + self.stream.trailers.start,
                                                          self.stream.trailers.end - self.stream.trailers.start), GRPC_OK), 0)
         if downstream.stream is not None:
-            if x.web is None and self.owes_trailers():
-                downstream.stream.closing_lines, self.stream.trailers = self.stream.trailers, downstream.stream.closing_lines
+            if self.stream is not None and x.web is None:
+                pass_trailers(self.stream, downstream.stream, x.route.response_edits, ())
             downstream.finish()
         self.terminated = False
         x.upstream_us = cw_monotonic_us() - x.upstream_from
