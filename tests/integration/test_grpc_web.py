@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import gc
 import socket
 import struct
 import threading
@@ -80,6 +81,7 @@ def configuration(upstream: str, port: int) -> str:
         "  closed: {ip: {deny: 127.0.0.1/32}}\n"
         f"routes:\n  - {{name: payments, match: {{grpc: {{service: {SERVICE}}}}}, policies: [browsers, web], upstream: bank}}\n"
         f"  - {{name: closed, match: {{grpc: {{service: {SERVICE}, method: Closed}}}}, policies: [browsers, closed, web], upstream: bank}}\n"
+        f"  - {{name: small, match: {{grpc: {{service: {SERVICE}, method: Small}}}}, policies: [browsers, {{grpc_web: {{request: 1KiB}}}}], upstream: bank}}\n"
     )
 
 
@@ -219,6 +221,8 @@ def test_a_client_that_nobody_here_wrote(web: Web) -> None:
         with pytest.raises(sonora.protocol.WebRpcError) as closed:
             channel.unary_unary(f"/{SERVICE}/Closed", bytes, bytes)(b"1")
         assert closed.value.code() == grpc.StatusCode.PERMISSION_DENIED
+    del transfer, watch, refused, closed
+    gc.collect()                                # it leaves the connection of a stream to the collector
 
 
 # -- refusals of the gateway
@@ -241,8 +245,7 @@ def test_a_policy_refuses_in_the_client_s_language(web: Web, http2: bool, kind: 
     ("kind", "body", "status"),
     [
         (TEXT, b"not base64", "3"), (TEXT, b"AAAAAAEx====", "3"), (TEXT, b"AAAAAA", "3"), (BINARY, message(b"1")[:-1], "3"),
-        (BINARY, message(b"1", 0x80), "3"), (BINARY, message(b"1", 2), "3"), (BINARY, message(bytes(65536)), "8"),
-        (TEXT, base64.b64encode(message(bytes(65536))), "8"),
+        (BINARY, message(b"1", 0x80), "3"), (BINARY, message(b"1", 2), "3"), 
     ],
 )  # fmt: skip
 def test_a_body_that_is_no_call_never_reaches_the_service(web: Web, http2: bool, kind: str, body: bytes, status: str) -> None:
@@ -252,6 +255,19 @@ def test_a_body_that_is_no_call_never_reaches_the_service(web: Web, http2: bool,
     assert answer.headers["content-type"] == kind
     assert web.bank.calls == calls
     assert frames(web.call("Transfer", message(b"1")).content)[0] == (0, b"paid 1")
+
+
+@both
+@pytest.mark.parametrize("kind", [BINARY, TEXT])
+def test_a_request_above_the_limit_never_reaches_the_service(web: Web, http2: bool, kind: str) -> None:
+    """It fits one frame, so that no client is still sending when it is refused."""
+    for size, status in ((900 if kind == BINARY else 700, "12"), (1100, "8")):
+        body = message(bytes(size))
+        answer = web.call("Small", body if kind == BINARY else base64.b64encode(body), kind, http2=http2)
+        said = answer.headers.get("grpc-status")
+        if said is None:
+            said = trailers(frames(answer.content if kind == BINARY else decoded(answer.content))[-1])["grpc-status"]
+        assert said == status                   # the service has no such method
 
 
 @both
