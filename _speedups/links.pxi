@@ -493,17 +493,22 @@ cdef void dress_stream(UpstreamConnection u, Downstream d) noexcept:
 
 cdef int pass_trailers(Http2Stream source, Http2Stream sink, Edits edits, tuple names) except -1:
     """What came behind a body goes on behind it, without the fields that a policy removes, or asserts itself."""
+    if source.trailers.end > source.trailers.start:
+        sink.closing_lines, source.trailers = source.trailers, sink.closing_lines
+        thin_out(&sink.closing_lines, edits, names)
+    return 0
+
+
+cdef int thin_out(Buffer* trailers, Edits edits, tuple names) except -1:
+    """Takes out of these lines what a policy removes."""
     cdef bytes lines
-    if source.trailers.end == source.trailers.start:
-        return 0
-    sink.closing_lines, source.trailers = source.trailers, sink.closing_lines
     names = names + (tuple(edits.remove) if edits is not None else ())
-    if names:
+    if names and trailers.end > trailers.start:
         folded = {fold(name) for name in names}
-        lines = sink.closing_lines.base[sink.closing_lines.start:sink.closing_lines.end]
+        lines = trailers.base[trailers.start:trailers.end]
         lines = b"".join(line for line in lines.splitlines(keepends=True) if fold(line.partition(b":")[0]) not in folded)
-        buffer_release(&sink.closing_lines)
-        buffer_append(&sink.closing_lines, lines, <uint32_t>len(lines))
+        buffer_release(trailers)
+        buffer_append(trailers, lines, <uint32_t>len(lines))
     return 0
 
 
