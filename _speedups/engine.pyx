@@ -886,10 +886,16 @@ cdef class Engine:
         """A stream on a link that has room, or on a new one on its way."""
         cdef UpstreamConnection connection
         cdef BackLink link = None, other
-        for other in endpoint.links:
-            if other.usable(self.now):
-                link = other
-                break
+        for other in list(endpoint.links):
+            if not other.usable(self.now):
+                continue
+            # What must not be sent twice travels only on a connection that is alive right now.
+            if other.resting and not is_safe(x.head.method) and other.left():
+                self.slot.counters[C_UPSTREAM_DISCARDED] += 1
+                other.close()
+                continue
+            link = other
+            break
         if link is None:
             link = self.link_to(x, endpoint)
             if link is None:
