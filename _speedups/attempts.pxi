@@ -279,7 +279,9 @@ cdef int send_hedge(UpstreamConnection u) except -1:
     n = compose_request(x, u.engine.composed, HEAD_ROOM, u.engine.now)
     x.endpoint = endpoint
     u.sent_at = u.engine.now
-    if n < 0 or u.put(u.engine.composed, n) < 0:
+    if u.stream is not None:
+        dress_stream(u, <Downstream>x.connection)
+    if n < 0 or u.put_message(u.engine.composed, n, True) < 0:
         drop_hedge(x, OUTCOME_RESET)
     return 0
 
@@ -341,7 +343,6 @@ cdef void bury(Downstream d):
     d.engine.orphans.discard(d)
     d.state = D_CLOSED
     if d.held is not None:
-        d.held.active -= 1
-        d.held = None
+        give_stream(d)
     buffer_release(&d.inb)
     buffer_release(&d.out)

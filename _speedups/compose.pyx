@@ -12,6 +12,7 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy
 from gateway._speedups.exchange cimport BODY_CHUNKED, BODY_CLOSE, BODY_LENGTH, BODY_NONE, Edits, Exchange
 from gateway._speedups.grpc cimport grpc_code, is_grpc
+from gateway._speedups.grpc_web cimport WEB_TYPE_MAX, web_answer_type, web_request_type
 from gateway._speedups.headers cimport *
 from gateway._speedups.pool cimport HOST_LITERAL, HOST_PRESERVE
 from gateway._speedups.wire cimport cw_fold_name, cw_hex, cw_put_decimal, cw_reason
@@ -382,7 +383,7 @@ cdef void put_deadline(cw_out* o, Exchange x, int64_t now) noexcept:
     """How long the next hop may take, and how often it may try again: so that layers do not wait and retry on top of each other."""
     cdef int64_t left = (x.total_at - now) // 1000
     if x.total_at:
-        if is_grpc(x.head):
+        if x.web is not None or is_grpc(x.head):
             cw_lit(o, b"grpc-timeout: ")
             put_number(o, left if left > 0 else 0)
             cw_lit(o, b"m\r\n")
@@ -391,6 +392,21 @@ cdef void put_deadline(cw_out* o, Exchange x, int64_t now) noexcept:
         cw_lit(o, b"\r\n")
     cw_lit(o, b"x-crossway-attempts-left: ")
     put_number(o, x.attempts - x.tries if x.attempts > x.tries else 0)
+    cw_lit(o, b"\r\n")
+
+
+cdef void put_web_type(cw_out* o, Exchange x, const Head* answer) noexcept:
+    """The content type of a translated message: of the request when `answer` is NULL."""
+    cdef const Head* head = x.head if answer == NULL else answer
+    cdef int i = head.first[F_CONTENT_TYPE]
+    cdef const char* value = b""
+    cdef uint32_t size = 0
+    cdef char made[WEB_TYPE_MAX]
+    if i >= 0:
+        value, size = head.base + head.fields[i].value, head.fields[i].value_len
+    size = web_request_type(value, size, made) if answer == NULL else web_answer_type(x.web.wants_text, value, size, made)
+    cw_lit(o, b"content-type: ")
+    cw_put(o, made, size)
     cw_lit(o, b"\r\n")
 
 
@@ -410,7 +426,9 @@ cdef int compose_request(Exchange x, char* out, int room, int64_t now) except -2
             head.fields[i].flags |= FIELD_DROP
         elif (head.fields[i].id == F_TRACESTATE and not traced) or (head.fields[i].id == F_BAGGAGE and not x.trusted):
             head.fields[i].flags |= FIELD_DROP
-        elif head.fields[i].id == F_GRPC_TIMEOUT and x.total_at and is_grpc(head):
+        elif head.fields[i].id == F_GRPC_TIMEOUT and x.total_at and (x.web is not None or is_grpc(head)):
+            head.fields[i].flags |= FIELD_DROP
+        elif x.web is not None and head.fields[i].id == F_CONTENT_TYPE:
             head.fields[i].flags |= FIELD_DROP
         elif head.fields[i].id == F_AUTHORIZATION and x.route.strip_authorization:
             head.fields[i].flags |= FIELD_DROP
@@ -435,6 +453,8 @@ cdef int compose_request(Exchange x, char* out, int room, int64_t now) except -2
         put_principal(&o, x.certificate.fields(), x.route.request_edits, x.request_removed)
     if x.principal is not None:
         put_principal(&o, x.principal.headers, x.route.request_edits, x.request_removed)
+    if x.web is not None:
+        put_web_type(&o, x, NULL)
     put_edits(&o, x.route.request_edits, x.request_set)
     if x.collected is not None and x.body.out != BODY_NONE:
         # Whatever its framing was: all of it is here, and goes out in one piece.
@@ -485,9 +505,13 @@ cdef int compose_answer(Exchange x, Head* head, char* out, int room) except -2:
         drop_named(head, (b"x-request-id",))
     if head.first[F_CROSSWAY_ATTEMPTS] >= 0 and not x.trusted:
         drop_named(head, (b"x-crossway-attempts-left",))
+    if x.web is not None and x.web.translating:
+        drop_named(head, (b"content-type",))
     drop_edited(head, x.route.response_edits, x.response_removed)
     put_received_status(&o, head)
     put_fields(&o, head)
+    if x.web is not None and x.web.translating:
+        put_web_type(&o, x, head)
     cw_lit(&o, b"x-request-id: ")
     cw_put(&o, x.request_id, 36)
     cw_lit(&o, b"\r\n")
@@ -551,11 +575,19 @@ cdef bytes problem(Exchange x):
             b',"detail":"' + x.detail + b'","request_id":"' + x.request_id[:36] + b'"}\n')
 
 
-cdef int grpc_reply(Exchange x, cw_out* o) except -2:
+cdef int grpc_reply(Exchange x, cw_out* o, bint keep_alive) except -2:
     """A refusal as gRPC has it: a head that is all of the answer ("Trailers-Only"). `detail` holds no %, so it is encoded already."""
     cdef char* from_ = o.at
     put_status(o, 200)
-    cw_lit(o, b"content-type: application/grpc\r\ngrpc-status: ")
+    if x.web is None:
+        cw_lit(o, b"content-type: application/grpc\r\ngrpc-status: ")
+    else:                                       # over HTTP/1.1 as well, where the end is to be said
+        cw_lit_name(o, b"content-type: application/grpc-web-text+proto" if x.web.wants_text else
+                    b"content-type: application/grpc-web+proto")
+        cw_lit(o, b"\r\ncontent-length: 0\r\n")
+        if not keep_alive:
+            cw_lit(o, b"connection: close\r\n")
+        cw_lit(o, b"grpc-status: ")
     put_number(o, grpc_code(x.status))
     cw_lit(o, b"\r\ngrpc-message: ")
     if x.reply_body is None:
@@ -578,8 +610,8 @@ cdef int compose_reply(Exchange x, char* out, int room, bint keep_alive) except 
     o.at = out
     o.end = out + room
     o.short_ = False
-    if x.grpc and x.status >= 400:
-        return grpc_reply(x, &o)
+    if (x.grpc or x.web is not None) and x.status >= 400:
+        return grpc_reply(x, &o, keep_alive)
     if body is None:
         body = problem(x)
     put_status(&o, x.status)

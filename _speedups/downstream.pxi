@@ -12,6 +12,7 @@ cdef bytes plain_on_tls():
 cdef bytes PLAIN_ON_TLS = plain_on_tls()
 
 
+@cython.freelist(256)
 cdef class Downstream(Connection):
     """A client's connection."""
 
@@ -472,11 +473,13 @@ cdef class Downstream(Connection):
             x.refuse(405, b"method-not-allowed", b"the resource does not offer this method")
             x.reply_headers = b"allow: " + self.listener.trie.allow(&x.match) + b"\r\n"
             return self.reply()
+        if x.route.grpc_web:
+            take_web(x)
         if x.body.mode == BODY_LENGTH and x.body.remaining > x.body_limit():
             return self.refuse(413, b"body-too-large", b"the request body is larger than the limit")
         if x.route.total_us:
             x.total_at = self.engine.now + x.route.total_us
-        if x.grpc and head.first[F_GRPC_TIMEOUT] >= 0 and self.limit_grpc():
+        if (x.grpc or x.web is not None) and head.first[F_GRPC_TIMEOUT] >= 0 and self.limit_grpc():
             return 0
         if head.upgrade and x.route.tunnels is not None and not take_handshake(x):
             return self.reply()

@@ -247,6 +247,7 @@ cdef class Link(Connection):
     cdef int pump(self) except -1
     cdef void count_in(self, ssize_t n) noexcept
     cdef int push(self) except -1           # sends what waits
+    cdef void moved_on(self) noexcept
     cdef int over(self) except -1           # the connection is lost or at its end
     cdef int stirred(self) except -1        # after each event: deadlines, and the end of a connection that is to end
 
@@ -275,6 +276,7 @@ cdef class BackLink(Link):
     cdef int serve(self) except -1
     cdef int refuse(self, int status, bytes slug, bytes detail) except -1
     cdef bint usable(self, int64_t now) noexcept
+    cdef bint left(self) noexcept
 
 cdef class ListenSocket(Connection):
     cdef readonly str name

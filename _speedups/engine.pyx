@@ -15,11 +15,13 @@ from cpython.list cimport PyList_GET_SIZE
 from cpython.ref cimport PyObject
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memchr, memcmp, memcpy, memmove, memset
+from libc.string cimport memchr, memcmp, memcpy, memmove, memset, strlen
 from gateway._speedups.buffers cimport *
 from gateway._speedups.compose cimport *
 from gateway._speedups.exchange cimport *
 from gateway._speedups.grpc cimport *
+from gateway._speedups.grpc_web cimport (
+    WEB_NOT, WEB_TEXT, WebCall, web_encode, web_kind, web_reset, web_trailers, web_wants_text)
 from gateway._speedups.headers cimport *
 from gateway._speedups.histogram cimport *
 from gateway._speedups.http1 cimport *
@@ -49,6 +51,7 @@ cdef enum:
     SPARE_EXCHANGES = 256
     HEAD_MAX = 65536            # of an upstream's answer
     INFORMATIONAL_MAX = 8
+    TROUBLE = -998              # no errno: what was to be sent cannot be
     LINGER_US = 2000000
     LINGER_BYTES = 1048576
     HANDSHAKES = 8              # steps per batch: a signature takes up to a millisecond, and the others have a turn between
@@ -281,6 +284,7 @@ cdef void keep_tail(Buffer* out, const char* data, uint32_t n, ssize_t* sent) no
 
 include "attempts.pxi"
 include "tunnel.pxi"
+include "grpc_web.pxi"
 include "downstream.pxi"
 include "upstream.pxi"
 include "links.pxi"
@@ -882,10 +886,16 @@ cdef class Engine:
         """A stream on a link that has room, or on a new one on its way."""
         cdef UpstreamConnection connection
         cdef BackLink link = None, other
-        for other in endpoint.links:
-            if other.usable(self.now):
-                link = other
-                break
+        for other in list(endpoint.links):
+            if not other.usable(self.now):
+                continue
+            # What must not be sent twice travels only on a connection that is alive right now.
+            if other.resting and not is_safe(x.head.method) and other.left():
+                self.slot.counters[C_UPSTREAM_DISCARDED] += 1
+                other.close()
+                continue
+            link = other
+            break
         if link is None:
             link = self.link_to(x, endpoint)
             if link is None:

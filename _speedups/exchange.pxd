@@ -8,6 +8,7 @@ use, so that whoever kept a reference (a hook's task) can tell that it is not hi
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from gateway._speedups.buffers cimport Buffer
 from gateway._speedups.certificates cimport ClientCertificate
+from gateway._speedups.grpc_web cimport WebCall
 from gateway._speedups.headers cimport Head
 from gateway._speedups.http1 cimport Chunked, Limits
 from gateway._speedups.http2_settings cimport Http2
@@ -119,6 +120,7 @@ cdef class RouteEntry(Route):
     cdef object cors                    # CorsStep or None
     cdef Shape shape                    # None: one upstream, no mirror
     cdef Tunnels tunnels                # None: Upgrade is stripped
+    cdef bint grpc_web                  # its clients may speak gRPC-Web
 
 cdef class ListenerEntry:
     cdef readonly str name
@@ -176,6 +178,7 @@ cdef class Exchange:
     cdef bint secure                    # the client's side of the edge spoke TLS
     cdef bint http2                     # ... and HTTP/2
     cdef bint grpc                      # ... and gRPC: refusals are told by grpc-status
+    cdef WebCall web                    # the client speaks gRPC-Web; None: it does not
     cdef ClientCertificate certificate  # of the client, verified
     cdef char request_id[36]
     cdef char trace[55]

@@ -132,7 +132,7 @@ cdef class RouteEntry(Route):
                  double head=0, double idle=0, double total=0, Edits request_edits=None, Edits response_edits=None,
                  bytes rewrite_prefix=None, tuple rewrite_path=None, bytes rewrite_host=None, tuple audits=(),
                  tuple response_hooks=(), tuple end_hooks=(), bint strip_authorization=False, cors=None, Shape shape=None,
-                 Tunnels tunnels=None):
+                 Tunnels tunnels=None, bint grpc_web=False):
         cdef int i
         Route.__init__(self, name, index)
         self.upstream = upstream
@@ -164,6 +164,7 @@ cdef class RouteEntry(Route):
         self.cors = cors
         self.shape = shape
         self.tunnels = tunnels
+        self.grpc_web = grpc_web
 
     def __dealloc__(self):
         free(self.step)
@@ -286,6 +287,7 @@ cdef class Exchange:
         self.secure = False
         self.http2 = False
         self.grpc = False
+        self.web = None
         self.certificate = None
         self.tries = 0
         self.attempts = 0

@@ -177,6 +177,7 @@ cdef int put_field(Buffer* text, const char* name, size_t n, const char* value, 
     return 0
 
 
+@cython.freelist(256)
 cdef class Http2Stream:
     """One exchange's half of a connection."""
 
@@ -347,7 +348,8 @@ cdef class Http2Stream:
         self.at_left = 0
         if left:
             self.taken(left)
-        session.blocked.pop(self, None)
+        if session.blocked:
+            session.blocked.pop(self, None)
         session.remove(self)
         self.session = None
         self.owner = None

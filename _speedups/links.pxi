@@ -118,6 +118,7 @@ cdef class Link(Connection):
         cdef Buffer* out = &self.h2.out
         cdef ssize_t n
         cdef int turn
+        cdef bint moved = False
         for turn in range(PUSHES):
             while out.end > out.start:
                 if self.fd < 0:
@@ -126,15 +127,22 @@ cdef class Link(Connection):
                 if n == -EAGAIN:
                     self.writable = False
                     self.h2.dirty = True            # room to write will tell
+                    if moved:
+                        self.moved_on()
                     return 0
                 if n < 0:
                     return self.over()
                 buffer_consume(out, <uint32_t>n)
+                moved = True
             buffer_release(out)
             self.h2.sent()
             if out.end == out.start or self.fd < 0:
                 return 0
         return 0
+
+    cdef void moved_on(self) noexcept:
+        """The other side has read some of what waits."""
+        pass
 
     cdef int over(self) except -1:
         self.close()
@@ -228,6 +236,10 @@ cdef class FrontLink(Link):
             self.h2.drain()
         return 0
 
+    cdef void moved_on(self) noexcept:
+        if self.why == T_WRITE:
+            self.engine.set_timer(self, T_WRITE, self.engine.now + self.face.listener.write_us)
+
     cdef int stirred(self) except -1:
         """Which deadline holds now. A connection that has failed, or was drained and is empty, ends."""
         cdef Http2Session h2 = self.h2
@@ -239,7 +251,7 @@ cdef class FrontLink(Link):
             return self.leave()
         if h2.out.end > h2.out.start and not self.writable:
             why = T_WRITE
-        elif not h2.peer_settings or h2.block_id:
+        elif not h2.peer_settings or h2.block_id or (h2.active == 0 and h2.inb.end > h2.inb.start):
             why = T_HEAD
         elif h2.pinged:
             why = T_LINGER
@@ -347,6 +359,12 @@ cdef class BackLink(Link):
         if not self.stands:
             return <uint32_t>len(self.waiting) < self.h2.settings.streams
         return self.h2.room()
+
+    cdef bint left(self) noexcept:
+        """Whether the server has closed it, looked up now."""
+        cdef char byte
+        cdef ssize_t n = cw_peek(self.fd, &byte, 1)
+        return n <= 0 and n != -EAGAIN
 
     cdef int on_events(self, uint32_t events) except -1:
         if self.stands:
@@ -491,19 +509,36 @@ cdef void dress_stream(UpstreamConnection u, Downstream d) noexcept:
     u.start_bytes = x.body.bytes
 
 
+cdef void give_stream(Downstream d):
+    """An exchange that outlived its stream is over: its place on the connection is free."""
+    cdef LinkSession session = <LinkSession>d.held
+    d.held = None
+    session.active -= 1
+    if session.link is not None:
+        try:
+            session.link.stirred()
+        except BaseException as error:
+            d.engine.report(session.link, error)
+
+
 cdef int pass_trailers(Http2Stream source, Http2Stream sink, Edits edits, tuple names) except -1:
     """What came behind a body goes on behind it, without the fields that a policy removes, or asserts itself."""
+    if source.trailers.end > source.trailers.start:
+        sink.closing_lines, source.trailers = source.trailers, sink.closing_lines
+        thin_out(&sink.closing_lines, edits, names)
+    return 0
+
+
+cdef int thin_out(Buffer* trailers, Edits edits, tuple names) except -1:
+    """Takes out of these lines what a policy removes."""
     cdef bytes lines
-    if source.trailers.end == source.trailers.start:
-        return 0
-    sink.closing_lines, source.trailers = source.trailers, sink.closing_lines
     names = names + (tuple(edits.remove) if edits is not None else ())
-    if names:
+    if names and trailers.end > trailers.start:
         folded = {fold(name) for name in names}
-        lines = sink.closing_lines.base[sink.closing_lines.start:sink.closing_lines.end]
+        lines = trailers.base[trailers.start:trailers.end]
         lines = b"".join(line for line in lines.splitlines(keepends=True) if fold(line.partition(b":")[0]) not in folded)
-        buffer_release(&sink.closing_lines)
-        buffer_append(&sink.closing_lines, lines, <uint32_t>len(lines))
+        buffer_release(trailers)
+        buffer_append(trailers, lines, <uint32_t>len(lines))
     return 0
 
 

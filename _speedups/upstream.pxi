@@ -19,6 +19,7 @@ cdef bint empty_line(const char* data, uint32_t seen, uint32_t length) noexcept 
     return False
 
 
+@cython.freelist(256)
 cdef class UpstreamConnection(Connection):
     """A connection to an endpoint."""
 
@@ -487,6 +488,8 @@ cdef class UpstreamConnection(Connection):
         else:
             x.answer.mode = BODY_CLOSE
             x.answer.out = BODY_CHUNKED
+        if x.web is not None:
+            begin_web_answer(self, head)
         if x.answer.out == BODY_CHUNKED and downstream.stream is not None:
             x.answer.out = BODY_CLOSE               # the stream's end says it
         if x.answer.out == BODY_CHUNKED and x.head.minor == 0:
@@ -601,9 +604,12 @@ cdef class UpstreamConnection(Connection):
         x.answer.bytes += payload
         self.engine.slot.counters[C_BYTES_OUT] += payload
         if x.answer.done and downstream.stream is not None:
-            downstream.stream.last = not self.owes_trailers()
-        result = downstream.put_chunk(data, <uint32_t>payload) if x.answer.out == BODY_CHUNKED else \
-            downstream.put(data, <uint32_t>payload)
+            downstream.stream.last = x.web is None and not self.owes_trailers()
+        result = put_answer(self, downstream, data, <uint32_t>payload)
+        if result == TROUBLE:
+            self.engine.slot.counters[C_UPSTREAM_BAD] += 1
+            self.fail(502, b"upstream-bad-answer", b"the upstream's answer is no gRPC")
+            return 1
         if result < 0:
             downstream.gone()
             return 1
@@ -616,6 +622,15 @@ cdef class UpstreamConnection(Connection):
         """The answer is complete: finish it towards the client, keep or close the connection, go on with the client."""
         cdef Exchange x = self.x
         cdef Downstream downstream = <Downstream>x.connection
+        cdef int result
+        if x.web is not None and x.web.framed:
+            result = end_web_answer(self, downstream)
+            if result == TROUBLE:
+                self.engine.slot.counters[C_UPSTREAM_BAD] += 1
+                return self.fail(502, b"upstream-bad-answer", b"the upstream's answer ended in the middle of a message")
+            if result < 0:
+                downstream.gone()
+                return 0
         if x.answer.out == BODY_CHUNKED and not self.terminated and downstream.put(b"0\r\n\r\n", 5) < 0:
             downstream.gone()
             return 0
@@ -623,7 +638,7 @@ cdef class UpstreamConnection(Connection):
             self.record(OUTCOME_GRPC, max(grpc_status_in(self.stream.trailers.base + self.stream.trailers.start,
                                                          self.stream.trailers.end - self.stream.trailers.start), GRPC_OK), 0)
         if downstream.stream is not None:
-            if self.stream is not None:
+            if self.stream is not None and x.web is None:
                 pass_trailers(self.stream, downstream.stream, x.route.response_edits, ())
             downstream.finish()
         self.terminated = False

@@ -62,6 +62,7 @@ class RouteEntry(Route):
         cors: Step | None = None,
         shape: Shape | None = None,
         tunnels: Tunnels | None = None,
+        grpc_web: bool = False,
     ) -> None: ...
     @property
     def upstream(self) -> Upstream: ...

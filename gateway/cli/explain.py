@@ -40,6 +40,7 @@ PHASE_OF = {
     "python": "validate",
     "headers": "transform",
     "rewrite": "transform",
+    "grpc_web": "transform",
     "fault": "transform",
     "audit": "record",
 }

@@ -28,7 +28,7 @@ from gateway.errors import Problem
 Place = tuple[Key, ...]
 
 # A second one of these in the same route would contradict the first or do nothing.
-_SINGLE = ("jwt", "api_key", "rewrite", "cors", "limits")
+_SINGLE = ("jwt", "api_key", "rewrite", "cors", "grpc_web", "limits")
 
 
 def findings(config: Config) -> list[Problem]:

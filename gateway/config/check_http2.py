@@ -23,6 +23,7 @@ def check_http2(config: Config) -> None:
         _upstream(upstream, ("upstreams", name), config.document)
     for number, route in enumerate(config.routes):
         _route(config, route, ("routes", number), config.document)
+        _grpc_web(config, number, route, config.document)
 
 
 def _listener(listener: Listener, place: Place, document: Document) -> None:
@@ -118,3 +119,29 @@ def _mirror(config: Config, route: Route, place: Place, document: Document) -> N
         )
     if route.mirror is not None and route.match.grpc is not None:
         document.report((*place, "mirror"), "gRPC calls cannot be mirrored: copies are sent in HTTP/1.1", "remove the mirror")
+
+
+def _grpc_web(config: Config, number: int, route: Route, document: Document) -> None:
+    """Report what a route with a grpc_web policy cannot do. Calls that `match: {grpc}` takes are looked at in _route()."""
+    place: Place = ("routes", number)
+    policies = [use.inline or config.policies.get(use.use or "") for use in route.policies]
+    kinds = [None if policy is None else policy.kind for policy in policies]
+    if "grpc_web" not in kinds:
+        return
+    at: Place = (*place, "policies", kinds.index("grpc_web"))
+    if route.match.methods is not None and "POST" not in route.match.methods:
+        document.report(at, "gRPC-Web, but its calls are POST requests, which this route does not take", "add POST to `methods`")
+    for name, where in _destinations(route, place) if route.match.grpc is None else ():
+        upstream = config.upstreams.get(name)
+        if upstream is not None and upstream.protocol == "http1":
+            line = document.spot(("upstreams", name)).line
+            document.report(
+                where,
+                f"gRPC-Web becomes gRPC, which needs HTTP/2, and {document.show(where, name)} is spoken to in HTTP/1.1 (line {line})",
+                "write `protocol: grpc` in that upstream",
+            )
+    if route.mirror is not None and route.match.grpc is None:
+        document.report((*place, "mirror"), "gRPC calls cannot be mirrored: copies are sent in HTTP/1.1", "remove the mirror")
+    cors = next((policy.cors for policy in policies if policy is not None and policy.cors is not None), None)
+    if cors is not None and "POST" not in cors.methods:
+        document.warn(at, "no browser of another origin can call: the cors policy of this route allows no POST", "add POST to its `methods`")

@@ -1,4 +1,4 @@
-"""gRPC in a route's match: a service, or one method of it.
+"""gRPC in a route's match (a service, or one method of it), and the policy for browsers that call it.
 
 Strategy: a call is a POST to /SERVICE/METHOD with a content type of its own (gRPC over HTTP/2), so this is a shorter spelling
 of a path, a method and a header, which is what everything that reads routes sees.
@@ -7,12 +7,12 @@ of a path, a method and a header, which is what everything that reads routes see
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import PlainValidator
 
 from gateway.config.base import Model, needed, setting
-from gateway.config.values import described, fault, text_of
+from gateway.config.values import Size, described, fault, text_of
 
 CONTENT_TYPE = "application/grpc"
 _WORD = r"[A-Za-z_][A-Za-z0-9_]*"
@@ -50,3 +50,16 @@ class GrpcMatch(Model):
     def path(self) -> str:
         """Return the template of the paths of these calls."""
         return f"/{self.service}/{self.method or '{method}'}"
+
+
+class GrpcWeb(Model):
+    """Let browsers call gRPC services: gRPC-Web, in binary and in text, becomes gRPC and back. gRPC itself passes as it is."""
+
+    kind: ClassVar[str] = "grpc_web"
+
+    request: Size = setting("1MiB", "longest request; it is held until it is complete")
+
+
+def widen_grpc_web(raw: Any) -> Any:
+    """`true` stands for all defaults."""
+    return {} if raw is True else raw

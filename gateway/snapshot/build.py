@@ -198,8 +198,9 @@ def _route(
 ) -> RouteEntry | None:
     """Return the compiled route, or None when one of its upstreams or a policy is at fault."""
     metric = names.add(route.name)
-    parts = RouteParts()
-    for name, policy, place in _uses(index, config):
+    uses = list(_uses(index, config))
+    parts = RouteParts(grpc_web=any(policy.kind == "grpc_web" for _, policy, _ in uses))
+    for name, policy, place in uses:
         use = Use(name, route.name, route.match.parameters, workshop, place)
         with faults.at(place, f"the {policy.kind} policy cannot be used", foreign=policy.kind == "python"):
             COMPILERS[policy.kind](policy.settings, use, parts)
@@ -220,6 +221,7 @@ def _route(
             rewrite_prefix=parts.rewrite_prefix, rewrite_path=parts.rewrite_path, rewrite_host=parts.rewrite_host,
             audits=tuple(parts.audits), response_hooks=tuple(parts.response_hooks), end_hooks=tuple(parts.end_hooks),
             strip_authorization=parts.strip_authorization, cors=parts.cors, shape=shape, tunnels=tunnels,
+            grpc_web=parts.grpc_web,
         )
 
     with faults.at(("routes", index), f"route '{route.name}' cannot be used"):

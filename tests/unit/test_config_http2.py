@@ -321,3 +321,44 @@ def test_copies_are_sent_in_http1(folder: Path) -> None:
 def test_a_call_s_path_can_be_rewritten(folder: Path) -> None:
     config = config_of(folder, "grpc: {service: a.v1.B}", ", policies: [{rewrite: {path: '/a.v2.B/{method}'}}]")
     assert config.routes[0].match.parameters == ("method",)
+
+
+# -- gRPC-Web
+
+
+def web_route(match: str = "grpc: {service: a.B}", policies: str = "{grpc_web: {}}", more: str = "") -> str:
+    return f"{{name: calls, match: {{{match}}}, policies: [{policies}], upstream: origin{more}}}"
+
+
+@pytest.mark.parametrize(
+    "route",
+    [
+        web_route(), web_route(policies="{grpc_web: true}"), web_route(policies="{grpc_web: {request: 4MiB}}, {cors: {origins: '*'}}"),
+        web_route("prefix: /a.B"), web_route("prefix: /a.B, methods: [POST]", "{cors: {origins: '*'}}, {grpc_web: {}}"),
+    ],
+)  # fmt: skip
+def test_grpc_web_that_is_well(folder: Path, route: str) -> None:
+    built(write(folder, upstream=", protocol: grpc", routes=route))
+
+
+@pytest.mark.parametrize(
+    ("upstream", "route", "severity", "message", "hint"),
+    [
+        ("http1", web_route("prefix: /a.B"), "error", "'origin' is spoken to in HTTP/1.1 (line 6)", "`protocol: grpc`"),
+        ("http1", web_route(), "error", "gRPC needs HTTP/2 up to its server", "`protocol: grpc`"),
+        ("grpc", web_route("prefix: /a.B, methods: [GET]"), "error", "calls are POST requests", "add POST"),
+        ("grpc", web_route(policies="{grpc_web: {}}, {grpc_web: {}}"), "error", "a second grpc_web policy", "line 8"),
+        ("grpc", web_route(policies="{grpc_web: {}}, {cors: {origins: '*', methods: [GET]}}"), "warning", "allows no POST", "add POST"),
+        ("grpc", web_route(policies="{grpc_web: {size: 1MiB}}"), "error", "size", ""),
+        ("grpc", web_route(policies="{grpc_web: false}"), "error", "", ""),
+    ],
+)
+def test_grpc_web_that_cannot_work(folder: Path, upstream: str, route: str, severity: str, message: str, hint: str) -> None:
+    only(write(folder, upstream=f", protocol: {upstream}", routes=route), severity, message, 8, hint)
+
+
+def test_grpc_web_is_not_mirrored(folder: Path) -> None:
+    more = "  copies: {targets: [127.0.0.1:9002]}\n"
+    for match in ("prefix: /a.B", "grpc: {service: a.B}"):
+        path = write(folder, upstream=", protocol: grpc", more=more, routes=web_route(match, more=", mirror: {upstream: copies, methods: [GET]}"))
+        only(path, "error", "gRPC calls cannot be mirrored", 9)
