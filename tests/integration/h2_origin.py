@@ -167,7 +167,7 @@ class Link:
             await self.origin.script(call)
         except (Gone, OSError):
             pass
-        except h2.exceptions.StreamClosedError:
+        except (h2.exceptions.StreamClosedError, h2.exceptions.StreamIDTooLowError):
             pass                                        # reset by the gateway between two of our steps
         except Exception as error:  # noqa: BLE001 - shown by reset()
             self.origin.failures.append(error)
