@@ -38,6 +38,11 @@ listeners:
   two: {{bind: 127.0.0.1:0, http2: {{clear: true}}, {times}, limits: {{body: 64MiB}}}}
   secure: {{bind: 127.0.0.1:0, {tls}, {times}, limits: {{body: 64MiB}}}}
   brief: {{bind: 127.0.0.1:0, http2: {{clear: true}}, {brief}}}
+  tight:
+    bind: 127.0.0.1:0
+    {times}
+    http2: {{clear: true, streams: 10, window: 16KiB, connection_window: 65535, resets: 10, frames: 50}}
+    limits: {{head: 1KiB, target: 256, fields: 20, body: 64KiB}}
   counted: {{bind: 127.0.0.1:0, http2: {{clear: true}}, {times}, limits: {{requests: 5}}}}
   few: {{bind: 127.0.0.1:0, http2: {{clear: true, streams: 4, window: 64KiB, connection_window: 128KiB}}, {times}, limits: {{body: 64MiB}}}}
 upstreams:
