@@ -54,6 +54,8 @@ def disturbed(frames: list[bytes], chance: random.Random) -> bytes:
     for _ in range(chance.randrange(1, 4)):
         at = chance.randrange(len(frames))
         piece = bytearray(frames[at])
+        if len(piece) < 9:
+            continue                                    # cut already
         match chance.randrange(8):
             case 0:
                 piece[chance.randrange(len(piece))] ^= 1 << chance.randrange(8)
