@@ -341,6 +341,7 @@ cdef bint orphan(Downstream d) except -1:
 cdef void bury(Downstream d):
     """The orphaned exchange is over."""
     d.orphaned = False
+    d.engine.closed.append(d)
     d.engine.unlink_timer(d)
     d.engine.orphans.discard(d)
     d.state = D_CLOSED

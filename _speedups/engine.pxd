@@ -299,6 +299,9 @@ cdef class Engine:
     cdef set orphans                # Downstreams whose clients have left: owned here until their exchanges end
     cdef set full                   # upstreams with a queue
     cdef list held                  # sessions with small pieces that wait for the tick
+    # Connections closed in this batch. Whoever closes one from within a method of its, or of its other side, may go on using it:
+    # nothing else may hold it any more.
+    cdef list closed
     cdef list corked                # links with frames to be sent at the end of the batch
     cdef object look_handle
     cdef dict listening             # name -> ListenSocket

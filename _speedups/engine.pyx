@@ -167,6 +167,7 @@ cdef class Connection:
     cdef void close(self):
         if self.fd < 0:
             return
+        self.engine.closed.append(self)
         self.engine.unlink_timer(self)
         if self.stream is not None:
             self.hang_up()
@@ -361,6 +362,7 @@ cdef class Engine:
         self.full = set()
         self.corked = []
         self.held = []
+        self.closed = []
         self.listening = {}
         self.handshaking = {}
         self.complaints = {}
@@ -505,6 +507,7 @@ cdef class Engine:
                     self.run_parked()
                 if self.corked:
                     self.uncork()
+                self.closed.clear()
                 if n <= 0 and not self.again and not self.parked:
                     break
                 self.now = cw_monotonic_us()
@@ -523,6 +526,7 @@ cdef class Engine:
         if now - self.ticked * TICK_US > STALL_US:
             self.poll()                 # bytes that arrived while the process slept come before its deadlines
         self.now = cw_monotonic_us()
+        self.closed.clear()
         self.expire()
         if self.held:
             self.force_held()
@@ -784,11 +788,7 @@ cdef class Engine:
 
     cdef void go_on(self):
         """What came up outside poll() is no event of the epoll descriptor: nothing else would call it."""
-        if self.polling:
-            return
-        if self.corked:
-            self.uncork()
-        if (self.again or self.parked) and self.loop is not None:
+        if (self.again or self.parked or self.corked) and not self.polling and self.loop is not None:
             self.loop.call_soon(self.poll)
 
     cdef int resume(self, Exchange x, object result, object error) except -1:

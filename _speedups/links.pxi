@@ -521,10 +521,7 @@ cdef void give_stream(Downstream d):
     d.held = None
     session.active -= 1
     if session.link is not None:
-        try:
-            session.link.stirred()
-        except BaseException as error:
-            d.engine.report(session.link, error)
+        session.tell_out()
 
 
 cdef int pass_trailers(Http2Stream source, Http2Stream sink, Edits edits, tuple names) except -1:
@@ -562,8 +559,8 @@ cdef int part_stream(UpstreamConnection u) except -1:
     if link is not None:
         if u in link.waiting:
             link.waiting.remove(u)
-        if link.fd >= 0 and link.stands and not link.h2.feeding:
-            link.stirred()
+        if link.fd >= 0 and link.stands:
+            link.h2.tell_out()                      # it may rest now, or end: seen to at the end of the batch
     return 0
 
 

@@ -9,13 +9,15 @@ with the parser's offsets, so a wrong offset shows as a wrong value, not as a wi
 """
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy
 from gateway._speedups.buffers cimport Buffer, buffer_length, buffer_release
 from gateway._speedups.grpc_web cimport (
     WEB_BAD_BASE64, WEB_BAD_FRAME, WEB_BINARY, WEB_CUT, WEB_TEXT, WEB_TYPE_MAX, WebBody, web_answer_type, web_decode, web_encode,
     web_finish, web_kind, web_request_type, web_reset, web_trailers, web_wants_text,
 )
+from gateway._speedups.http2 cimport STIR_RESET, Http2Session, Http2Stream
+from gateway._speedups.http2_settings cimport Http2
 from gateway._speedups.headers cimport FIELD_DROP, FIELD_IDENTITY, Field, Head, head_mark_hop_by_hop, head_reset
 from gateway._speedups.upstream_state cimport UpstreamState
 from gateway._speedups.http1 cimport (
@@ -220,6 +222,78 @@ def web_accepts_text(value: bytes) -> bool:
     """Tell whether an Accept asks for gRPC-Web in text."""
     cdef Copy copy = Copy(value)
     return web_wants_text(copy.data, copy.length)
+
+
+cdef class Http2Probe(Http2Session):
+    """One side of an HTTP/2 connection that takes all it gets and says nothing but what the protocol demands.
+
+    Frames are handled in a block of exactly their size, so that a sanitizer build reports a read of one byte too many.
+    """
+
+    cdef readonly list heads            # texts, requests' or answers'
+    cdef readonly list ends             # (id, payload, trailers, whole) of each stream that ended
+    cdef dict bodies
+    cdef uint64_t numbers[128]
+
+    def __init__(self, bint client, Http2 settings not None, int limit=8192):
+        self.heads = []
+        self.ends = []
+        self.bodies = {}
+        self.begin(client, settings, limit, self.numbers)
+
+    cdef int opened(self, Http2Stream stream) except -1:
+        self.heads.append(stream.inb.base[stream.inb.start:stream.inb.end])
+        stream.text_left = 0
+        buffer_release(&stream.inb)
+        self.bodies[stream.id] = b""
+        return self.stirred(stream, 0)
+
+    cdef int stirred(self, Http2Stream stream, int what) except -1:
+        cdef char piece[1000]
+        cdef ssize_t n = stream.recv(piece, sizeof(piece))
+        while n > 0:
+            self.bodies[stream.id] = self.bodies.get(stream.id, b"") + piece[:n]
+            n = stream.recv(piece, sizeof(piece))
+        if n == 0 or what & STIR_RESET:
+            trailers = stream.trailers.base[stream.trailers.start:stream.trailers.end] if buffer_length(&stream.trailers) else b""
+            self.ends.append((stream.id, self.bodies.pop(stream.id, b""), trailers, n == 0))
+            stream.close()
+        return 0
+
+    def ask(self, text: bytes) -> int:
+        """Open a stream by a request's head (a client's); returns its id, 0 when there is no room."""
+        cdef Http2Stream stream = self.make()
+        stream.head(text, <uint32_t>len(text), True)
+        return stream.id
+
+    def take(self, data: bytes) -> bytes:
+        """Handle these bytes; returns what is to be sent."""
+        cdef uint32_t kept = self.inb.end - self.inb.start
+        cdef char* block = <char*>malloc(kept + len(data) + 1)
+        if block == NULL:
+            raise MemoryError
+        memcpy(block, self.inb.base + self.inb.start, kept)
+        memcpy(block + kept, <const char*>data, len(data))
+        if self.inb.base != NULL:
+            free(self.inb.base)
+        self.inb.base = <char*>realloc(block, kept + len(data)) if kept + len(data) else block
+        self.inb.start = 0
+        self.inb.end = kept + <uint32_t>len(data)
+        self.inb.cap = self.inb.end if self.inb.end else 1
+        self.feed()
+        return self.said()
+
+    def said(self) -> bytes:
+        """What is to be sent."""
+        made = self.out.base[self.out.start:self.out.end] if buffer_length(&self.out) else b""
+        buffer_release(&self.out)
+        self.sent()
+        return made
+
+    @property
+    def over(self):
+        """(error, reason) when the connection is over."""
+        return (self.error, None if self.reason == NULL else self.reason.decode()) if self.dead else None
 
 
 def normalise_path(path: bytes) -> bytes:

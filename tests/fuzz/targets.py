@@ -14,6 +14,7 @@ from itertools import pairwise
 import h11
 
 from gateway._speedups import testing
+from gateway._speedups.http2_settings import Http2
 from gateway.discovery import dns_wire
 from gateway.health.grpc import serving_status
 
@@ -139,12 +140,72 @@ def grpc_web(data: bytes) -> Signature:
     return (min(len(text), 40), data.count(b"="), binary if isinstance(binary, str) else "messages")
 
 
+FEW = Http2(streams=4, window=16384, connection_window=65535, resets=8, frames=20)
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+ASKED = b"GET /a HTTP/1.1\r\nhost: up.test\r\nx: 1\r\n\r\n"
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+    """Return a frame of HTTP/2."""
+    return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+
+
+def _http2(pieces: list[bytes], *, client: bool) -> testing.Http2Probe:
+    probe = testing.Http2Probe(client, FEW)
+    for _ in range(3 if client else 0):
+        probe.ask(ASKED)
+    for piece in pieces:
+        answer = probe.take(piece)
+        assert len(answer) < 1 << 20, "far more is said than was asked for"
+    return probe
+
+
+def _http2_side(data: bytes, *, client: bool) -> Signature:
+    """Whole and in pieces the same is understood; what is understood as a head is one, and no more than one."""
+    at = [0, *_cuts(data), len(data)]
+    whole, cut = _http2([data], client=client), _http2([data[a:b] for a, b in pairwise(at)], client=client)
+    # How much of a body was taken before an error depends on how it came; heads, errors and what ended do not.
+    assert (whole.heads, whole.over, [end[0] for end in whole.ends]) == (cut.heads, cut.over, [end[0] for end in cut.ends])
+    for head in whole.heads:
+        assert head.index(b"\r\n\r\n") == len(head) - 4
+        parsed = _outcome(testing.parse_request, head)
+        assert parsed is not None
+        assert not isinstance(parsed, dict) or not parsed["chunked"]
+    for _, _, trailers, _ in whole.ends:
+        assert all(line.count(b"\r") == 0 and b": " in line for line in trailers.split(b"\r\n")[:-1])
+    return (len(whole.heads), whole.over, tuple(end[3] for end in whole.ends), sum(len(end[1]) > 0 for end in whole.ends))
+
+
+def http2_server(data: bytes) -> Signature:
+    """Frames of a client."""
+    return _http2_side(PREFACE + frame(4, 0, 0) + data, client=False)
+
+
+def http2_client(data: bytes) -> Signature:
+    """Frames of a server that was asked three times."""
+    return _http2_side(frame(4, 0, 0) + data, client=True)
+
+
 TARGETS: dict[str, Callable[[bytes], Signature]] = {
     "request": request, "response": response, "chunked": chunked, "path": path, "name_answer": name_answer,
-    "health_answer": health_answer, "grpc_web": grpc_web,
+    "health_answer": health_answer, "grpc_web": grpc_web, "http2_server": http2_server, "http2_client": http2_client,
 }
 
+# Header blocks (RFC 7541 appendix C has the like): GET and POST of /, with authority, by static index; 200; a literal field.
+GET, POST, AUTHORITY, OK, FIELD = b"\x82\x86\x84", b"\x83\x86\x84", b"\x41\x07gw.test", b"\x88", b"\x00\x01x\x011"
+
 SEEDS: dict[str, list[bytes]] = {
+    "http2_server": [
+        frame(1, 5, 1, GET + AUTHORITY),
+        frame(1, 4, 1, POST + AUTHORITY + FIELD) + frame(0, 0, 1, b"hello") + frame(0, 1, 1, b"end") + frame(6, 0, 0, b"12345678"),
+        frame(1, 0, 1, GET) + frame(9, 4, 1, AUTHORITY) + frame(0, 8, 1, b"\x02ab\0\0") + frame(1, 5, 1, FIELD) + frame(3, 0, 1, b"\0\0\0\x08"),
+        frame(4, 0, 0, b"\0\4\0\0\0\1") + frame(8, 0, 0, b"\0\0\1\0") + frame(1, 0x2D, 1, b"\1\0\0\0\0\x10" + GET + AUTHORITY + b"\0"),
+    ],
+    "http2_client": [
+        frame(1, 4, 1, OK + FIELD) + frame(0, 1, 1, b"hello") + frame(1, 5, 3, OK),
+        frame(1, 4, 1, b"\x08\x03100") + frame(1, 4, 1, OK) + frame(0, 0, 1, b"x") + frame(1, 5, 1, FIELD) + frame(7, 0, 0, b"\0\0\0\1\0\0\0\0"),
+        frame(3, 0, 3, b"\0\0\0\7") + frame(8, 0, 1, b"\0\0\1\0") + frame(4, 1, 0) + frame(1, 4, 5, OK),
+    ],
     "request": [
         b"GET / HTTP/1.1\r\nHost: gw.test\r\n\r\n",
         b"POST http://gw.test/a?b HTTP/1.1\r\nhost: gw.test\r\nContent-Length: 5\r\nConnection: close, X\r\nX: \t1\r\n\r\nhello",
@@ -173,4 +234,6 @@ DICTIONARY = [
     b"\r\n", b"\n", b"\r", b" ", b"\t", b"\x00", b"\x0b", b"\xa0", b":", b"chunked", b"Content-Length: 5\r\n", b"Transfer-Encoding: ",
     b"Host: x\r\n", b"0\r\n\r\n", b"HTTP/1.1", b"HTTP/1.0", b"Connection: ", b"close", b",", b";", b'"', b"\\", b"%2e", b"%2f", b"%25",
     b"..", b"//", b"%c0%af", b"ffffffffffffffff", b"99999999999999999999", b"[::1]", b":65536", b"http://", b"#", b"?", b"_", b"-1", b"+",
+    frame(0, 1, 1), frame(1, 5, 3, GET), frame(1, 4, 5, POST), frame(3, 0, 1, b"\0\0\0\0"), frame(9, 4, 1, FIELD), frame(8, 0, 0, b"\x7f\xff\xff\xff"),
+    AUTHORITY, OK, FIELD, b"\x3f\xe1\x1f", b"\x40\x01a\x01b", b"\xbe",
 ]  # fmt: skip
