@@ -278,6 +278,20 @@ def test_a_cancel_within_an_upload_never_completes_the_request(pair: Pair) -> No
     assert not pair.origin.calls[0].complete
 
 
+@pytest.mark.parametrize("up", ["one", "two"])
+def test_a_client_that_leaves_behind_a_whole_answer_takes_nothing_with_it(h2: Subject, up: str) -> None:
+    """The answer waits for the client's window, complete, when the client breaks off: it ends without him, on a connection that others use."""
+    for _ in range(20):
+        with h2.client(offer={INITIAL_WINDOW: 0}) as client:
+            stream = client.open(head(("" if up == "one" else "/two") + "/bytes/300000", "POST"))
+            client.headed(stream)
+            eventually(lambda: h2.origin.calls and h2.origin.calls[-1].done, "the whole answer")
+            client.barrier()
+            client.abort()
+    with h2.client() as client:
+        assert client.ask(head("/two/bytes/5")).status == 200
+
+
 # -- backpressure
 
 
