@@ -13,7 +13,7 @@ import threading
 import pytest
 
 from tests.integration.bank import Peak
-from tests.integration.h2_kit import INITIAL_WINDOW, head
+from tests.integration.h2_kit import INITIAL_WINDOW, head, headers
 from tests.integration.h2_origin import Call, Gone, by_path, pattern
 from tests.integration.h2_pairs import Pair, exchange
 from tests.integration.h2_subject import Subject
@@ -154,6 +154,31 @@ def test_trailers_pass_where_both_sides_are_http2(pair: Pair) -> None:
     both = pair.down != "one" and pair.up != "one"
     assert answer.trailers == ([("x-digest", "a"), ("grpc-status", "0")] if both else [])
     assert call.trailers == ([("x-sum", "b")] if both else [])
+
+
+def test_trailers_behind_a_length_that_was_said(h2: Subject) -> None:
+    """The end of a message is the end of its stream, not the number of its bytes."""
+
+    async def script(call: Call) -> None:
+        assert await call.body() == b"body"
+        await call.head(200, [("content-length", "6")])
+        await call.write(b"answer")
+        call.link.origin.seen.release()
+        await call.released()
+        await call.finish([("x-digest", "a")])
+
+    h2.origin.script = script
+    with h2.client() as client:
+        stream = client.open(head("/two/x", "POST", ("te", "trailers"), ("content-length", "4")), end=False)
+        client.data(stream, b"body", end=False)
+        client.barrier()
+        client.send(headers(stream, [("x-sum", "b")]))
+        h2.origin.saw()
+        client.until(lambda: bytes(client.answer_of(stream).body) == b"answer", "the answer's body")
+        h2.origin.release()
+        answer = client.answer(stream)
+    assert answer.trailers == [("x-digest", "a")]
+    assert h2.origin.calls[0].trailers == [("x-sum", "b")]
 
 
 def test_trailers_without_a_body(pair: Pair) -> None:
