@@ -369,3 +369,35 @@ def test_a_slow_upstream_holds_the_client_back(pair: Pair) -> None:
         answer = client.answer(stream)
     assert bytes(answer.body) == str(len(body)).encode()
     assert growth < 20 << 20
+
+
+# -- large heads
+
+
+def test_heads_that_need_more_than_a_frame(pair: Pair) -> None:
+    """HEADERS and CONTINUATION, in both directions."""
+    fields = [(f"x-large-{number}", chr(97 + number % 26) * 400) for number in range(60)]
+
+    async def script(call: Call) -> None:
+        await call.body()
+        await call.answer(b"large", 200, fields)
+
+    pair.origin.script = script
+    with pair.client() as client:
+        for _ in range(3):
+            answer = exchange(client, pair.head("/x", "POST", *fields), b"body")
+            assert (answer.status, bytes(answer.body)) == (200, b"large")
+            assert [(name, value) for name, value in answer.fields if name.startswith("x-large-")] == fields
+    for call in pair.origin.calls:
+        assert [(name, value) for name, value in call.fields if name.startswith("x-large-")] == fields
+
+
+def test_an_answers_head_above_the_limit_is_a_502(pair: Pair) -> None:
+    async def script(call: Call) -> None:
+        await call.answer(b"", 200, [(f"x-{number}", "y" * 1000) for number in range(200)])
+
+    pair.origin.script = script
+    with pair.client() as client:
+        assert exchange(client, pair.head("/x")).status == 502
+        pair.origin.script = by_path
+        assert exchange(client, pair.head("/bytes/5")).status == 200
