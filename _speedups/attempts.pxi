@@ -315,7 +315,8 @@ cdef void promote_hedge(Exchange x, int outcome):
 cdef bint orphan(Downstream d) except -1:
     """The client is gone, but what it asked for was sent completely and must not be cut: it goes on without it. False: cut it."""
     cdef Exchange x = d.x
-    if x.upstream_connection is None or not x.sent or not x.body.done or not x.upstream.finish_abandoned or is_safe(x.head.method):
+    cdef UpstreamConnection u = <UpstreamConnection>x.upstream_connection      # held: the answer's end lets go of it
+    if u is None or not x.sent or not x.body.done or not x.upstream.finish_abandoned or is_safe(x.head.method):
         return False
     d.engine.slot.counters[C_ORPHANS] += 1
     x.keep_alive = False
@@ -330,9 +331,9 @@ cdef bint orphan(Downstream d) except -1:
         d.held = d.stream.session
     d.hang_up()
     buffer_release(&d.out)
-    if (<UpstreamConnection>x.upstream_connection).state == U_BODY:
+    if u.state == U_BODY:
         d.arm(T_UP_IDLE, x.route.idle_us)
-        (<UpstreamConnection>x.upstream_connection).pump_answer()
+        u.pump_answer()
     elif d.why == T_WRITE:
         d.arm(T_UP_HEAD, x.route.head_us)
     return True

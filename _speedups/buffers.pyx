@@ -84,6 +84,8 @@ cdef int buffer_reserve(Buffer* b, uint32_t more) noexcept nogil:
 
 
 cdef int buffer_append(Buffer* b, const char* data, uint32_t n) noexcept nogil:
+    if n == 0:
+        return 0                    # of an empty buffer neither base nor data need be an address (memcpy demands both)
     if buffer_reserve(b, n) < 0:
         return -1
     memcpy(b.base + b.end, data, n)

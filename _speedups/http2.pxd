@@ -179,4 +179,4 @@ cdef class Http2Session:
     cdef bint idle(self, uint32_t id) noexcept
     cdef int unknown(self, uint32_t id) noexcept
     cdef int put_handshake(self, Buffer* text) except -1
-    cdef int decode(self, int what, Buffer* text, Http2Stream stream, const char* p, uint32_t n) except -2
+    cdef int decode(self, int what, Buffer* text, Http2Stream stream, const char* p, uint32_t n, bint last=*) except -2

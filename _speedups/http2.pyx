@@ -194,7 +194,15 @@ cdef class Http2Stream:
 
     cdef ssize_t recv(self, void* data, size_t n) noexcept:
         cdef uint32_t there = self.inb.end - self.inb.start
+        cdef uint32_t left = self.at_left
         cdef uint32_t text
+        if self.expected > 0 and self.received == self.expected and not self.ended:
+            # All that was announced is here, and not the end: its last byte waits for that, so that nobody takes the message for
+            # complete before the sender has said so, and trailers find it open.
+            if left:
+                left -= 1
+            elif there > self.text_left:
+                there -= 1
         if there:
             if there > n:
                 there = <uint32_t>n
@@ -207,8 +215,8 @@ cdef class Http2Stream:
             if there > text:
                 self.taken(there - text)
             return there
-        if self.at_left:
-            there = self.at_left if self.at_left < n else <uint32_t>n
+        if left and self.inb.end == self.inb.start:
+            there = left if left < n else <uint32_t>n
             memcpy(data, self.at, there)
             self.at += there
             self.at_left -= there
@@ -944,7 +952,7 @@ cdef class Http2Session:
         stream.window = self.settings.window
         stream.send_window = self.peer_window
         self.enter(stream)
-        found = self.decode(REQUEST, &stream.inb, stream, p, n)
+        found = self.decode(REQUEST, &stream.inb, stream, p, n, (flags & END_STREAM) != 0)
         if found >= BROKEN:
             stream.close()
             return 0
@@ -964,7 +972,7 @@ cdef class Http2Session:
     cdef int on_answer(self, Http2Stream stream, uint8_t flags, const char* p, uint32_t n) except -1:
         """A head from the server: an informational one, or the answer's."""
         cdef uint32_t before = stream.inb.end - stream.inb.start
-        cdef int found = self.decode(ANSWER, &stream.inb, stream, p, n)
+        cdef int found = self.decode(ANSWER, &stream.inb, stream, p, n, (flags & END_STREAM) != 0)
         if found >= BROKEN:
             return 0
         if found == SOUND and flags & END_STREAM:
@@ -1143,8 +1151,8 @@ cdef class Http2Session:
 
     # -- heads --------------------------------------------------------------------------------------------------------
 
-    cdef int decode(self, int what, Buffer* text, Http2Stream stream, const char* p, uint32_t n) except -2:
-        """Decodes a block into `text`. Of BROKEN and BOMB the connection has died already."""
+    cdef int decode(self, int what, Buffer* text, Http2Stream stream, const char* p, uint32_t n, bint last=True) except -2:
+        """Decodes a block into `text`; `last`: the message ends with it. Of BROKEN and BOMB the connection has died already."""
         cdef Block block
         cdef nghttp2_hd_inflater* inflater = <nghttp2_hd_inflater*>self.inflater
         cdef nghttp2_nv field
@@ -1158,6 +1166,7 @@ cdef class Http2Session:
         block.cookie = &self.cookie
         block.limit = TRAILERS_MAX if what == TRAILERS else self.head_limit
         block.expected = -1
+        block.open = not last and not (what == ANSWER and stream.bodiless)
         while True:
             flags = 0
             used = nghttp2_hd_inflate_hd2(inflater, &field, &flags, <const uint8_t*>p, n, 1)
@@ -1245,6 +1254,7 @@ cdef struct Block:
     bint trailing
     bint connects
     bint host                   # a Host field came
+    bint open                   # the message does not end with this block
     int status
     int64_t expected
 
@@ -1276,6 +1286,8 @@ cdef void take_field(Block* b, const uint8_t* name, size_t n, const uint8_t* val
         if b.expected < 0:
             b.malformed = True
             return
+        if b.expected == 0 and b.open and b.status != 204 and b.status != 304:
+            return                                  # its end comes by itself: in HTTP/1.1 it would be complete with its head
     elif is_name(name, n, b"host", 4):
         if b.what != REQUEST:
             b.malformed = b.malformed or b.what == TRAILERS

@@ -58,6 +58,11 @@ def test_the_wire_transcripts_pass_under_sanitizers() -> None:
 
 
 @pytest.mark.timeout(TIMEOUT + 20)
+def test_noise_over_http2_touches_nothing_that_was_freed() -> None:
+    passes(str(ROOT / "tests" / "integration" / "test_h2_noise.py"))
+
+
+@pytest.mark.timeout(TIMEOUT + 20)
 def test_a_short_fuzz_run_under_sanitizers_finds_nothing() -> None:
     done = sanitized("-m", "tests.fuzz.run", "--runs", "4000", "--seconds", "10", "--seed", "3")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

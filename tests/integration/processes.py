@@ -91,7 +91,8 @@ def write_config(
 
 def environment(**more: str) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if name != "COLUMNS"}  # tables as in a pipe
-    return {**inherited, "PYTHONPATH": str(ROOT), **more}
+    path = [os.environ.get("PYTHONPATH", ""), str(ROOT)]  # script/sanitize puts its own build in front
+    return {**inherited, "PYTHONPATH": os.pathsep.join(filter(None, path)), **more}
 
 
 class Gateway:

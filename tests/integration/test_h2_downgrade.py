@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.integration.h2_kit import END_STREAM, PROTOCOL_ERROR, Answer, Fields, frame, head, headers
+from tests.integration.h2_kit import END_STREAM, PROTOCOL_ERROR, Answer, Fields, frame, head, headers, rst
 from tests.integration.h2_subject import Subject
+from tests.integration.processes import eventually
 
 M, S, A, P = (":method", "POST"), (":scheme", "http"), (":authority", "bank.test"), (":path", "/front")
 HIDDEN = "GET /hidden HTTP/1.1\r\nhost: bank.test\r\n\r\n"
@@ -154,3 +155,23 @@ def test_what_is_sound_arrives_as_it_was_sent(h2: Subject, path: str) -> None:
     for name, value in fields:
         assert call.get(name) == ("a=b; c=d" if name == "cookie" else value)
     assert call.received == 9
+
+
+@pytest.mark.parametrize("path", ["/front", "/two/front"])
+@pytest.mark.parametrize("length", [0, 3])
+@pytest.mark.parametrize("then", ["more", "cancel"])
+def test_a_request_is_complete_at_the_end_of_its_stream_only(h2: Subject, path: str, length: int, then: str) -> None:
+    """All bytes that were announced are here, and the client has not said that this is all: nothing may be executed yet."""
+    with h2.client() as client:
+        stream = client.open(head(path, "POST", ("content-length", str(length))), end=False)
+        if length:
+            client.data(stream, b"x" * length, end=False)
+        client.barrier()
+        client.send(frame(0, END_STREAM, stream, b"more") if then == "more" else rst(stream))
+        if then == "more":
+            answer = client.answer(stream)
+            assert answer.reset == PROTOCOL_ERROR or answer.status == 400, answer
+        assert client.ask(head("/honest")).status == 200
+    calls = [call for call in h2.origin.calls if call.path == path]
+    eventually(lambda: all(call.gone.is_set() or call.complete for call in calls), "the cancel")
+    assert not any(call.complete for call in calls)

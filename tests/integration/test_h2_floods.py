@@ -174,10 +174,8 @@ FLOODS: dict[str, Flood] = {
     "DATA of padding": on_a_stream(lambda stream: frame(DATA, PADDED, stream, b"\xff" + b"\0" * 255), 100_000),
     "PRIORITY of a stream": on_a_stream(lambda stream: priority(stream, 0), 100_000),
     "WINDOW_UPDATE of a stream": on_a_stream(lambda stream: window_update(stream, 1), 100_000),
-    "RST_STREAM of a closed stream": lambda client: (headers(1, head("/bytes/0")) + rst(1) * 100 for _ in range(1)),
+    "RST_STREAM of a closed stream": lambda client: (headers(1, head("/bytes/0")) if at == 0 else rst(1) * 100 for at in range(1_000)),
 }
-# Neither hurts: what a flood pays from a budget that real time refills may end before it is over.
-HARMLESS = {"RST_STREAM of a closed stream"}
 
 
 def cpu(pid: int) -> float:
@@ -241,15 +239,10 @@ def test_a_flood_ends_its_connection_and_nobody_elses(h2: Subject, case: str, li
     with Bystander(h2, listener), Peak(pid) as peak:
         client = h2.client(listener, polite=False)
         sent = pour(client, FLOODS[case])
-        if case in HARMLESS:
-            client.barrier()
-        else:
-            client.ended()
+        client.ended()
         client.close()
     print(f"| {listener} | {case} | {sent >> 10} KiB sent | {cpu(pid) - before:.2f} s CPU | {peak.growth / 2**20:.1f} MiB |")
     assert peak.growth < GROWTH, f"{peak.growth >> 20} MiB"
-    if case in HARMLESS:
-        return
     assert client.end
     codes = [each.error_code for each in client.gone]
     assert not codes or codes[-1] in (ENHANCE_YOUR_CALM, 1, 9), codes
@@ -363,7 +356,7 @@ def test_streams_after_a_goaway_of_the_client_are_no_way_around_the_limits(h2: S
         for stream in odd(most):
             client.send(headers(stream, head("/held")))
         client.until(lambda: client.end or client.gone or sum(1 for each in client.answers.values() if each.reset is not None) >= most - 100, "refusals")
-        assert len(h2.origin.calls) <= 100
+        assert len(h2.origin.calls) <= 150              # 100 streams, and a GET that met a closed connection may be asked again
     assert peak.growth < GROWTH
 
 

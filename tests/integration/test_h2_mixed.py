@@ -13,7 +13,7 @@ import threading
 import pytest
 
 from tests.integration.bank import Peak
-from tests.integration.h2_kit import INITIAL_WINDOW, head
+from tests.integration.h2_kit import INITIAL_WINDOW, head, headers
 from tests.integration.h2_origin import Call, Gone, by_path, pattern
 from tests.integration.h2_pairs import Pair, exchange
 from tests.integration.h2_subject import Subject
@@ -156,6 +156,32 @@ def test_trailers_pass_where_both_sides_are_http2(pair: Pair) -> None:
     assert call.trailers == ([("x-sum", "b")] if both else [])
 
 
+def test_trailers_behind_a_length_that_was_said(h2: Subject) -> None:
+    """The end of a message is the end of its stream, not the number of its bytes."""
+
+    async def script(call: Call) -> None:
+        assert await call.body() == b"body"
+        await call.head(200, [("content-length", "6")])
+        await call.write(b"answer")
+        call.link.origin.seen.release()
+        await call.released()
+        await call.finish([("x-digest", "a")])
+
+    h2.origin.script = script
+    with h2.client() as client:
+        stream = client.open(head("/two/x", "POST", ("te", "trailers"), ("content-length", "4")), end=False)
+        client.data(stream, b"body", end=False)
+        client.barrier()
+        client.send(headers(stream, [("x-sum", "b")]))
+        h2.origin.saw()
+        client.headed(stream)
+        h2.origin.release()
+        answer = client.answer(stream)
+    assert bytes(answer.body) == b"answer"
+    assert answer.trailers == [("x-digest", "a")]
+    assert h2.origin.calls[0].trailers == [("x-sum", "b")]
+
+
 def test_trailers_without_a_body(pair: Pair) -> None:
     async def script(call: Call) -> None:
         assert await call.body() == b""
@@ -278,6 +304,20 @@ def test_a_cancel_within_an_upload_never_completes_the_request(pair: Pair) -> No
     assert not pair.origin.calls[0].complete
 
 
+@pytest.mark.parametrize("up", ["one", "two"])
+def test_a_client_that_leaves_behind_a_whole_answer_takes_nothing_with_it(h2: Subject, up: str) -> None:
+    """The answer waits for the client's window, complete, when the client breaks off: it ends without him, on a connection that others use."""
+    for _ in range(20):
+        with h2.client(offer={INITIAL_WINDOW: 0}) as client:
+            stream = client.open(head(("" if up == "one" else "/two") + "/bytes/300000", "POST"))
+            client.headed(stream)
+            eventually(lambda: h2.origin.calls and h2.origin.calls[-1].done, "the whole answer")
+            client.barrier()
+            client.abort()
+    with h2.client() as client:
+        assert client.ask(head("/two/bytes/5")).status == 200
+
+
 # -- backpressure
 
 
@@ -329,3 +369,35 @@ def test_a_slow_upstream_holds_the_client_back(pair: Pair) -> None:
         answer = client.answer(stream)
     assert bytes(answer.body) == str(len(body)).encode()
     assert growth < 20 << 20
+
+
+# -- large heads
+
+
+def test_heads_that_need_more_than_a_frame(pair: Pair) -> None:
+    """HEADERS and CONTINUATION, in both directions."""
+    fields = [(f"x-large-{number}", chr(97 + number % 26) * 400) for number in range(60)]
+
+    async def script(call: Call) -> None:
+        await call.body()
+        await call.answer(b"large", 200, fields)
+
+    pair.origin.script = script
+    with pair.client() as client:
+        for _ in range(3):
+            answer = exchange(client, pair.head("/x", "POST", *fields), b"body")
+            assert (answer.status, bytes(answer.body)) == (200, b"large")
+            assert [(name, value) for name, value in answer.fields if name.startswith("x-large-")] == fields
+    for call in pair.origin.calls:
+        assert [(name, value) for name, value in call.fields if name.startswith("x-large-")] == fields
+
+
+def test_an_answers_head_above_the_limit_is_a_502(pair: Pair) -> None:
+    async def script(call: Call) -> None:
+        await call.answer(b"", 200, [(f"x-{number}", "y" * 1000) for number in range(200)])
+
+    pair.origin.script = script
+    with pair.client() as client:
+        assert exchange(client, pair.head("/x")).status == 502
+        pair.origin.script = by_path
+        assert exchange(client, pair.head("/bytes/5")).status == 200
