@@ -46,7 +46,10 @@ class TlsUpstream:
         sans: Sequence[str] = (),
         min_version: str = "1.2",
         verify: bool = True,
+        alpn: Sequence[str] = ("http/1.1",),
     ) -> None: ...
+    @property
+    def alpn(self) -> tuple[str, ...]: ...
     def adopt(self, before: TlsUpstream) -> None: ...
 
 class Tls:

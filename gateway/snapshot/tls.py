@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from gateway._speedups.certificates import (
@@ -59,8 +60,8 @@ def _authorities(content: bytes) -> list[Certificate]:
     return parse_certificates(content, strict=False)
 
 
-def listener_tls(name: str, tls: ListenerTls) -> TlsListener:
-    """Return what a listener's handshakes run on. Raises TlsError or OSError."""
+def listener_tls(name: str, tls: ListenerTls, alpn: Sequence[str]) -> TlsListener:
+    """Return what a listener's handshakes run on; it offers the protocols of `alpn`. Raises TlsError or OSError."""
     # What a resumed session rests on. A staple or a deadline that changes takes nobody's session away.
     reader = _Reader(f"{tls.min_version} {tls.client_auth}")
     pairs = [reader.pair(pair) for pair in tls.certificates]
@@ -68,14 +69,14 @@ def listener_tls(name: str, tls: ListenerTls) -> TlsListener:
     staples = [None if pair.ocsp is None else OcspResponse(read_file(pair.ocsp, PEM_MAX)) for pair in tls.certificates]
     return TlsListener(
         name, [(*pair, staple) for pair, staple in zip(pairs, staples, strict=True)], digest=reader.digest(), authorities=authorities, revocations=revocations, client_auth=tls.client_auth,
-        min_version=tls.min_version, alpn=tls.alpn, handshake=tls.handshake, handshakes=tls.handshakes, ktls=tls.ktls,
+        min_version=tls.min_version, alpn=alpn, handshake=tls.handshake, handshakes=tls.handshakes, ktls=tls.ktls,
         tickets=tls.tickets.enabled, forward_certificate=tls.forward_client_certificate,
     )  # fmt: skip
 
 
-def upstream_tls(tls: UpstreamTls) -> TlsUpstream:
-    """Return what the handshakes with an upstream run on. Raises TlsError or OSError."""
-    reader = _Reader(tls.model_dump_json())
+def upstream_tls(tls: UpstreamTls, alpn: tuple[str, ...] = ("http/1.1",)) -> TlsUpstream:
+    """Return what the handshakes with an upstream run on; it is offered the protocols of `alpn`. Raises TlsError or OSError."""
+    reader = _Reader(f"{' '.join(alpn)} {tls.model_dump_json()}")
     chain, key = (None, None) if tls.certificate is None else reader.pair(tls.certificate)
     path = tls.ca
     if path is None and not tls.insecure:
@@ -86,4 +87,5 @@ def upstream_tls(tls: UpstreamTls) -> TlsUpstream:
     return TlsUpstream(
         digest=reader.digest(), authorities=authorities, revocations=revocations, chain=chain, key=key,
         server_name=tls.server_name, sans=tls.sans, min_version=tls.min_version, verify=not tls.insecure,
+        alpn=alpn,
     )  # fmt: skip
