@@ -39,7 +39,8 @@ cdef class Downstream(Connection):
                     return 0
             elif self.tls is not None:
                 if self.state == D_LINGER:
-                    self.shut()                     # there was no room for the last word
+                    if not self.shut_out:           # there was no room for the last word
+                        self.shut_out = self.shut()
                 elif self.tls is not None and self.tls.starved:
                     self.readable = True
         if events & (EPOLLIN | EPOLLRDHUP):
@@ -917,7 +918,7 @@ cdef class Downstream(Connection):
         buffer_release(&self.inb)
         self.state = D_LINGER
         self.lingered = 0
-        self.shut()
+        self.shut_out = self.shut()                 # once: shutting an end again makes an event, which would do it again
         self.arm(T_LINGER, LINGER_US)
         return 0
 
