@@ -242,7 +242,10 @@ cdef class Downstream(Connection):
             return become_link(self)
         self.readable = True                        # the first request may have come along
         engine.set_timer(self, T_KEEPALIVE, engine.now + self.listener.head_us)
-        return self.advance()
+        self.advance()
+        if self.tls is not None and self.x is None:
+            self.tls.push()                         # no answer is on its way that would take the tickets along
+        return 0
 
     cdef int handshake_failed(self) except -1:
         """A log line, and an end that lets the alert arrive; who spoke HTTP in clear text is told so."""
