@@ -102,12 +102,14 @@ cdef extern from *:
     typedef struct { unsigned char name[16], cipher[32], mac[32]; } cw_ticket_key;
     typedef struct { uint64_t turn; cw_ticket_key keys[CW_TICKET_KEYS]; } cw_ticket_ring;
     static cw_ticket_ring *cw_ring;
+    static EVP_CIPHER *cw_ticket_cipher;    /* fetched once: EVP_aes_256_cbc() is looked up anew by each use */
     static int cw_fill(void *p, size_t n) { return getrandom(p, n, 0) == (ssize_t)n; }
     static int cw_ring_make(void) {
         cw_ring = mmap(NULL, sizeof *cw_ring, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
         if (cw_ring == MAP_FAILED) { cw_ring = NULL; return 0; }
         (void)madvise(cw_ring, sizeof *cw_ring, MADV_DONTDUMP);
-        return cw_fill(cw_ring->keys, sizeof cw_ring->keys);
+        cw_ticket_cipher = EVP_CIPHER_fetch(NULL, "AES-256-CBC", NULL);
+        return cw_ticket_cipher && cw_fill(cw_ring->keys, sizeof cw_ring->keys);
     }
     static int cw_ring_turn(void) {
         cw_ticket_key fresh;
@@ -143,12 +145,12 @@ cdef extern from *:
         if (!cw_ring || !cw_ring_copy(keys)) return seal ? -1 : 0;
         if (seal) {
             memcpy(name, keys[0].name, 16);
-            if (RAND_bytes(iv, 16) == 1 && EVP_EncryptInit_ex(cipher, EVP_aes_256_cbc(), NULL, keys[0].cipher, iv) == 1 &&
+            if (RAND_bytes(iv, 16) == 1 && EVP_EncryptInit_ex(cipher, cw_ticket_cipher, NULL, keys[0].cipher, iv) == 1 &&
                 cw_ticket_set_up(mac, &keys[0])) result = 1;
         } else {
             while (i < CW_TICKET_KEYS && memcmp(name, keys[i].name, 16)) i++;
             if (i == CW_TICKET_KEYS) result = 0;
-            else if (cw_ticket_set_up(mac, &keys[i]) && EVP_DecryptInit_ex(cipher, EVP_aes_256_cbc(), NULL, keys[i].cipher, iv) == 1)
+            else if (cw_ticket_set_up(mac, &keys[i]) && EVP_DecryptInit_ex(cipher, cw_ticket_cipher, NULL, keys[i].cipher, iv) == 1)
                 /* A TLS 1.3 client uses a ticket once (RFC 8446 C.4): without a new one every second visit would be a full handshake. */
                 result = i || SSL_version(ssl) == TLS1_3_VERSION ? 2 : 1;
         }
