@@ -39,7 +39,8 @@ cdef class Downstream(Connection):
                     return 0
             elif self.tls is not None:
                 if self.state == D_LINGER:
-                    self.shut()                     # there was no room for the last word
+                    if not self.shut_out:           # there was no room for the last word
+                        self.shut_out = self.shut()
                 elif self.tls is not None and self.tls.starved:
                     self.readable = True
         if events & (EPOLLIN | EPOLLRDHUP):
@@ -241,7 +242,10 @@ cdef class Downstream(Connection):
             return become_link(self)
         self.readable = True                        # the first request may have come along
         engine.set_timer(self, T_KEEPALIVE, engine.now + self.listener.head_us)
-        return self.advance()
+        self.advance()
+        if self.tls is not None and self.x is None:
+            self.tls.push()                         # no answer is on its way that would take the tickets along
+        return 0
 
     cdef int handshake_failed(self) except -1:
         """A log line, and an end that lets the alert arrive; who spoke HTTP in clear text is told so."""
@@ -917,7 +921,7 @@ cdef class Downstream(Connection):
         buffer_release(&self.inb)
         self.state = D_LINGER
         self.lingered = 0
-        self.shut()
+        self.shut_out = self.shut()                 # once: shutting an end again makes an event, which would do it again
         self.arm(T_LINGER, LINGER_US)
         return 0
 

@@ -70,7 +70,7 @@ cdef class Connection:
     cdef bint ended                 # the other side sent its end: reads go on until recv() says so too
     cdef bint queued                # in Engine.again
     cdef bint finished              # of a tunnel: recv() has said that nothing follows
-    cdef bint shut_out              # of a tunnel: our end is said, or cannot be said any more
+    cdef bint shut_out              # our end is said, or cannot be said any more
     cdef bint broken_off            # of a tunnel: writing failed
     cdef bint orphaned              # the client has left; its exchange goes on, and what is written to it is dropped
     cdef Tls tls                    # None: clear text

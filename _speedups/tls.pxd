@@ -31,12 +31,16 @@ cdef struct Wire:
     bint eof
     int error           # errno of the last failure
     int stirred         # messages that are no data, since the last data: a flood of them ends the session
+    bint spoken         # something was written
+    bint more           # what is written now is not the last: the kernel may keep it for what follows (MSG_MORE; 200 ms at most)
+    bint held           # it may have kept some
 
 cdef class Tls:
     cdef void* ssl                      # SSL*, owned
     cdef Wire wire
     cdef object settings                # TlsListener or TlsUpstream: keeps what OpenSSL's callbacks look at
     cdef str key                        # TlsUpstream: under which sessions are kept
+    cdef bint accepting                 # the server's side
     cdef bint established
     cdef bint broken                    # no close_notify: the stream ended in the middle, or failed
     cdef bint starved                   # reading waits for room to write
@@ -56,7 +60,12 @@ cdef class Tls:
     cdef bint silent(self) noexcept
     # Whether the last read left nothing, here or (as of then) in the kernel.
     cdef bint at_rest(self) noexcept
-    # Says that our side ends here (close_notify). False when the kernel has no room for it now.
+    # What was written with `more`, and nothing behind it yet, leaves now.
+    cdef void push(self) noexcept
+    # The next send() is the last one before shut(): both leave in one segment.
+    cdef void conclude(self) noexcept
+    # Says that our side ends here (close_notify). The end of the socket's own side has to follow at once: it takes the record
+    # along. False when the kernel has no room for it now.
     cdef bint shut(self) noexcept
     cdef void take_session(self) noexcept
     cdef int fail(self, int result) noexcept

@@ -16,7 +16,7 @@ from libc.string cimport memcmp, memcpy, memset
 from gateway._speedups.certificates cimport Certificate, ClientCertificate, OcspResponse, PrivateKey, RevocationList
 from gateway._speedups.certificates cimport openssl_reason, wrap_certificate
 from gateway._speedups.openssl cimport *
-from gateway._speedups.sockets cimport EAGAIN, ECONNRESET, cw_monotonic_us, cw_wall_us, iovec
+from gateway._speedups.sockets cimport EAGAIN, ECONNRESET, cw_monotonic_us, cw_nodelay, cw_wall_us, iovec
 
 import hashlib
 import ipaddress
@@ -39,7 +39,7 @@ cdef extern from *:
     #include <openssl/ssl.h>
 
     /* Must match Wire in tls.pxd. */
-    typedef struct { int fd, dry, ended, eof, error, stirred; } cw_wire;
+    typedef struct { int fd, dry, ended, eof, error, stirred, spoken, more, held; } cw_wire;
     #define CW_STIRRED_MAX 64
 
     static int cw_bio_read(BIO *b, char *out, int n) {
@@ -60,10 +60,11 @@ cdef extern from *:
     }
     static int cw_bio_write(BIO *b, const char *data, int n) {
         cw_wire *w = BIO_get_data(b);
+        int flags = MSG_NOSIGNAL | MSG_DONTWAIT | (w->more ? MSG_MORE : 0);
         ssize_t r;
         BIO_clear_retry_flags(b);
-        do r = send(w->fd, data, (size_t)n, MSG_NOSIGNAL | MSG_DONTWAIT); while (r < 0 && errno == EINTR);
-        if (r >= 0) return (int)r;
+        do r = send(w->fd, data, (size_t)n, flags); while (r < 0 && errno == EINTR);
+        if (r >= 0) { w->spoken = 1; w->held = w->more; return (int)r; }
         if (errno == EAGAIN || errno == EWOULDBLOCK) BIO_set_retry_write(b);
         else w->error = errno;
         return -1;
@@ -101,12 +102,14 @@ cdef extern from *:
     typedef struct { unsigned char name[16], cipher[32], mac[32]; } cw_ticket_key;
     typedef struct { uint64_t turn; cw_ticket_key keys[CW_TICKET_KEYS]; } cw_ticket_ring;
     static cw_ticket_ring *cw_ring;
+    static EVP_CIPHER *cw_ticket_cipher;    /* fetched once: EVP_aes_256_cbc() is looked up anew by each use */
     static int cw_fill(void *p, size_t n) { return getrandom(p, n, 0) == (ssize_t)n; }
     static int cw_ring_make(void) {
         cw_ring = mmap(NULL, sizeof *cw_ring, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
         if (cw_ring == MAP_FAILED) { cw_ring = NULL; return 0; }
         (void)madvise(cw_ring, sizeof *cw_ring, MADV_DONTDUMP);
-        return cw_fill(cw_ring->keys, sizeof cw_ring->keys);
+        cw_ticket_cipher = EVP_CIPHER_fetch(NULL, "AES-256-CBC", NULL);
+        return cw_ticket_cipher && cw_fill(cw_ring->keys, sizeof cw_ring->keys);
     }
     static int cw_ring_turn(void) {
         cw_ticket_key fresh;
@@ -142,12 +145,12 @@ cdef extern from *:
         if (!cw_ring || !cw_ring_copy(keys)) return seal ? -1 : 0;
         if (seal) {
             memcpy(name, keys[0].name, 16);
-            if (RAND_bytes(iv, 16) == 1 && EVP_EncryptInit_ex(cipher, EVP_aes_256_cbc(), NULL, keys[0].cipher, iv) == 1 &&
+            if (RAND_bytes(iv, 16) == 1 && EVP_EncryptInit_ex(cipher, cw_ticket_cipher, NULL, keys[0].cipher, iv) == 1 &&
                 cw_ticket_set_up(mac, &keys[0])) result = 1;
         } else {
             while (i < CW_TICKET_KEYS && memcmp(name, keys[i].name, 16)) i++;
             if (i == CW_TICKET_KEYS) result = 0;
-            else if (cw_ticket_set_up(mac, &keys[i]) && EVP_DecryptInit_ex(cipher, EVP_aes_256_cbc(), NULL, keys[i].cipher, iv) == 1)
+            else if (cw_ticket_set_up(mac, &keys[i]) && EVP_DecryptInit_ex(cipher, cw_ticket_cipher, NULL, keys[i].cipher, iv) == 1)
                 /* A TLS 1.3 client uses a ticket once (RFC 8446 C.4): without a new one every second visit would be a full handshake. */
                 result = i || SSL_version(ssl) == TLS1_3_VERSION ? 2 : 1;
         }
@@ -327,6 +330,7 @@ cdef class TlsListener:
     cdef Tls accept(self, int fd):
         cdef Tls made = new_session(self, <SSL_CTX*>self.first, fd, self.ktls)
         SSL_set_accept_state(<SSL*>made.ssl)
+        made.accepting = True
         return made
 
     @property
@@ -548,11 +552,15 @@ cdef class Tls:
     cdef int handshake(self) except -2:
         cdef int result, error
         ERR_clear_error()
+        # A server's last words in a handshake are tickets, for which nobody waits: the first answer takes them along.
+        self.wire.more = self.accepting and self.wire.spoken
         result = SSL_do_handshake(<SSL*>self.ssl)
+        self.wire.more = False
         if result == 1:
             return self.finish()
         error = SSL_get_error(<SSL*>self.ssl, result)
         if error == SSL_ERROR_WANT_READ or error == SSL_ERROR_WANT_WRITE:
+            self.push()                             # they were not the last ones
             return 0
         self.broken = True
         code = ERR_peek_error()
@@ -738,11 +746,20 @@ cdef class Tls:
     cdef bint at_rest(self) noexcept:
         return self.wire.dry and not self.failed and not SSL_has_pending(<SSL*>self.ssl)
 
+    cdef void push(self) noexcept:
+        if self.wire.held:
+            self.wire.held = False
+            cw_nodelay(self.wire.fd)                # setting it sends what is kept
+
+    cdef void conclude(self) noexcept:
+        self.wire.more = True
+
     cdef bint shut(self) noexcept:
         cdef int result
         if self.broken or not self.established:
             return True
         ERR_clear_error()
+        self.wire.more = True
         result = SSL_shutdown(<SSL*>self.ssl)
         if result < 0 and SSL_get_error(<SSL*>self.ssl, result) == SSL_ERROR_WANT_WRITE:
             return False

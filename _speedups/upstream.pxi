@@ -531,6 +531,8 @@ cdef class UpstreamConnection(Connection):
             take = self.decode_behind(out, &n)
             if take < 0:
                 return 0
+        if x.answer.done and not x.keep_alive and downstream.tls is not None:
+            downstream.tls.conclude()
         if downstream.put_message(out, n, x.answer.done and not self.owes_trailers()) < 0:
             downstream.gone()
             return 0

@@ -153,6 +153,16 @@ def test_a_request_body_that_is_cut_is_not_a_request(vault: Vault) -> None:
     assert whole == [False]
 
 
+def test_a_client_that_stays_after_its_answer_costs_nothing(vault: Vault) -> None:
+    """The gateway's side has ended; until the client's ends too, or the wait is over, nothing happens."""
+    with vault.connect() as stream:
+        stream.send(get("/x", "connection: close"))
+        assert stream.rest()[1]
+        events, ended = vault.counter("loop_events_total"), vault.counter("connections_closed_total")
+        eventually(lambda: vault.counter("connections_closed_total") > ended, "the end of the wait")
+        assert vault.counter("loop_events_total") - events < 50
+
+
 def test_bytes_changed_on_the_way_end_the_connection(vault: Vault) -> None:
     stream = vault.connect()
     with Stream(beneath(stream)) as raw:

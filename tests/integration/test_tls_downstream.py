@@ -6,7 +6,10 @@ import contextlib
 import hashlib
 import socket
 import ssl
+import struct
 import subprocess
+import threading
+from collections.abc import Callable
 
 import httpx
 import pytest
@@ -307,9 +310,85 @@ def test_a_session_of_another_listener_is_not_taken(vault: Vault) -> None:
 # -- ends
 
 
+def data_segments(sock: socket.socket) -> int:
+    """Segments with data that the kernel received on a connection (tcpi_data_segs_in)."""
+    found: int = struct.unpack_from("I", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256), 152)[0]
+    return found
+
+
+def await_ticket(stream: TlsStream) -> None:
+    """Wait until the client has a ticket, while no data comes."""
+    stream.sock.settimeout(0.05)
+
+    def come() -> bool:
+        with contextlib.suppress(TimeoutError):
+            raise AssertionError(f"data came first: {stream.sock.recv(1)!r}")
+        return stream.sock.session is not None and stream.sock.session.has_ticket
+
+    eventually(come, "a ticket")
+
+
 def test_a_complete_answer_ends_with_close_notify(vault: Vault) -> None:
     with vault.connect() as stream:
         assert stream.ask(get("/x", "connection: close")).status == 200
+        assert stream.closed()
+
+
+def test_tickets_answer_and_end_travel_together(vault: Vault) -> None:
+    """Segments cost more than bytes: the server's flight, then (unless the request came along) tickets, then all the rest."""
+    with vault.connect(version=V13) as stream:
+        assert stream.ask(get("/x", "connection: close")).status == 200
+        assert stream.closed()
+        assert data_segments(stream.sock) <= 3
+
+
+def test_tickets_do_not_wait_for_a_request(vault: Vault) -> None:
+    with vault.connect(version=V13) as stream:
+        await_ticket(stream)
+
+
+def test_tickets_do_not_wait_for_an_answer_that_takes_long(vault: Vault) -> None:
+    ticket = threading.Event()
+
+    def script(origin: ScriptedOrigin, stream: Stream) -> None:
+        stream.head()
+        assert ticket.wait(PATIENCE)
+        stream.send(ok(b"late"))
+
+    vault.origin.script = script
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = vault.context(version=V13).wrap_bio(incoming, outgoing, server_hostname="bank.test")
+    with socket.create_connection(("127.0.0.1", vault.gateway.port()), PATIENCE) as sock:
+
+        def until(step: Callable[[], object]) -> object:
+            while True:
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    return step()
+                sock.sendall(outgoing.read())
+                incoming.write(sock.recv(1 << 16))
+
+        until(client.do_handshake)
+        client.write(get("/scripted/x"))
+        sock.sendall(outgoing.read())  # the end of the handshake and a request, in one segment
+        while client.session is None or not client.session.has_ticket:
+            incoming.write(sock.recv(1 << 16))
+            with contextlib.suppress(ssl.SSLWantReadError):
+                raise AssertionError(f"data came first: {client.read()!r}")
+        ticket.set()
+        answer = until(client.read)
+        assert isinstance(answer, bytes)
+        assert answer.endswith(b"late")
+
+
+@pytest.mark.parametrize("length", [0, 1, 16_384, 50_000, len(PATTERN)])
+def test_an_answer_of_any_length_is_whole_before_the_end(vault: Vault, length: int) -> None:
+    def script(origin: ScriptedOrigin, stream: Stream) -> None:
+        stream.head()
+        stream.send(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % length, PATTERN[:length])
+
+    vault.origin.script = script
+    with vault.connect() as stream:
+        assert stream.ask(get("/scripted/x", "connection: close")).body == PATTERN[:length]
         assert stream.closed()
 
 
