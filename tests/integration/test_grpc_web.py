@@ -193,7 +193,7 @@ def test_a_stream_that_fails_says_so_at_its_end(web: Web, http2: bool) -> None:
 @both
 def test_the_deadline_of_the_client_reaches_the_service(web: Web, http2: bool) -> None:
     web.call("Transfer", message(b"1"), http2=http2, grpc_timeout="7S")
-    assert web.bank.remaining is not None and 0 < web.bank.remaining <= 7
+    assert web.bank.remaining is not None and 1 < web.bank.remaining < 8                # grpcio rounds it up
     answer = web.call("Watch", message(b"2"), http2=http2, grpc_timeout="5x")
     assert (answer.status_code, answer.headers["grpc-status"]) == (200, "3")
 
