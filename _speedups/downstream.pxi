@@ -953,6 +953,7 @@ cdef class Downstream(Connection):
         """Ends the exchange without a (complete) answer. With `reset` the client sees a reset, never a clean end."""
         cdef Exchange x = self.x
         cdef bint grpc = x is not None and x.grpc and x.answer_started
+        cdef bint told = x is not None and x.web is not None and reset and end_web_early(self)
         if x is not None:
             if grpc:
                 self.closing = x.total_at and self.engine.now >= x.total_at
@@ -964,7 +965,9 @@ cdef class Downstream(Connection):
         if self.orphaned:
             bury(self)
             return 0
-        if reset and self.fd >= 0 and not (grpc and self.end_grpc()):
+        if told:
+            self.finish()
+        elif reset and self.fd >= 0 and not (grpc and self.end_grpc()):
             self.cut_short()
         elif self.tls is not None:
             self.tls.broken = True                  # nobody may take what he got for all of it
@@ -973,8 +976,7 @@ cdef class Downstream(Connection):
 
     cdef bint end_grpc(self) noexcept:
         """A gRPC answer under way fails as gRPC has it, by its trailers: no client takes that for an answer."""
-        cdef bytes lines = b"grpc-status: 4\r\ngrpc-message: the time for this call is over\r\n" if self.closing else \
-            b"grpc-status: 14\r\ngrpc-message: the upstream's answer stopped\r\n"
+        cdef bytes lines = TIME_OVER if self.closing else STOPPED
         if self.out.end > self.out.start or self.stream.done or self.stream.reset or \
                 buffer_append(&self.stream.closing_lines, lines, <uint32_t>len(lines)) < 0:
             return False

@@ -4,6 +4,11 @@
 # body is translated by its step; the answer's passes through put_answer() piece by piece, and ends with a frame that holds its
 # trailers. An answer that is no gRPC (an error page of something between) passes as it is. Python is called from here: never.
 
+# How an answer under way ends when it cannot go on.
+cdef bytes TIME_OVER = b"grpc-status: 4\r\ngrpc-message: the time for this call is over\r\n"
+cdef bytes STOPPED = b"grpc-status: 14\r\ngrpc-message: the upstream's answer stopped\r\n"
+
+
 cdef bint take_web(Exchange x) except -1:
     """Notes how the client of a route with grpc_web speaks. False when it is not gRPC-Web."""
     cdef int i = x.head.first[F_CONTENT_TYPE]
@@ -81,3 +86,24 @@ cdef int end_web_answer(UpstreamConnection u, Downstream d) except -999:
         d.stream.last = True
     web.framed = False                          # said, once
     return put_web(u, d)
+
+
+cdef bint end_web_early(Downstream d) noexcept:
+    """An answer that cannot go on gets trailers that say so, between two messages. False: cut it."""
+    cdef Exchange x = d.x
+    cdef Buffer* out = &x.web.out
+    cdef bytes lines = TIME_OVER if x.total_at and d.engine.now >= x.total_at else STOPPED
+    cdef uint32_t n
+    cdef int result
+    if not x.answer_started or not x.web.framed or d.fd < 0 or d.out.end > d.out.start or \
+            web_trailers(&x.web.answer, lines, <uint32_t>len(lines), out) < 0:
+        return False
+    n = out.end - out.start
+    if x.answer.out == BODY_CHUNKED:
+        result = d.put_chunk(out.base + out.start, n)
+        if result == 0:
+            result = d.put(b"0\r\n\r\n", 5)
+    else:
+        result = d.put(out.base + out.start, n)
+    buffer_release(out)
+    return result == 0 and d.out.end == d.out.start         # it is closed now: nothing can wait

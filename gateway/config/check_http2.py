@@ -62,13 +62,12 @@ def _upstream(upstream: Upstream, place: Place, document: Document) -> None:
     if upstream.http2 is not None:
         _windows(upstream.http2, (*place, "http2"), document)
     check = upstream.health.check
-    if check is not None and check.http is not None:
+    if check is not None and check.http is not None and upstream.protocol == "grpc":
         document.warn(
             (*place, "health", "check", "http"),
-            f"this check is a request in HTTP/1.1, and the upstream is one of `protocol: {upstream.protocol}`",
-            "use `grpc: {}`, which asks the gRPC health service" if upstream.protocol == "grpc" else
-            "use `tcp: {}`, or keep it if the servers speak HTTP/1.1 as well",
-        )  # fmt: skip
+            "this check is a GET, which servers of gRPC seldom answer",
+            "use `grpc: {}`, which asks the gRPC health service, or `tcp: {}`",
+        )
 
 
 def _destinations(route: Route, place: Place) -> Iterator[tuple[str, Place]]:

@@ -70,7 +70,7 @@ def _host(raw: Any) -> str:
 
 
 class HttpCheck(Model):
-    """An HTTP/1.1 GET on a connection of its own."""
+    """A GET on a connection of its own, in HTTP/2 when that is what the upstream speaks."""
 
     path: Annotated[
         str, PlainValidator(parse_check_path), WithJsonSchema({"type": "string", "x-is": "path"})
@@ -90,7 +90,7 @@ class TcpCheck(Model):
 
 
 class GrpcCheck(Model):
-    """grpc.health.v1.Health/Check over cleartext HTTP/2, which must answer SERVING."""
+    """grpc.health.v1.Health/Check over HTTP/2, which must answer SERVING."""
 
     service: Annotated[str, Field(max_length=1024)] = setting("", "the service asked about; empty: the server as a whole")
 

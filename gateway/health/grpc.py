@@ -1,6 +1,6 @@
-"""The gRPC health checking protocol (grpc.health.v1): one Check call over cleartext HTTP/2 with prior knowledge.
+"""The gRPC health checking protocol (grpc.health.v1): one Check call over HTTP/2.
 
-Strategy: h2 does the framing; the two messages have one field each, so they are written and read by hand, within bounds.
+Strategy: `http2` does the talking; the two messages have one field each, so they are written and read by hand, within bounds.
 """
 
 from __future__ import annotations
@@ -8,10 +8,7 @@ from __future__ import annotations
 import asyncio
 import struct
 
-import h2.config
-import h2.connection
-import h2.events
-import h2.exceptions
+from gateway.health.http2 import Answer, ask
 
 MAX_MESSAGE = 16 << 10  # bytes; a HealthCheckResponse has two
 MAX_TRAFFIC = 256 << 10  # bytes read for one call
@@ -21,73 +18,33 @@ CODES = {1: "CANCELLED", 2: "UNKNOWN", 4: "DEADLINE_EXCEEDED", 5: "NOT_FOUND", 7
          12: "UNIMPLEMENTED", 13: "INTERNAL", 14: "UNAVAILABLE", 16: "UNAUTHENTICATED"}
 
 
-class _Call:
-    """What comes back of one call."""
-
-    def __init__(self) -> None:
-        self.fields: dict[str, str] = {}
-        self.body = b""
-        self.ended = False
-        self.failure = ""
-
-    def take(self, event: h2.events.Event) -> None:
-        if isinstance(event, (h2.events.ResponseReceived, h2.events.TrailersReceived)):
-            self.fields |= {_text(name): _text(value) for name, value in event.headers or ()}
-        elif isinstance(event, h2.events.DataReceived):
-            self.body += event.data or b""
-        elif isinstance(event, h2.events.StreamEnded):
-            self.ended = True
-        elif isinstance(event, h2.events.StreamReset):
-            self.failure = f"the call was reset ({int(event.error_code or 0)})"
-        elif isinstance(event, h2.events.ConnectionTerminated):
-            self.failure = f"the connection was ended by GOAWAY ({int(event.error_code or 0)})"
-        if len(self.body) > MAX_MESSAGE:
-            self.failure = "the answer is too long"
-
-    def verdict(self) -> str:
-        """Return why the answer is not SERVING, or an empty text."""
-        if len(self.body) > MAX_MESSAGE:
-            return "the answer is too long"
-        if self.fields.get(":status") != "200":
-            return f"HTTP status {self.fields.get(':status', 'missing')[:16]}"
-        code = self.fields.get("grpc-status", "")
-        if code != "0":
-            name = CODES.get(int(code), code[:8]) if code.isascii() and code.isdecimal() and len(code) < 3 else "missing"
-            return f"gRPC status {name}"
-        status = serving_status(self.body)
-        return "" if status == 1 else STATUSES.get(status, "an unknown status") if status >= 0 else "the answer is malformed"
-
-
-def _text(value: bytes | str) -> str:
-    return value if isinstance(value, str) else value.decode("latin-1")
-
-
-async def ask_grpc(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, service: str, host: str, timeout: float) -> str:
+async def ask_grpc(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, service: str, host: str, timeout: float, scheme: str = "http"
+) -> str:
     """Make the call on a fresh connection; return why the endpoint is not healthy."""
-    connection = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
-    connection.initiate_connection()
-    connection.send_headers(1, [
-        (":method", "POST"), (":scheme", "http"), (":path", "/grpc.health.v1.Health/Check"), (":authority", host),
+    head = [
+        (":method", "POST"), (":scheme", scheme), (":path", "/grpc.health.v1.Health/Check"), (":authority", host),
         ("content-type", "application/grpc"), ("te", "trailers"), ("user-agent", "crossway-check"),
         ("grpc-timeout", f"{max(1, round(timeout * 1000))}m"),
-    ])
-    connection.send_data(1, request(service), end_stream=True)
-    writer.write(connection.data_to_send())
-    call, size = _Call(), 0
-    while not (call.ended or call.failure):
-        data = await reader.read(MAX_MESSAGE)
-        if not size and data.startswith(b"HTTP/1"):
-            return "the answer is HTTP/1.1, not HTTP/2"
-        size += len(data)
-        if not data or size > MAX_TRAFFIC:
-            return "no answer before the end of the connection" if not data else "it sends without answering"
-        try:
-            for event in connection.receive_data(data):
-                call.take(event)
-        except h2.exceptions.ProtocolError:
-            return "the answer is not HTTP/2"
-        writer.write(connection.data_to_send())
-    return call.verdict() if call.ended else call.failure
+    ]
+    answer = await ask(
+        reader, writer, head, request(service), most=MAX_TRAFFIC, enough=lambda answer: len(answer.body) > MAX_MESSAGE
+    )
+    return answer.failure or verdict(answer)
+
+
+def verdict(answer: Answer) -> str:
+    """Return why the answer is not SERVING, or an empty text."""
+    if len(answer.body) > MAX_MESSAGE:
+        return "the answer is too long"
+    if answer.fields.get(":status") != "200":
+        return f"HTTP status {answer.fields.get(':status', 'missing')[:16]}"
+    code = answer.fields.get("grpc-status", "")
+    if code != "0":
+        name = CODES.get(int(code), code[:8]) if code.isascii() and code.isdecimal() and len(code) < 3 else "missing"
+        return f"gRPC status {name}"
+    status = serving_status(answer.body)
+    return "" if status == 1 else STATUSES.get(status, "an unknown status") if status >= 0 else "the answer is malformed"
 
 
 def request(service: str) -> bytes:

@@ -1,4 +1,4 @@
-"""One check of one endpoint over HTTP/1.1 or bare TCP, on a connection of its own.
+"""One check of one endpoint over HTTP or bare TCP, on a connection of its own.
 
 Strategy: returns an empty text for a healthy endpoint and else the reason, in words for the log; the caller limits the time.
 What an endpoint sends is read up to a bound, whatever it sends. A failure of this machine (no descriptors, no memory) is no
@@ -17,6 +17,7 @@ import httptools
 from gateway.config.health import Check, HttpCheck
 from gateway.discovery import Found
 from gateway.health.grpc import ask_grpc
+from gateway.health.http2 import ask_http2
 
 MAX_HEAD = 32 << 10  # bytes of an answer before its body
 MAX_BODY = 64 << 10  # bytes of a body that are searched
@@ -35,8 +36,8 @@ async def open_plain(found: Found) -> Connection:
     return await asyncio.open_connection(found.address.host, found.address.port, limit=MAX_HEAD)
 
 
-async def probe(check: Check, found: Found, opener: Opener = open_plain) -> str:
-    """Make one check; return why it failed, or an empty text. Raises Inconclusive."""
+async def probe(check: Check, found: Found, opener: Opener = open_plain, *, http2: bool = False, secure: bool = False) -> str:
+    """Make one check; return why it failed, or an empty text. `http2`: what the endpoint speaks. Raises Inconclusive."""
     try:
         reader, writer = await opener(found)
     except OSError as error:
@@ -44,10 +45,13 @@ async def probe(check: Check, found: Found, opener: Opener = open_plain) -> str:
             raise Inconclusive(_words(error)) from None
         return f"no connection: {_words(error)}"
     try:
+        scheme = "https" if secure else "http"
+        if check.http is not None and http2:
+            return await ask_http2(reader, writer, check.http, check.http.host or found.host, scheme)
         if check.http is not None:
             return await ask_http(reader, writer, check.http, check.http.host or found.host)
         if check.grpc is not None:
-            return await ask_grpc(reader, writer, check.grpc.service, found.host, check.timeout)
+            return await ask_grpc(reader, writer, check.grpc.service, found.host, check.timeout, scheme)
         return ""
     except OSError as error:
         return f"the connection broke: {_words(error)}"

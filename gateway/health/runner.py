@@ -51,7 +51,7 @@ def _opener(settings: Upstream, plain: Opener) -> Opener:
     check = settings.health.check
     if settings.tls is None or check is None:
         return plain
-    return opener_of(settings.tls, "h2" if check.grpc is not None else "http/1.1")
+    return opener_of(settings.tls, "h2" if check.grpc is not None or settings.protocol != "http1" else "http/1.1")
 
 
 class Checks:
@@ -59,7 +59,10 @@ class Checks:
 
     def __init__(self, config: Config, verdict: Open, opener: Opener = open_plain) -> None:
         self.upstreams = [
-            CheckedUpstream(name, settings.health.check, Discovery(name, settings), verdict, _opener(settings, opener))
+            CheckedUpstream(
+                name, settings.health.check, Discovery(name, settings), verdict, _opener(settings, opener),
+                http2=settings.protocol != "http1", secure=settings.tls is not None,
+            )
             for name, settings in config.upstreams.items()
             if settings.health.check is not None
         ]
@@ -78,8 +81,11 @@ class Checks:
 class CheckedUpstream:
     """One upstream's endpoints, each with its task."""
 
-    def __init__(self, name: str, check: Check, discovery: Discovery, verdict: Open, opener: Opener) -> None:
+    def __init__(
+        self, name: str, check: Check, discovery: Discovery, verdict: Open, opener: Opener, *, http2: bool = False, secure: bool = False
+    ) -> None:
         self.name = name
+        self.spoken = {"http2": http2, "secure": secure}
         self.check = check
         self.endpoints: dict[Key, CheckedEndpoint] = {}
         self._discovery = discovery
@@ -110,7 +116,7 @@ class CheckedUpstream:
             self.endpoints.pop(gone).stop(forget=True)
         for key, each in wanted.items():
             if key not in self.endpoints:
-                endpoint = CheckedEndpoint(self.name, each, self.check, self._verdict(self.name, each), self._opener)
+                endpoint = CheckedEndpoint(self.name, each, self.check, self._verdict(self.name, each), self._opener, **self.spoken)
                 self.endpoints[key] = endpoint
                 endpoint.start(self._loop, self._limit)
 
@@ -118,8 +124,11 @@ class CheckedUpstream:
 class CheckedEndpoint:
     """One endpoint: asked again and again."""
 
-    def __init__(self, upstream: str, found: Found, check: Check, verdict: Verdict, opener: Opener) -> None:
+    def __init__(
+        self, upstream: str, found: Found, check: Check, verdict: Verdict, opener: Opener, *, http2: bool = False, secure: bool = False
+    ) -> None:
         self.upstream = upstream
+        self._spoken = {"http2": http2, "secure": secure}
         self.found = found
         self.check = check
         self.verdict = verdict
@@ -149,7 +158,7 @@ class CheckedEndpoint:
         check, began = self.check, time.monotonic()
         try:
             async with asyncio.timeout(check.timeout):
-                reason = await probe(check, self.found, self._opener)
+                reason = await probe(check, self.found, self._opener, **self._spoken)
         except TimeoutError:
             if time.monotonic() - began > check.timeout + STOOD_STILL:
                 return

@@ -15,6 +15,7 @@ import grpc
 from tests.integration.processes import PATIENCE
 
 SERVICE = "bank.v1.Payments"
+CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
 class GrpcBank:
@@ -25,11 +26,17 @@ class GrpcBank:
         self.remaining: float | None = None
         self.go_on = threading.Event()
         self.calls = 0
+        self.cancelled = threading.Event()
         methods: dict[str, Callable[..., Any]] = {
             "Transfer": grpc.unary_unary_rpc_method_handler(self._transfer),
             "Refuse": grpc.unary_unary_rpc_method_handler(self._refuse),
             "Watch": grpc.unary_stream_rpc_method_handler(self._watch),
             "Stop": grpc.unary_stream_rpc_method_handler(self._stop),
+            "Sum": grpc.stream_unary_rpc_method_handler(self._sum),
+            "Chat": grpc.stream_stream_rpc_method_handler(self._chat),
+            "Code": grpc.unary_unary_rpc_method_handler(self._code),
+            "Late": grpc.stream_unary_rpc_method_handler(self._late),
+            "Wait": grpc.unary_unary_rpc_method_handler(self._wait),
             "Nothing": grpc.unary_stream_rpc_method_handler(self._nothing),
         }
         self.server = grpc.server(futures.ThreadPoolExecutor(8))
@@ -68,6 +75,36 @@ class GrpcBank:
         self._note(context)
         yield b"one"
         context.abort(grpc.StatusCode.DATA_LOSS, "gone")
+
+    def _sum(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+        self._note(context)
+        return b"%d" % sum(len(request) for request in requests)
+
+    def _chat(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        self._note(context)
+        for request in requests:
+            yield b"heard " + request
+
+    def _code(self, request: bytes, context: grpc.ServicerContext) -> bytes:
+        """Ends with the code that the request names, before its head or (with a minus) behind it."""
+        self.calls += 1
+        if request.startswith(b"-"):
+            context.send_initial_metadata(())
+        context.set_code(CODES[abs(int(request))])
+        context.set_details("as you wish")
+        return b"done"
+
+    def _late(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+        """Refuses without reading what the client sends."""
+        self.calls += 1
+        context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "enough")
+
+    def _wait(self, request: bytes, context: grpc.ServicerContext) -> bytes:
+        """Waits until the call is given up."""
+        self.calls += 1
+        context.add_callback(self.cancelled.set)
+        self.go_on.wait(PATIENCE)
+        return b"waited"
 
     def _nothing(self, request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
         self._note(context)

@@ -168,8 +168,7 @@ def test_over_tls_the_upstream_is_offered_what_is_spoken(folder: Path, protocol:
         (", protocol: http2, http2: {window: 8MiB}", "warning", "one stream may have 8388608 bytes under way", ""),
         (", protocol: http2, http2: {resets: 5}", "error", "resets", ""),
         (", protocol: h2", "error", "", ""),
-        (", protocol: http2, health: {check: {http: {path: /up}}}", "warning", "this check is a request in HTTP/1.1", "`tcp: {}`"),
-        (", protocol: grpc, health: {check: {http: {}}}", "warning", "this check is a request in HTTP/1.1", "`grpc: {}`"),
+        (", protocol: grpc, health: {check: {http: {}}}", "warning", "a GET, which servers of gRPC seldom answer", "`grpc: {}`"),
     ],
 )
 def test_an_upstream_that_cannot_be_meant(folder: Path, upstream: str, severity: str, message: str, hint: str) -> None:

@@ -27,7 +27,7 @@ def check(**settings: Any) -> Check:
     return Check.model_validate(settings, context={"models": {}, "base": "/", "documents": []})
 
 
-def told(settings: Check, serve: Serve | None, name: str = "") -> str:
+def told(settings: Check, serve: Serve | None, name: str = "", *, http2: bool = False) -> str:
     """What a check of an endpoint that serves like this says."""
 
     async def run() -> str:
@@ -47,7 +47,7 @@ def told(settings: Check, serve: Serve | None, name: str = "") -> str:
             await server.wait_closed()
         try:
             async with asyncio.timeout(PATIENCE):
-                return await probe(settings, Found(Address("127.0.0.1", port), name=name))
+                return await probe(settings, Found(Address("127.0.0.1", port), name=name), http2=http2)
         finally:
             server.close()
 
@@ -137,7 +137,7 @@ def grpc_server(*answer: Any, seen: list[Any] | None = None) -> Serve:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False, header_encoding="utf-8"))
         connection.initiate_connection()
-        body = b""
+        body, left = b"", []
         while True:
             writer.write(connection.data_to_send())
             data = await reader.read(65536)
@@ -151,16 +151,22 @@ def grpc_server(*answer: Any, seen: list[Any] | None = None) -> Serve:
                 elif isinstance(event, h2.events.StreamEnded):
                     if seen is not None:
                         seen.append(body)
-                    for number, part in enumerate(answer):
-                        last = number == len(answer) - 1
-                        if isinstance(part, dict):
-                            connection.send_headers(event.stream_id, list(part.items()), end_stream=last)
-                        elif isinstance(part, int):
-                            connection.reset_stream(event.stream_id, part)
-                        else:
-                            for at in range(0, max(1, len(part)), 16384):
-                                end = last and at + 16384 >= len(part)
-                                connection.send_data(event.stream_id, part[at : at + 16384], end_stream=end)
+                    left = list(answer)
+            while left and connection.streams[1].open:
+                part = left.pop(0)
+                if isinstance(part, dict):
+                    connection.send_headers(1, list(part.items()), end_stream=not left)
+                elif isinstance(part, int):
+                    connection.reset_stream(1, part)
+                else:
+                    room = min(16384, connection.local_flow_control_window(1))
+                    rest = part[room:]
+                    if room or not part:
+                        connection.send_data(1, part[:room], end_stream=not left and not rest)
+                    if rest:
+                        left.insert(0, rest)
+                    if not room:
+                        break                       # until there is window again
 
     return serve
 
@@ -231,3 +237,42 @@ def test_messages_are_read_within_their_bounds() -> None:
     for bad in (b"\x08", b"\x08" + b"\xff" * 11, b"\x12\x7fhi", b"\x0b", b"\x12\xff\xff\xff\xff\x0f"):
         assert serving_status(frame(bad)) == -1
     assert serving_status(b"\x01\0\0\0\x02\x08\x01") == -1  # compressed, which nobody offered
+
+
+# -- HTTP over HTTP/2
+
+
+def test_an_upstream_of_http2_is_asked_in_http2() -> None:
+    seen: list[Any] = []
+    answer = ({":status": "200"}, b"up", {"x-end": "1"})
+    assert told(HTTP, grpc_server(*answer, seen=seen), "pay.bank.test", http2=True) == ""
+    assert told(check(http={"host": "health.bank.test"}), grpc_server({":status": "204"}, seen=seen), http2=True) == ""
+    first, _, second, _ = seen
+    assert (first[":method"], first[":path"], first[":scheme"]) == ("GET", "/ready?deep=1", "http")
+    assert first[":authority"].startswith("pay.bank.test:") and second[":authority"] == "health.bank.test"
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (({":status": "403"}, b"still up"), ""),
+        (({":status": "200"}, bytes(60_000) + b"up"), ""),
+        (({":status": "200"}, bytes(65_536) + b"up"), "the expected text is not in the body"),
+        (({":status": "200"}, bytes(500_000)), "the expected text is not in the body"),
+        (({":status": "200"}, b"down"), "the expected text is not in the body"),
+        (({":status": "500"}, b"up"), "status 500"),
+        (({":status": "404"},), "status 404"),
+        ((7,), "the call was reset (7)"),
+    ],
+)
+def test_answers_over_http2_are_judged(answer: tuple[Any, ...], reason: str) -> None:
+    assert told(HTTP, grpc_server(*answer), http2=True) == reason
+
+
+def test_a_server_of_http1_is_no_healthy_one_of_http2() -> None:
+    async def http1(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(24)
+        writer.write(OK)
+
+    assert told(HTTP, http1, http2=True) == "the answer is HTTP/1.1, not HTTP/2"
+    assert told(HTTP, None, http2=True) == "no connection: Connection refused"
