@@ -622,7 +622,7 @@ cdef class UpstreamConnection(Connection):
         """The answer is complete: finish it towards the client, keep or close the connection, go on with the client."""
         cdef Exchange x = self.x
         cdef Downstream downstream = <Downstream>x.connection
-        cdef int result
+        cdef int result, code
         if x.web is not None and x.web.framed:
             result = end_web_answer(self, downstream)
             if result == TROUBLE:
@@ -635,8 +635,11 @@ cdef class UpstreamConnection(Connection):
             downstream.gone()
             return 0
         if self.undecided:
-            self.record(OUTCOME_GRPC, max(grpc_status_in(self.stream.trailers.base + self.stream.trailers.start,
-                                                         self.stream.trailers.end - self.stream.trailers.start), GRPC_OK), 0)
+            code = grpc_status_in(self.stream.trailers.base + self.stream.trailers.start,
+                                  self.stream.trailers.end - self.stream.trailers.start)
+            if code < 0:                            # a call that ends so has failed; another request knows no such status
+                code = GRPC_UNKNOWN if x.grpc or x.web is not None else GRPC_OK
+            self.record(OUTCOME_GRPC, code, 0)
         if downstream.stream is not None:
             if self.stream is not None and x.web is None:
                 pass_trailers(self.stream, downstream.stream, x.route.response_edits, ())
