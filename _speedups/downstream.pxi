@@ -122,7 +122,10 @@ cdef class Downstream(Connection):
         counters[C_UPSTREAM_TIMEOUTS] += 1
         upstream = x.upstream_connection
         if upstream is not None and (why == T_UP_HEAD or why == T_UP_IDLE or (why == T_TOTAL and x.sent)):
-            upstream.record(OUTCOME_TIMEOUT, 0, 0)
+            if why == T_TOTAL and hurried(x):
+                upstream.record(OUTCOME_GRPC, GRPC_DEADLINE_EXCEEDED, 0)
+            else:
+                upstream.record(OUTCOME_TIMEOUT, 0, 0)
         if why == T_UP_HEAD and x.hedge is not None:
             promote_hedge(x, OUTCOME_TIMEOUT)
             return 0

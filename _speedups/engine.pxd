@@ -236,6 +236,7 @@ cdef class UpstreamConnection(Connection):
     cdef int take_answer(self, char* data, uint32_t n) except -1
     cdef int end_of_answer(self) except -1
     cdef int lost(self, int error) except -1
+    cdef int out_of_time(self) except -1
     cdef bint owes_trailers(self) noexcept
     cdef int answer_hooked(self, int verdict) except -1
     cdef void release(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import signal
 from collections.abc import Awaitable, Callable, Iterator
@@ -26,7 +27,7 @@ from tests.integration.grpc_kit import (
     write_files,
 )
 from tests.integration.grpc_service import HEALTH, SERVICE, message
-from tests.integration.h2_kit import NO_ERROR, REFUSED_STREAM, connect_h2
+from tests.integration.h2_kit import CANCEL, NO_ERROR, REFUSED_STREAM, all_over, connect_h2
 from tests.integration.h2_origin import Call, TwinOrigin
 from tests.integration.processes import PATIENCE, Gateway, eventually
 
@@ -44,6 +45,7 @@ upstreams:
   sealed: {{targets: [127.0.0.1:{one_tls}, 127.0.0.1:{two_tls}], protocol: grpc, tls: {{ca: root.crt, server_name: bank.test}}, health: {{check: {{grpc: {{service: {service}}}, interval: 100ms, timeout: 10s}}}}}}
   aged: {{targets: [127.0.0.1:{aged}], protocol: grpc}}
   scripted: {{targets: [127.0.0.1:{scripted}], protocol: grpc}}
+  hasty: {{targets: [127.0.0.1:{scripted}], protocol: grpc, health: {{eject: {{failures: 3, share: 100%, base: 60s, max: 60s}}}}}}
 policies: {{trail: {{audit: {{file: audit.jsonl}}}}}}
 routes:
   - {{name: again, match: {{grpc: {{service: {service}}}, host: again.test}}, upstream: again, policies: [trail]}}
@@ -52,6 +54,7 @@ routes:
   - {{name: sealed, match: {{grpc: {{service: {service}}}, host: sealed.test}}, upstream: sealed}}
   - {{name: aged, match: {{grpc: {{service: {service}}}, host: aged.test}}, upstream: aged}}
   - {{name: scripted, match: {{grpc: {{service: {service}}}, host: scripted.test}}, upstream: scripted, policies: [trail]}}
+  - {{name: hasty, match: {{grpc: {{service: {service}}}, host: hasty.test}}, upstream: hasty}}
   - {{name: health, match: {{grpc: {{service: {health}}}}}, upstream: aged}}
 """
 
@@ -342,6 +345,29 @@ def test_what_the_caller_is_to_blame_for_takes_nobody_out(bank: Bank, code: str)
                 list(client.list(x_count="1", x_after=str(number % 2)))
     after = bank.endpoints("pair")[bank.one.clear]
     assert after["state"] == before["state"] == "up", after
+
+
+async def gives_up(call: Call) -> None:
+    """As grpc's servers do: a reset at the deadline that they were told."""
+    await call.body()
+    await asyncio.sleep(int(dict(call.fields)["grpc-timeout"][:-1]) / 1000)
+    await call.reset(CANCEL)
+
+
+@pytest.mark.parametrize("how", [ignores, gives_up])
+def test_deadlines_of_a_client_in_a_hurry_take_nobody_out(bank: Bank, how: Callable[[Call], Awaitable[None]]) -> None:
+    """One of them could take a service away from all others."""
+    bank.origin.script = how
+    with connect_h2(bank.gateway.port()) as client:
+        streams = []
+        for _ in range(10):
+            streams.append(client.open(request("hasty.test", "Book", ("grpc-timeout", "150m")), end=False))
+            client.data(streams[-1], framed(b"1"))
+        for answer_ in all_over(client, streams):
+            assert (answer_.status, answer_.get("grpc-status"), answer_.reset) == (200, "4", None), answer_
+    assert bank.state("hasty", bank.origin.two) == "up"
+    if how is gives_up:
+        assert len(bank.origin.calls) == 10
 
 
 @pytest.mark.parametrize("name", ["checked", "sealed"])
