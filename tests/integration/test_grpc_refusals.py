@@ -12,6 +12,7 @@ import grpc
 import pytest
 
 from tests.integration.echo import token
+from tests.integration.faults import connect, get, post
 from tests.integration.grpc_kit import SERVICE, Calls, code_of, framed, fresh, hear, request
 from tests.integration.h2_kit import NO_ERROR
 from tests.integration.processes import eventually
@@ -161,6 +162,16 @@ def test_what_is_no_call_gets_problem_details(calls: Calls) -> None:
         fields = [(name, "application/json" if name == "content-type" else value) for name, value in request("keyed.test")]
         answer = client.ask(fields, b"{}")
     assert (answer.status, answer.get("content-type")) == (404, "application/problem+json")
+
+
+def test_a_call_over_http_1(calls: Calls) -> None:
+    """Its status would be lost with the trailers: a payment that the service refused would look like one that was made."""
+    name, body = fresh(), framed(b"1")
+    with connect(calls.gateway.port()) as stream:
+        said = stream.ask(post(f"/{SERVICE}/Book", body, "content-type: application/grpc", "te: trailers", f"x-id: {name}"))
+        assert (said.status, b"grpc-over-http1" in said.body) == (505, True)
+        assert stream.ask(get("/")).status == 404                               # the connection goes on
+    unseen(calls, name)
 
 
 # -- what remains of it
