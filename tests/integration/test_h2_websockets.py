@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -16,7 +17,7 @@ from tests.integration.echo import token
 from tests.integration.faults import PATTERN, Cut, ScriptedOrigin, Stream, serve
 from tests.integration.h2_kit import H2Client, connect_h2, head
 from tests.integration.h2_tunnels import TunnelClient
-from tests.integration.processes import eventually
+from tests.integration.processes import PATIENCE, eventually
 from tests.integration.test_websocket_tunnels import parrot
 from tests.integration.websocket_kit import Tunnels, echo, switch, tunnels_at
 
@@ -297,6 +298,38 @@ def test_a_service_that_breaks_off_resets_the_client(tunnels: Tunnels) -> None:
         assert made.get("/nowhere")[0] == 404                               # the connection goes on
     record = tunnels.record("/raw/broken")
     assert record["outcome"] == "failed"
+
+
+@pytest.mark.parametrize("how", ["reset", "vanish"])
+@pytest.mark.parametrize("ended", [True, False], ids=["behind-its-end", "in-the-middle"])
+def test_a_client_that_reads_nothing_and_breaks_off(tunnels: Tunnels, how: str, ended: bool) -> None:
+    """Bytes wait for it, and bytes of its wait for the service: neither may hide that it is gone."""
+    told: list[bool] = []
+
+    def script(origin: ScriptedOrigin, stream: Stream) -> None:
+        switch(stream)
+        with contextlib.suppress(Cut):
+            stream.send(PATTERN[:150_000])
+            if not ended:
+                origin.go.wait(PATIENCE)                                    # and reads nothing
+            stream.rest()
+        told.append(True)
+
+    tunnels.origin.script = script
+    with client(tunnels) as made:
+        made.machine.increment_flow_control_window(1 << 20)                 # the connection's own: others go on
+        path = f"/raw/deaf-{how}-{ended}"
+        tunnel = made.tunnel(path)
+        made.until(lambda: len(tunnel.inbox) == 65535, "a full window")
+        tunnel.write(b"y" * 60_000, end=ended)
+        assert made.get("/nowhere")[0] == 404                               # all of it was read
+        if how == "reset":
+            tunnel.cancel()
+        else:
+            made.sock.close()
+        assert tunnels.record(path)["outcome"] == "aborted"
+    tunnels.origin.go.set()
+    eventually(lambda: told, "the end at the service")
 
 
 def test_silence_ends_a_tunnel_and_talk_does_not(tunnels: Tunnels) -> None:
