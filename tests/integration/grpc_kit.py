@@ -50,6 +50,7 @@ upstreams:
   narrow: {{targets: [127.0.0.1:{clear}], protocol: grpc, http2: {{window: 64KiB, connection_window: 64KiB}}}}
   again: {{targets: [127.0.0.1:{clear}], protocol: grpc, retries: {{attempts: 2, on: [connect-failure, reset, 503], idempotency_key: true}}}}
   gone: {{targets: [127.0.0.1:9], protocol: grpc}}
+  full: {{targets: [127.0.0.1:{clear}], protocol: grpc, limits: {{requests: 1, pending: 10, queue: 20s}}}}
   finished: {{targets: [127.0.0.1:{clear}], protocol: grpc, abandoned: finish}}
 policies:
   trail: {{audit: {{file: audit.jsonl}}}}
@@ -58,6 +59,7 @@ policies:
   payer: {{scopes: [payments:write]}}
   slow: {{rate_limit: {{key: route, rate: 1/h, burst: 1}}}}
   nosy: {{python: {{class: "nosy:Nosy"}}}}
+  waits: {{python: {{class: "nosy:Waits", timeout: 30s}}}}
   reads: {{python: {{class: "nosy:Reads"}}}}
 routes:
   - {{name: ledger, match: {{grpc: {{service: {service}}}}}, upstream: clear, policies: [trail]}}
@@ -73,11 +75,14 @@ routes:
   - {{name: slow, match: {{grpc: {{service: {service}}}, host: slow.test}}, upstream: clear, policies: [trail, slow]}}
   - {{name: small, match: {{grpc: {{service: {service}}}, host: small.test}}, upstream: clear, policies: [trail], limits: {{body: 64KiB}}}}
   - {{name: nosy, match: {{grpc: {{service: {service}}}, host: nosy.test}}, upstream: clear, policies: [trail, nosy]}}
+  - {{name: waits, match: {{grpc: {{service: {service}}}, host: waits.test}}, upstream: clear, policies: [trail, waits]}}
+  - {{name: full, match: {{grpc: {{service: {service}}}, host: full.test}}, upstream: full, policies: [trail]}}
   - {{name: reads, match: {{grpc: {{service: {service}}}, host: reads.test}}, upstream: clear, policies: [trail, reads]}}
   - {{name: one-method, match: {{grpc: {{service: {service}, method: List}}, host: one.test}}, upstream: clear}}
   - {{name: other, match: {{grpc: {{service: {other}, method: Book}}}}, upstream: clear}}
 """
 NOSY = """
+import asyncio
 from gateway import Policy, deny
 
 class Nosy(Policy):
@@ -89,6 +94,10 @@ class Nosy(Policy):
 
     def on_response(self, request, response):
         response.set_header("x-seen", str(response.status))
+
+class Waits(Policy):
+    async def on_request(self, request):
+        await asyncio.sleep(20)
 
 class Reads(Policy):
     body_limit = 1024

@@ -107,6 +107,32 @@ def test_a_deadline_in_the_middle_of_a_stream(calls: Calls, method: str, complet
     assert calls.service.ended(name)["ended"] == "cancelled"
 
 
+def test_a_deadline_while_a_policy_thinks(calls: Calls) -> None:
+    name = fresh()
+    with calls.raw() as client:
+        answer = client.answer(begin(client, "Book", ("x-id", name), ("grpc-timeout", "300m"), host="waits.test"))
+    assert (answer.status, status(answer)) == (200, "4")
+    assert "not sent" in answer.get("grpc-message")
+    assert calls.service.seen(name) == []
+
+
+def test_a_deadline_and_a_cancel_while_the_upstream_is_full(calls: Calls) -> None:
+    """Calls that wait for a place keep their deadlines, and those that are given up are not sent when it is free."""
+    held, late, left, last = (fresh() for _ in range(4))
+    with calls.raw() as client:
+        first = begin(client, "Book", ("x-id", held), ("x-hold", "0"), host="full.test")
+        holding(calls, held)
+        second = begin(client, "Book", ("x-id", late), ("grpc-timeout", "300m"), host="full.test")
+        third = begin(client, "Book", ("x-id", left), host="full.test")
+        fourth = begin(client, "Book", ("x-id", last), host="full.test")
+        answer = client.answer(second)
+        assert (answer.status, status(answer)) == (200, "4")
+        client.send(rst(third), rst(first))
+        assert status(client.answer(fourth)) == "0"
+    assert (calls.service.seen(late), calls.service.seen(left)) == ([], [])
+    assert calls.service.ended(held)["ended"] == "cancelled"
+
+
 # -- calls that are cancelled
 
 
