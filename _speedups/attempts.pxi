@@ -88,6 +88,10 @@ cdef int forward(Downstream d) except -1:
     if x.route.shape is not None:
         x.route.shape.apply(x)
     x.upstream = upstream = x.route.upstream
+    if upstream.protocol == PROTOCOL_GRPC and d.stream is None and x.web is None and is_grpc(x.head):
+        # Trailers do not come through HTTP/1.1, and with them the status would be lost: a refused payment would look like one that was made.
+        x.side = SIDE_DOWNSTREAM
+        return d.refuse(505, b"grpc-over-http1", b"gRPC needs HTTP/2; this call was not sent to the upstream")
     x.attempts = upstream.attempts
     if x.trusted:
         allowed = number_of(x.head, F_CROSSWAY_ATTEMPTS)

@@ -103,12 +103,13 @@ cdef class Downstream(Connection):
                     self.refuse(504, b"upstream-write-timeout", b"the upstream stopped reading the request")
             counters[C_TIMEOUTS_BODY] += 1
             x.side = SIDE_DOWNSTREAM
-            return self.abort(True) if x.answer_started else self.refuse(408, b"body-timeout", b"the request body stopped arriving")
+            return self.abort(True, 408) if x.answer_started else self.refuse(408, b"body-timeout", b"the request body stopped arriving")
         if why == T_WRITE:
             counters[C_TIMEOUTS_WRITE] += 1
             x.side = SIDE_DOWNSTREAM
             return self.abort(True)
-        if why == T_TOTAL and self.waits_for_body():
+        # A call that is answered while it is sent is a conversation: the client's silence is not to blame for its end.
+        if why == T_TOTAL and not (x.grpc and x.answer_started) and self.waits_for_body():
             counters[C_TIMEOUTS_BODY] += 1
             x.side = SIDE_DOWNSTREAM
             return self.abort(True) if x.answer_started else \
@@ -122,7 +123,10 @@ cdef class Downstream(Connection):
         counters[C_UPSTREAM_TIMEOUTS] += 1
         upstream = x.upstream_connection
         if upstream is not None and (why == T_UP_HEAD or why == T_UP_IDLE or (why == T_TOTAL and x.sent)):
-            upstream.record(OUTCOME_TIMEOUT, 0, 0)
+            if why == T_TOTAL and hurried(x):
+                upstream.record(OUTCOME_GRPC, GRPC_DEADLINE_EXCEEDED, 0)
+            else:
+                upstream.record(OUTCOME_TIMEOUT, 0, 0)
         if why == T_UP_HEAD and x.hedge is not None:
             promote_hedge(x, OUTCOME_TIMEOUT)
             return 0
@@ -400,6 +404,7 @@ cdef class Downstream(Connection):
         cdef Exchange x = self.x
         self.engine.slot.counters[C_BAD_REQUESTS] += 1
         x.head.count = 0                            # what was parsed of it is not to be trusted
+        x.grpc = self.stream is not None and self.stream.grpc
         x.head.minor = 1
         x.side = SIDE_DOWNSTREAM
         return self.refuse(error_status(error), <bytes>error_slug(error), <bytes>error_detail(error))
@@ -810,7 +815,9 @@ cdef class Downstream(Connection):
     cdef int cut(self, int status, bytes slug, bytes detail) except -1:
         """The request turned out bad while its body streamed: the upstream never gets it whole."""
         if self.x.answer_started:
-            self.abort(True)
+            self.x.side = SIDE_DOWNSTREAM
+            self.x.slug = slug
+            self.abort(True, status)
         else:
             self.refuse(status, slug, detail)
         return 1
@@ -949,14 +956,17 @@ cdef class Downstream(Connection):
         self.close()
         return 0
 
-    cdef int abort(self, bint reset) except -1:
-        """Ends the exchange without a (complete) answer. With `reset` the client sees a reset, never a clean end."""
+    cdef int abort(self, bint reset, int status=502) except -1:
+        """Ends the exchange without a (complete) answer. With `reset` the client sees a reset, never a clean end.
+
+        `status` is what the client would be told if nothing had been said yet; calls of gRPC are told so at their end.
+        """
         cdef Exchange x = self.x
         cdef bint grpc = x is not None and x.grpc and x.answer_started
         cdef bint told = x is not None and x.web is not None and reset and end_web_early(self)
         if x is not None:
-            if grpc:
-                self.closing = x.total_at and self.engine.now >= x.total_at
+            if grpc and x.total_at and self.engine.now >= x.total_at:
+                status = 504
             self.drop_upstream()
             if x.status == 0:
                 x.status = 499                      # nginx's code for a client that left; only seen in records
@@ -967,16 +977,18 @@ cdef class Downstream(Connection):
             return 0
         if told:
             self.finish()
-        elif reset and self.fd >= 0 and not (grpc and self.end_grpc()):
+        elif reset and self.fd >= 0 and not (grpc and self.end_grpc(grpc_code(status))):
             self.cut_short()
         elif self.tls is not None:
             self.tls.broken = True                  # nobody may take what he got for all of it
         self.close()
         return 0
 
-    cdef bint end_grpc(self) noexcept:
+    cdef bint end_grpc(self, int code) except -1:
         """A gRPC answer under way fails as gRPC has it, by its trailers: no client takes that for an answer."""
-        cdef bytes lines = TIME_OVER if self.closing else STOPPED
+        cdef bytes why = b"the time for this call is over" if code == GRPC_DEADLINE_EXCEEDED else \
+            b"the request is larger than the limit" if code == GRPC_RESOURCE_EXHAUSTED else b"the answer stopped before its end"
+        cdef bytes lines = b"grpc-status: %d\r\ngrpc-message: %b\r\n" % (code, why)
         if self.out.end > self.out.start or self.stream.done or self.stream.reset or \
                 buffer_append(&self.stream.closing_lines, lines, <uint32_t>len(lines)) < 0:
             return False

@@ -179,8 +179,8 @@ cdef class Downstream(Connection):
     cdef int parse_failed(self, int error) except -1
     cdef int answered(self) except -1
     cdef int settle(self) except -1
-    cdef int abort(self, bint reset) except -1
-    cdef bint end_grpc(self) noexcept
+    cdef int abort(self, bint reset, int status=*) except -1
+    cdef bint end_grpc(self, int code) except -1
     cdef int limit_grpc(self) except -1
     cdef void drop_upstream(self)
     cdef void finish_exchange(self)
@@ -236,6 +236,7 @@ cdef class UpstreamConnection(Connection):
     cdef int take_answer(self, char* data, uint32_t n) except -1
     cdef int end_of_answer(self) except -1
     cdef int lost(self, int error) except -1
+    cdef int out_of_time(self) except -1
     cdef bint owes_trailers(self) noexcept
     cdef int answer_hooked(self, int verdict) except -1
     cdef void release(self)

@@ -27,6 +27,8 @@ cdef enum:                      # grpc-status
     GRPC_UNAUTHENTICATED
 
 cdef bint is_grpc(const Head* head) noexcept nogil
+# ... of a content type's value.
+cdef bint is_grpc_type(const char* p, uint32_t n) noexcept nogil
 # Microseconds that the client allows (grpc-timeout); -1 when it does not say, -2 when it says it wrongly.
 cdef int64_t grpc_timeout(const Head* head) noexcept nogil
 # How a refusal of the gateway's own is called in gRPC.

@@ -15,14 +15,12 @@ cdef enum:
 
 cdef bint is_grpc(const Head* head) noexcept nogil:
     cdef int i = head.first[F_CONTENT_TYPE]
-    cdef const char* p
-    cdef uint32_t n
-    if i < 0 or head.fields[i].value_len < 16:
-        return False
-    p = head.base + head.fields[i].value
-    n = head.fields[i].value_len
+    return i >= 0 and is_grpc_type(head.base + head.fields[i].value, head.fields[i].value_len)
+
+
+cdef bint is_grpc_type(const char* p, uint32_t n) noexcept nogil:
     # application/grpc, or with +proto and the like, or with parameters; application/grpc-web is another protocol.
-    return memcmp(p, b"application/grpc", 16) == 0 and (n == 16 or p[16] == 43 or p[16] == 59)
+    return n >= 16 and memcmp(p, b"application/grpc", 16) == 0 and (n == 16 or p[16] == 43 or p[16] == 59)
 
 
 cdef int64_t grpc_timeout(const Head* head) noexcept nogil:

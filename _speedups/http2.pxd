@@ -68,6 +68,7 @@ cdef class Http2Stream:
     cdef bint connects                  # extended CONNECT (RFC 8441)
     cdef bint counted                   # in Http2Session.active
     cdef bint too_long                  # its head was over the limit
+    cdef bint grpc                      # ... and that of a gRPC call, which is told so in gRPC
 
     cdef ssize_t recv(self, void* data, size_t n) noexcept
     cdef ssize_t send(self, const void* data, size_t n) noexcept

@@ -17,6 +17,7 @@ from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset, strlen
 from gateway._speedups.buffers cimport Buffer, buffer_append, buffer_consume, buffer_release, buffer_reserve
+from gateway._speedups.grpc cimport is_grpc_type
 from gateway._speedups.histogram cimport (
     C_H2_CALMED, C_H2_ERRORS, C_H2_FRAMES_EMPTY, C_H2_MALFORMED, C_H2_REFUSED, C_H2_RESETS_IN, C_H2_RESETS_OUT, C_H2_STREAMS)
 from gateway._speedups.headers cimport (
@@ -1201,6 +1202,7 @@ cdef class Http2Session:
                 stream.expected = block.expected
                 stream.trailing = block.trailing
                 stream.connects = block.connects
+                stream.grpc = block.grpc
                 if block.connects and not block.malformed:
                     self.put_handshake(text)
             elif what == ANSWER and block.status >= 200:
@@ -1255,6 +1257,7 @@ cdef struct Block:
     bint connects
     bint host                   # a Host field came
     bint open                   # the message does not end with this block
+    bint grpc
     int status
     int64_t expected
 
@@ -1298,6 +1301,8 @@ cdef void take_field(Block* b, const uint8_t* name, size_t n, const uint8_t* val
                 b.malformed = True
             return
         b.host = True
+    elif b.what == REQUEST and is_name(name, n, b"content-type", 12):
+        b.grpc = is_grpc_type(<const char*>value, <uint32_t>size)
     elif b.what == REQUEST and is_name(name, n, b"cookie", 6):
         if b.cookie.end - b.cookie.start + size + 2 > b.limit:
             b.too_long = True

@@ -336,6 +336,9 @@ cdef class FrontLink(Link):
         return 0
 
     cdef void close_now(self):
+        """Our doing, not the client's: so say the records of what it carries."""
+        for owner in self.owners():
+            (<Connection>owner).close_now()
         self.cut_short()
         self.close()
 

@@ -250,6 +250,9 @@ cdef int pump_tunnel(Downstream d) except -1:
             d.engine.slot.counters[C_UPSTREAM_BYTES_IN] += down
             count_out(x, down)
         if up == 0 and down == 0:
+            # Of a stream there is no second event: who has ended already, or whose words are not taken, would be waited for.
+            if d.stream is not None and d.stream.reset:
+                return source_lost(d, d, u)
             break
         moved = True
     else:

@@ -5,6 +5,16 @@
 # docs/architecture.md). An answer's head is parsed into Engine.answer_head and written on in the same event.
 
 
+cdef enum:
+    DEADLINE_SLACK_US = 5000        # the next hop is told whole milliseconds, and its clock is another
+
+
+cdef inline bint hurried(Exchange x) noexcept:
+    """Whether the deadline is one that the client set. An endpoint that does not keep it is no worse for that: else a client in a hurry could
+    take it away from the others."""
+    return x.total_at != 0 and (x.route.total_us == 0 or x.total_at < x.started + x.route.total_us)
+
+
 cdef bint empty_line(const char* data, uint32_t seen, uint32_t length) noexcept nogil:
     """Whether an empty line (a LF, then CR LF or LF) ends in data[seen:length)."""
     cdef uint32_t at = seen - 2 if seen > 2 else 0
@@ -624,7 +634,7 @@ cdef class UpstreamConnection(Connection):
         """The answer is complete: finish it towards the client, keep or close the connection, go on with the client."""
         cdef Exchange x = self.x
         cdef Downstream downstream = <Downstream>x.connection
-        cdef int result
+        cdef int result, code
         if x.web is not None and x.web.framed:
             result = end_web_answer(self, downstream)
             if result == TROUBLE:
@@ -637,8 +647,11 @@ cdef class UpstreamConnection(Connection):
             downstream.gone()
             return 0
         if self.undecided:
-            self.record(OUTCOME_GRPC, max(grpc_status_in(self.stream.trailers.base + self.stream.trailers.start,
-                                                         self.stream.trailers.end - self.stream.trailers.start), GRPC_OK), 0)
+            code = grpc_status_in(self.stream.trailers.base + self.stream.trailers.start,
+                                  self.stream.trailers.end - self.stream.trailers.start)
+            if code < 0:                            # a call that ends so has failed; another request knows no such status
+                code = GRPC_UNKNOWN if x.grpc or x.web is not None else GRPC_OK
+            self.record(OUTCOME_GRPC, code, 0)
         if downstream.stream is not None:
             if self.stream is not None and x.web is None:
                 pass_trailers(self.stream, downstream.stream, x.route.response_edits, ())
@@ -727,6 +740,8 @@ cdef class UpstreamConnection(Connection):
         self.ended = True
         if self.stream is not None and self.stream.refused and refused_stream(self):
             return downstream.advance()
+        if (x.grpc or x.web is not None) and hurried(x) and self.engine.now + DEADLINE_SLACK_US >= x.total_at:
+            return self.out_of_time()
         if self.state == U_BODY:
             # A reset that a write met first is taken with it: recv() says 0 then, as it does at an honest end.
             if x.answer.mode == BODY_CLOSE and error == 0 and not self.broken:
@@ -743,6 +758,20 @@ cdef class UpstreamConnection(Connection):
             return downstream.advance()
         return self.fail(502, b"upstream-closed",
                          b"the upstream closed the connection before it answered; the request may have been executed")
+
+    cdef int out_of_time(self) except -1:
+        """The service knows the deadline, and keeps it more exactly than we do: it has given up in time, and is not to blame."""
+        cdef Exchange x = self.x
+        cdef Downstream downstream = <Downstream>x.connection
+        self.record(OUTCOME_GRPC, GRPC_DEADLINE_EXCEEDED, 0)
+        self.engine.slot.counters[C_UPSTREAM_TIMEOUTS] += 1
+        x.side = SIDE_UPSTREAM
+        self.detach()
+        self.close()
+        if x.answer_started:
+            return downstream.abort(True, 504)
+        downstream.refuse(504, b"total-timeout", b"the time for this request is over; it may have been executed")
+        return downstream.advance()
 
     cdef int fail(self, int status, bytes slug, bytes detail) except -1:
         """The upstream's failure: an answer that says so, or a cut one when its head is out already. Always 0."""

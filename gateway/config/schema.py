@@ -234,8 +234,9 @@ class Upstream(Model):
     slow_start: Duration = setting("0s", "how long a new or returned endpoint takes until it gets its whole share; 0s: at once")
     retries: RetrySettings = part(Retries, "further attempts: a number, or settings")
     hedge: Hedge | None = setting(None, "a second request when the first takes long")
-    abandoned: Literal["finish", "cancel"] = setting(
-        "finish", "what is not safe to repeat and was sent completely, when its client leaves: let it finish, or cancel it"
+    abandoned: Literal["finish", "cancel"] | None = setting(
+        None, "what is not safe to repeat and was sent completely, when its client leaves: let it finish, or cancel it; default: "
+        "`finish`, with `protocol: grpc` `cancel`, since a call's client cancels it on purpose and its service is told"
     )
 
     @model_validator(mode="after")

@@ -109,7 +109,7 @@ def _upstream(name: str, settings: schema.Upstream, zone: str | None, workshop: 
         attempts=retries.attempts, retry_on=retries.on, per_try=retries.per_try or 0, backoff=retries.backoff.base,
         backoff_max=retries.backoff.max, replay=retries.body, honours_key=retries.idempotency_key, budget=retries.budget,
         reserve=retries.reserve, hedge=settings.hedge.after if settings.hedge else 0,
-        finish_abandoned=settings.abandoned == "finish",
+        finish_abandoned=(settings.abandoned or ("cancel" if settings.protocol == "grpc" else "finish")) == "finish",
         eject={"failures": eject.failures, "ratio": eject.ratio or 0, "minimum": eject.minimum, "base": eject.base,
                "maximum": eject.max, "share": eject.share},
         panic=settings.health.when_all_bad == "panic", table=table, worker=max(workshop.worker, 0),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.bank import Bank, open_bank
+from tests.integration.grpc_kit import Calls, open_calls
 from tests.integration.h2_pairs import PAIRS, Pair
 from tests.integration.h2_subject import Subject, open_subject
 from tests.integration.processes import Origin, write_config
@@ -74,3 +75,16 @@ def h2(opened_h2: Subject) -> Iterator[Subject]:
 def pair(request: pytest.FixtureRequest, h2: Subject) -> Pair:
     """Every combination of a client's and an upstream's version."""
     return Pair(h2, *request.param)
+
+
+@pytest.fixture(scope="session")
+def opened_calls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calls]:
+    with open_calls(tmp_path_factory.mktemp("calls")) as calls:
+        yield calls
+
+
+@pytest.fixture
+def calls(opened_calls: Calls) -> Iterator[Calls]:
+    """A gateway before a gRPC service; after the test it must hold nothing and have lost no worker."""
+    yield opened_calls
+    opened_calls.gateway.calm()

@@ -36,7 +36,7 @@ workers: {workers}
 admin: {{bind: 127.0.0.1:0}}
 drain: {{deadline: {drain}}}
 listeners:
-  public: {{bind: 127.0.0.1:0}}
+  public: {{bind: 127.0.0.1:0, http2: {{clear: true}}}}
   secure: {{bind: 127.0.0.1:0, tls: {{certificates: [{{cert: edge.crt, key: edge.key}}]}}}}
 upstreams:
   raw: {{targets: [127.0.0.1:{raw}]}}
@@ -57,6 +57,7 @@ routes:
   - {{name: few, match: {{prefix: /few}}, upstream: raw, policies: [trail], websocket: {{tunnels: 5}}}}
   - {{name: idle, match: {{prefix: /idle}}, upstream: raw, policies: [trail], websocket: {{idle: 500ms}}}}
   - {{name: nosy, match: {{prefix: /nosy}}, upstream: raw, policies: [trail, nosy], websocket: true}}
+  - {{name: plain, match: {{prefix: /plain}}, upstream: raw, policies: [trail]}}
 """
 NOSY = """
 from gateway import Policy, deny

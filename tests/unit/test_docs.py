@@ -131,7 +131,7 @@ GRPC = (ROOT / "docs" / "grpc.md").read_text("utf-8")
 HTTP2 = (ROOT / "docs" / "http2.md").read_text("utf-8")
 
 
-@pytest.mark.parametrize("example", [*blocks(GRPC, "yaml"), *blocks(HTTP2, "yaml")], ids=["calls", "browsers", "http2"])
+@pytest.mark.parametrize("example", [*blocks(GRPC, "yaml"), *blocks(HTTP2, "yaml")], ids=["calls", "tried", "browsers", "http2"])
 def test_the_examples_of_http2_and_grpc_can_be_used(tmp_path: Path, example: str) -> None:
     """With what they leave out: policies that other pages show, upstreams of the page's first example, certificates."""
     authority = Authority("Docs", number=97)
