@@ -101,8 +101,10 @@ cdef int forward(Downstream d) except -1:
     if x.upgrade and not take_place(d):
         return d.reply()
     x.repeatable = not x.upgrade and (is_idempotent(x.head.method) or (upstream.honours_key and x.head.first[F_IDEMPOTENCY_KEY] >= 0))
-    x.keeping = x.repeatable and x.attempts and x.body.mode != BODY_NONE and x.collected is None and \
-        (upstream.retry_on & ~<uint32_t>RETRY_CONNECT) != 0
+    # An HTTP/2 server may refuse a stream unread: whatever the method, that may be sent again.
+    x.keeping = x.body.mode != BODY_NONE and x.collected is None and not x.upgrade and \
+        (upstream.protocol != PROTOCOL_HTTP1 or
+         (x.repeatable and x.attempts and (upstream.retry_on & ~<uint32_t>RETRY_CONNECT) != 0))
     if x.body.mode == BODY_LENGTH and x.body.remaining > upstream.replay_max:
         x.keeping = False
     if x.body.mode != BODY_NONE and x.collected is None and not x.keeping:

@@ -216,6 +216,7 @@ cdef class Exchange:
     cdef bint waiting                   # in its upstream's queue
     cdef bint repeatable                # the money rules allow to send it again though it was sent
     cdef bint keeping                   # what streams of the body is kept in `kept`
+    cdef int refusals                   # times that an HTTP/2 server refused it unread
     cdef bint raced                     # sent again once because a pooled connection turned out to be closed
     cdef Buffer kept                    # the body so far, for another attempt
     cdef int informational              # 1xx answers seen

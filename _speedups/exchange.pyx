@@ -294,6 +294,7 @@ cdef class Exchange:
         self.balance_key = 0
         self.repeatable = False
         self.raced = False
+        self.refusals = 0
         self.upgrade = False
         self.tunnel_from = self.tunnel_until = 0
         if self.keeping or self.kept.cap:

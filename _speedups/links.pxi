@@ -9,6 +9,7 @@
 cdef enum:
     LINK_ROOM = 32768           # one recv(); a frame of the largest size fits
     DRAIN_US = 1000000          # how long the client's answer to the first GOAWAY is waited for
+    REFUSALS = 3                # times that a request is sent again because a server refused it unread
     PUSHES = 4                  # times that woken streams may fill what goes out in one turn
 
 cdef int speaks_http2(const Buffer* inb) noexcept nogil:
@@ -357,8 +358,10 @@ cdef class BackLink(Link):
         if self.fd < 0 or self.retiring or self.h2.dead or now - self.born > self.upstream.keep_age_us:
             return False
         if not self.stands:
-            return <uint32_t>len(self.waiting) < self.h2.settings.streams
-        return self.h2.room()
+            return <uint32_t>len(self.waiting) < self.h2.settings.streams and \
+                <uint32_t>len(self.waiting) < max(self.endpoint.streams_said, <uint32_t>1)
+        # Clients that do not read hold the connection's window: who comes now shall not wait for them.
+        return self.h2.room() and self.h2.window + self.h2.owed >= self.h2.settings.window
 
     cdef bint left(self) noexcept:
         """Whether the server has closed it, looked up now."""
@@ -415,6 +418,7 @@ cdef class BackLink(Link):
         self.readable = self.writable = True
         self.h2.secure = self.tls is not None
         self.h2.begin(True, self.upstream.http2, HEAD_MAX, self.engine.slot.counters)
+        self.h2.peer_streams = self.endpoint.streams_said           # until it says so itself
         self.engine.slot.counters[C_UPSTREAM_H2_CONNECTIONS] += 1
         self.engine.set_timer(self, T_NONE, self.engine.now)
         waiting, self.waiting = self.waiting, []
@@ -444,7 +448,9 @@ cdef class BackLink(Link):
         return 0
 
     cdef int stirred(self) except -1:
-        if self.h2.dead or self.h2.peer_leaves:
+        if self.h2.peer_settings:
+            self.endpoint.streams_said = self.h2.peer_streams
+        if self.h2.dead or self.h2.peer_leaves or (self.h2.peer_settings and self.h2.peer_streams == 0):
             self.retiring = True
         if self.h2.dead or (self.retiring and self.h2.active == 0):
             if self.h2.error:
@@ -565,12 +571,12 @@ cdef bint refused_stream(UpstreamConnection u) except -1:
     """The server has not acted on the request (RFC 9113 8.7), which is as good as never sent. False: as with any other loss."""
     cdef Exchange x = u.x
     cdef Downstream d = <Downstream>x.connection
+    cdef bint whole = x.collected is not None or x.kept.end > x.kept.start or x.body.bytes == u.start_bytes
     if u.state != U_HEAD or x.hedge is not None or x.informational:
         return False
     u.record(OUTCOME_NONE, 0, 0)
-    if x.collected is None and x.kept.end == x.kept.start and x.body.bytes != u.start_bytes:
-        if not x.replayable:
-            return False
+    if not whole and x.replayable:
+        whole = True
         x.body_at = u.start_at                      # all of it lies in the pinned buffer still
         x.body.remaining = u.start_remaining
         x.body.bytes = u.start_bytes
@@ -578,8 +584,12 @@ cdef bint refused_stream(UpstreamConnection u) except -1:
             x.body.done = x.body.remaining == 0
     if x.tries == 0:
         x.sent = False
-    if not try_again(d, RETRY_CONNECT, 0):
-        d.drop_upstream()
-        unreachable(x, 503, b"upstream-refused", b"the upstream refused the request unread; it was not executed")
-        d.reply()
+    d.drop_upstream()
+    if whole and x.refusals < REFUSALS and x.upstream.pay(d.engine.now):
+        x.refusals += 1
+        d.engine.slot.counters[C_RETRIES] += 1
+        d.attach(True)
+        return True
+    unreachable(x, 503, b"upstream-refused", b"the upstream refused the request unread; it was not executed")
+    d.reply()
     return True

@@ -64,6 +64,7 @@ cdef class Endpoint:
     cdef readonly str zone              # None: unknown
     cdef list idle                      # connections, most recent last
     cdef list links                     # HTTP/2 connections, whatever they carry now
+    cdef uint32_t streams_said          # how many streams its server allowed on a connection, last time; 100 before it has said
     cdef public bint retired            # replaced or gone: nobody will draw from its pool
     cdef Candidate candidate            # the balancer points to it while this is one of its upstream's endpoints
     cdef EndpointState state            # from the moment on that it is one

@@ -53,6 +53,7 @@ cdef class Endpoint:
         self.zone = zone
         self.idle = []
         self.links = []
+        self.streams_said = 100
         encoded = address.encode("ascii")
         candidate_reset(&self.candidate, hash_key(encoded, len(encoded)), weight, 1)
         self.candidate.usable = True
@@ -71,6 +72,7 @@ cdef object succeed(Endpoint endpoint, Endpoint before, Upstream upstream, bint 
     endpoint.links, before.links = before.links, []
     for connection in [*endpoint.idle, *endpoint.links]:
         connection.moved(endpoint, upstream)
+    endpoint.streams_said = before.streams_said
     endpoint.candidate.ewma_us = before.candidate.ewma_us
     endpoint.candidate.ewma_at = before.candidate.ewma_at
     endpoint.candidate.penalty_until = before.candidate.penalty_until

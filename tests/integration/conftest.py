@@ -66,6 +66,7 @@ def h2(opened_h2: Subject) -> Iterator[Subject]:
     yield opened_h2
     if opened_h2.echoes:
         opened_h2.origin.reset()
+        opened_h2.raw.reset()
         opened_h2.watched.calm()
 
 

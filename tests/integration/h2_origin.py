@@ -23,11 +23,10 @@ import h2.connection
 import h2.errors
 import h2.events
 import h2.exceptions
-import h2.settings
 import h11
 
 from tests.integration.faults import PATTERN
-from tests.integration.h2_kit import Fields, octets
+from tests.integration.h2_kit import MAX_STREAMS, REFUSED_STREAM, Fields, octets, settings
 from tests.integration.processes import PATIENCE, eventually
 
 NO_BODY = ("GET", "HEAD")
@@ -152,6 +151,7 @@ class Link:
         self.raw = bytearray()
         self.closed = False                             # by the gateway, or broken
         self.busiest = 0                                # most requests at once
+        self.refused = 0                                # those above the limit of streams
         self.tasks: set[asyncio.Task[None]] = set()
 
     def begin(self, call: Call) -> None:
@@ -167,7 +167,7 @@ class Link:
             await self.origin.script(call)
         except (Gone, OSError):
             pass
-        except h2.exceptions.StreamClosedError:
+        except (h2.exceptions.StreamClosedError, h2.exceptions.StreamIDTooLowError):
             pass                                        # reset by the gateway between two of our steps
         except Exception as error:  # noqa: BLE001 - shown by reset()
             self.origin.failures.append(error)
@@ -290,11 +290,12 @@ class TwoLink(Link):
     async def serve(self) -> None:
         config = h2.config.H2Configuration(client_side=False, header_encoding=None, validate_outbound_headers=False, normalize_outbound_headers=False)
         self.h2 = h2.connection.H2Connection(config)
-        self.h2.local_settings = h2.settings.Settings(client=False, initial_values=dict(self.origin.offer))
         self.room = asyncio.Event()                     # a window has grown
         self.goaways: list[h2.events.ConnectionTerminated] = []
         self.h2.initiate_connection()
         await self.flush()
+        if self.origin.offer:                           # as bytes: what is over a limit is counted here, not an error of the library's
+            await self.send(settings(*self.origin.offer.items()))
         while piece := await self.reader.read(65536):
             for event in self.h2.receive_data(piece):
                 self.take(event)
@@ -306,10 +307,11 @@ class TwoLink(Link):
 
     def take(self, event: h2.events.Event) -> None:
         match event:
+            case h2.events.RequestReceived() if len(self.calls) >= self.origin.offer.get(MAX_STREAMS, 100):
+                self.refused += 1
+                self.h2.reset_stream(event.stream_id, REFUSED_STREAM)
             case h2.events.RequestReceived():
                 self.begin(Call(self, [(octets(n).decode("latin-1"), octets(v).decode("latin-1")) for n, v in event.headers], event.stream_id))
-                if event.stream_ended:
-                    pass                                # StreamEnded follows
             case h2.events.DataReceived():
                 call = self.calls.get(event.stream_id)
                 if call is None or call.gone.is_set():
@@ -485,7 +487,7 @@ class TwinOrigin:
     def reset(self) -> None:
         """Break what is open and behave as in the beginning."""
         self.run(self._reset())
-        eventually(lambda: not self.open(), "the end of the origin's connections")
+        eventually(lambda: not self.open() or self.run(self._reset()), "the end of the origin's connections")
         self.script, self.offer, self.seen = by_path, {}, threading.Semaphore(0)
         self.calls, self.links = [], []
         failures, self.failures = self.failures, []

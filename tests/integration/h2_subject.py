@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from tests.integration.bank import WatchedGateway
+from tests.integration.faults import ScriptedOrigin
 from tests.integration.h2_kit import H2Client, connect_h2, dial
 from tests.integration.h2_origin import TwinOrigin
 from tests.integration.pki import Authority
@@ -37,6 +38,12 @@ listeners:
   two: {{bind: 127.0.0.1:0, http2: {{clear: true}}, {times}, limits: {{body: 64MiB}}}}
   secure: {{bind: 127.0.0.1:0, {tls}, {times}, limits: {{body: 64MiB}}}}
   brief: {{bind: 127.0.0.1:0, http2: {{clear: true}}, {brief}}}
+  tight:
+    bind: 127.0.0.1:0
+    {times}
+    http2: {{clear: true, streams: 10, window: 16KiB, connection_window: 65535, resets: 10, frames: 50}}
+    limits: {{head: 1KiB, target: 256, fields: 20, body: 64KiB}}
+  counted: {{bind: 127.0.0.1:0, http2: {{clear: true}}, {times}, limits: {{requests: 5}}}}
   few: {{bind: 127.0.0.1:0, http2: {{clear: true, streams: 4, window: 64KiB, connection_window: 128KiB}}, {times}, limits: {{body: 64MiB}}}}
 upstreams:
   one: {{targets: [127.0.0.1:{one}]}}
@@ -45,12 +52,14 @@ upstreams:
   few: {{targets: [127.0.0.1:{two}], protocol: http2, http2: {{streams: 2}}}}
   narrow: {{targets: [127.0.0.1:{two}], protocol: http2, http2: {{window: 64KiB, connection_window: 128KiB}}}}
   brief: {{targets: [127.0.0.1:{two}], protocol: http2, timeouts: {{head: 500ms, idle: 500ms}}}}
+  raw: {{targets: [127.0.0.1:{raw}], protocol: http2, timeouts: {{head: 5s, idle: 5s}}}}
 routes:
   - {{name: all, match: {{prefix: /}}, upstream: one}}
   - {{name: two, match: {{prefix: /two}}, upstream: two}}
   - {{name: secure, match: {{prefix: /secure}}, upstream: secure}}
   - {{name: few, match: {{prefix: /few}}, upstream: few}}
   - {{name: narrow, match: {{prefix: /narrow}}, upstream: narrow}}
+  - {{name: raw, match: {{prefix: /raw}}, upstream: raw}}
   - {{name: brief, match: {{prefix: /brief}}, upstream: brief}}
 """
 
@@ -63,6 +72,7 @@ class Subject:
     authority: Authority
     gateway: WatchedGateway | None = None
     twin: TwinOrigin | None = None
+    bare: ScriptedOrigin | None = None
 
     @property
     def echoes(self) -> bool:
@@ -82,6 +92,12 @@ class Subject:
         assert self.twin is not None
         return self.twin
 
+    @property
+    def raw(self) -> ScriptedOrigin:
+        """An upstream that is a script of bytes."""
+        assert self.bare is not None
+        return self.bare
+
     def port(self, name: str = "two") -> int:
         return self.watched.port(name) if self.echoes else OTHER
 
@@ -98,9 +114,9 @@ class Subject:
         return connect_h2(self.port(name), tls=self.context() if name == "secure" else None, **options)
 
 
-def write_config(folder: Path, twin: TwinOrigin, *, workers: int = 1, drain: str = "10s") -> Path:
+def write_config(folder: Path, twin: TwinOrigin, raw: int, *, workers: int = 1, drain: str = "10s") -> Path:
     path = folder / "h2.yaml"
-    ports = {"one": twin.one, "two": twin.two, "secure": twin.secure}
+    ports = {"one": twin.one, "two": twin.two, "secure": twin.secure, "raw": raw}
     path.write_text(CONFIG.format(workers=workers, drain=drain, times=TIMES, brief=BRIEF, tls=TLS, **ports))
     return path
 
@@ -113,5 +129,9 @@ def open_subject(folder: Path, **options: Any) -> Iterator[Subject]:
         return
     authority.issue("bank.test", "localhost", "127.0.0.1").write(folder, "edge")
     (folder / "root.crt").write_bytes(authority.pem)
-    with TwinOrigin(folder) as twin, WatchedGateway(write_config(folder, twin, **options)) as gateway:
-        yield Subject(folder, authority, gateway, twin)
+    bare = ScriptedOrigin()
+    try:
+        with TwinOrigin(folder) as twin, WatchedGateway(write_config(folder, twin, bare.port, **options)) as gateway:
+            yield Subject(folder, authority, gateway, twin, bare)
+    finally:
+        bare.close()

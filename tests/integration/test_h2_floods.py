@@ -189,8 +189,8 @@ def cpu(pid: int) -> float:
 class Bystander:
     """Another client, who is served all the while."""
 
-    def __init__(self, h2: Subject) -> None:
-        self.h2 = h2
+    def __init__(self, h2: Subject, listener: str = "two") -> None:
+        self.h2, self.listener = h2, listener
         self.served = 0
         self.failure: BaseException | None = None
         self._stop = threading.Event()
@@ -198,7 +198,7 @@ class Bystander:
 
     def _run(self) -> None:
         try:
-            with self.h2.client() as client:
+            with self.h2.client(self.listener) as client:
                 while not self._stop.wait(0.01):
                     assert client.ask(head("/bytes/1000")).status == 200
                     self.served += 1
@@ -233,19 +233,20 @@ def pour(client: H2Client, flood: Flood) -> int:
     return sent + len(chunk)
 
 
+@pytest.mark.parametrize("listener", ["two", "tight"])
 @pytest.mark.parametrize("case", FLOODS)
-def test_a_flood_ends_its_connection_and_nobody_elses(h2: Subject, case: str) -> None:
+def test_a_flood_ends_its_connection_and_nobody_elses(h2: Subject, case: str, listener: str) -> None:
     pid = h2.watched.pids[0]
     before = cpu(pid)
-    with Bystander(h2), Peak(pid) as peak:
-        client = h2.client(polite=False)
+    with Bystander(h2, listener), Peak(pid) as peak:
+        client = h2.client(listener, polite=False)
         sent = pour(client, FLOODS[case])
         if case in HARMLESS:
             client.barrier()
         else:
             client.ended()
         client.close()
-    print(f"| {case} | {sent >> 10} KiB sent | {cpu(pid) - before:.2f} s CPU | {peak.growth / 2**20:.1f} MiB |")
+    print(f"| {listener} | {case} | {sent >> 10} KiB sent | {cpu(pid) - before:.2f} s CPU | {peak.growth / 2**20:.1f} MiB |")
     assert peak.growth < GROWTH, f"{peak.growth >> 20} MiB"
     if case in HARMLESS:
         return
@@ -264,8 +265,16 @@ def test_a_rapid_reset_starts_no_more_upstream_than_streams_are_allowed(h2: Subj
 
 @pytest.mark.parametrize(
     ("flood", "counter"),
-    [(rapid_reset, "http2_floods_total"), (repeat(ping(), 100_000), "http2_floods_total"), (refused_heads, "http2_malformed_total")],
-    ids=["rapid reset", "PING", "refused heads"],
+    [
+        (rapid_reset, "http2_floods_total"),
+        (rapid_reset, 'http2_resets_total{direction="in"}'),
+        (refused_heads, 'http2_resets_total{direction="out"}'),
+        (refused_heads, "http2_malformed_total"),
+        (repeat(ping(), 100_000), "http2_floods_total"),
+        (repeat(ping(), 100_000), "http2_empty_frames_total"),
+        (repeat(ping(), 100_000), "http2_connection_errors_total"),
+    ],
+    ids=["rapid reset", "resets of clients", "resets of ours", "refused heads", "PING", "empty frames", "errors"],
 )
 def test_a_flood_is_counted(h2: Subject, flood: Flood, counter: str) -> None:
     before = h2.watched.metrics()[f"crossway_{counter}"]
