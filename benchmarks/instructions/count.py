@@ -74,7 +74,7 @@ def measure(requests: int) -> tuple[Row, dict[str, list[Function]]]:
             counts[scenario], functions[scenario] = count(scenario, requests, Path(folder))
     version = ".".join(map(str, sys.version_info[:3]))
     date = datetime.now(UTC).strftime("%Y-%m-%d")
-    return Row(commit()[0], date, counts["bare"], counts["edge"], version, compiler()), functions
+    return Row(commit()[0], date, python=version, compiler=compiler(), **counts), functions
 
 
 def main() -> int:

@@ -12,13 +12,15 @@ from dataclasses import asdict, dataclass, fields
 SCENARIOS = {
     "bare": "bare.yaml, GET: one route, plain proxy",
     "edge": "edge.yaml, POST: token in the cache, scope, limit, audit line",
+    "http2": "http2.yaml, GET: as bare, for clients with 10 streams a connection; the origin speaks HTTP/1.1",
+    "grpc": "grpc.yaml: a unary call, HTTP/2 on both sides, a message each way, trailers",
 }
 Function = tuple[str, str, float]  # name, object, instructions per request
 
 
 @dataclass(frozen=True)
 class Row:
-    """One commit's counts, in user-space instructions per request inside Engine.poll()."""
+    """One commit's counts, in user-space instructions per request inside Engine.poll(); None where they were not taken yet."""
 
     commit: str
     date: str
@@ -26,6 +28,13 @@ class Row:
     edge: float
     python: str
     compiler: str
+    http2: float | None = None
+    grpc: float | None = None
+
+    def count(self, scenario: str) -> float | None:
+        """Return the count of a scenario."""
+        found: float | None = getattr(self, scenario)
+        return found
 
 
 def read(text: str) -> list[Row]:
@@ -37,7 +46,11 @@ def read(text: str) -> list[Row]:
     if list(reader.fieldnames) != expected:
         raise ValueError(f"the columns must be {', '.join(expected)}, not {', '.join(reader.fieldnames)}")
     return [
-        Row(row["commit"], row["date"], float(row["bare"]), float(row["edge"]), row["python"], row["compiler"]) for row in reader
+        Row(
+            *(row["commit"], row["date"], float(row["bare"]), float(row["edge"]), row["python"], row["compiler"]),
+            *(float(row[name]) if row[name] else None for name in ("http2", "grpc")),
+        )
+        for row in reader
     ]
 
 
@@ -47,7 +60,8 @@ def write(rows: Sequence[Row]) -> str:
     writer = csv.DictWriter(out, [field.name for field in fields(Row)], lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow(asdict(row) | {"bare": f"{row.bare:.1f}", "edge": f"{row.edge:.1f}"})
+        counts = {name: row.count(name) for name in SCENARIOS}
+        writer.writerow(asdict(row) | {name: "" if count is None else f"{count:.1f}" for name, count in counts.items()})
     return out.getvalue()
 
 
@@ -58,13 +72,16 @@ def added(rows: Sequence[Row], new: Row) -> list[Row]:
 
 def comparison(last: Row | None, new: Row) -> str:
     """Return what a person reads after --check: each count, and its ratio to the last recorded one."""
-    if last is None:
-        return "\n".join(f"{name}: {getattr(new, name):,.0f} instructions per request; nothing is recorded yet" for name in SCENARIOS)
     lines = []
     for name in SCENARIOS:
-        now, before = getattr(new, name), getattr(last, name)
-        lines.append(f"{name}: {now:,.0f} instructions per request, {before:,.0f} at {last.commit}: {now / before:.4f}x")
-    if (last.python, last.compiler) != (new.python, new.compiler):
+        now, before = new.count(name), last.count(name) if last is not None else None
+        if now is None:
+            continue
+        if last is None or before is None:
+            lines.append(f"{name}: {now:,.0f} instructions per request; nothing is recorded yet")
+        else:
+            lines.append(f"{name}: {now:,.0f} instructions per request, {before:,.0f} at {last.commit}: {now / before:.4f}x")
+    if last is not None and (last.python, last.compiler) != (new.python, new.compiler):
         lines.append(
             f"not comparable: {last.commit} was built with {last.compiler} for Python {last.python}, "
             f"this with {new.compiler} for Python {new.python}"
@@ -76,7 +93,8 @@ def dearer(last: Row, new: Row, most: float) -> list[str]:
     """Return the scenarios whose count rose above `most` times the last one; none where the two cannot be compared."""
     if (last.python, last.compiler) != (new.python, new.compiler):
         return []
-    return [name for name in SCENARIOS if getattr(new, name) > most * getattr(last, name)]
+    pairs = {name: (new.count(name), last.count(name)) for name in SCENARIOS}
+    return [name for name, (now, before) in pairs.items() if now is not None and before is not None and now > most * before]
 
 
 def report(row: Row, functions: Mapping[str, Sequence[Function]]) -> str:
@@ -85,7 +103,9 @@ def report(row: Row, functions: Mapping[str, Sequence[Function]]) -> str:
     rule = "What is counted is said in docs/micro-benchmarks.md. Own instructions of each function, inlined ones included."
     lines = ["# Instructions per request, by function", "", f"{taken} Written by `script/instructions`. {rule}"]
     for name, title in SCENARIOS.items():
-        total = getattr(row, name)
+        total = row.count(name)
+        if total is None:
+            continue
         lines += ["", f"## {name}: {total:,.0f}", "", f"{title}.", ""]
         lines += ["| function | in | instructions | share |", "| --- | --- | ---: | ---: |"]
         lines += [f"| `{function}` | {path} | {count:,.0f} | {count / total:.1%} |" for function, path, count in functions[name]]

@@ -5,6 +5,7 @@ taken inside a round, where both programs met the same machine, and the median i
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import floor, log10
@@ -14,6 +15,17 @@ from typing import Any
 from benchmarks.load.scenarios import BEST, Requirement
 
 RESULT_PREFIX = "result "
+# What h2load prints at its end.
+H2LOAD = {
+    "protocol": re.compile(r"^Application protocol: (\S+)$", re.MULTILINE),
+    "seconds": re.compile(r"^finished in ([\d.]+)(us|ms|s), ", re.MULTILINE),
+    "requests": re.compile(
+        r"^requests: (\d+) total, (\d+) started, (\d+) done, (\d+) succeeded, (\d+) failed, (\d+) errored, (\d+) timeout$", re.MULTILINE
+    ),
+    "statuses": re.compile(r"^status codes: (\d+) 2xx, (\d+) 3xx, (\d+) 4xx, (\d+) 5xx$", re.MULTILINE),
+    "data": re.compile(r"^traffic: .* \((\d+)\) data$", re.MULTILINE),
+}
+UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 # A share of a core used by strangers. On the proxy's core they spoil its caches; on the load's core they starve wrk and the
 # origin, so that the proxy finds fewer events in a batch and pays more for each.
 FOREIGN_LIMIT = 0.03
@@ -38,7 +50,7 @@ class InvalidRun(Exception):
 
 @dataclass(frozen=True)
 class Load:
-    """What the load counted in one run: requests answered, seconds, errors by kind, latency in microseconds."""
+    """What the load counted in one run: requests answered, seconds, errors by kind, latency in microseconds (0: it does not tell)."""
 
     requests: int
     seconds: float
@@ -138,6 +150,31 @@ def read_wrk(output: str) -> Load:
     if not counts["requests"]:
         raise InvalidRun("wrk got no answer at all")
     return Load(counts["requests"], counts["microseconds"] / 1e6, errors, counts["p50_us"], counts["p99_us"])
+
+
+def read_h2load(output: str, in_flight: int, answer: int, protocol: str) -> Load:
+    """Return what h2load printed; `answer` is the length of each answer's body.
+
+    Raises InvalidRun when a line is missing, when it spoke another protocol, when anything but a success came back, or when the bytes
+    of the bodies are not those of as many whole answers. The end of the time cuts off up to `in_flight` requests.
+    """
+    found = {name: pattern.search(output) for name, pattern in H2LOAD.items()}
+    spoken, seconds, requests, statuses, data = found.values()
+    if spoken is None or seconds is None or requests is None or statuses is None or data is None:
+        raise InvalidRun(f"h2load did not tell its {', '.join(name for name, match in found.items() if match is None)}; it said:\n{output}")
+    if spoken[1] != protocol:
+        raise InvalidRun(f"h2load spoke {spoken[1]}, not {protocol}")
+    _, started, done, succeeded, *failures = map(int, requests.groups())
+    wrong = dict(zip(("3xx", "4xx", "5xx"), map(int, statuses.groups()[1:]), strict=True))
+    errors = {kind: count for kind, count in (*zip(("failed", "errored", "timeout"), failures, strict=True), *wrong.items()) if count}
+    if errors or succeeded != done:
+        told = ", ".join(f"{count} x {kind}" for kind, count in errors.items())
+        raise InvalidRun(f"h2load counted errors ({told}) among {done} answers")
+    if not done:
+        raise InvalidRun("h2load got no answer at all")
+    if started - done > in_flight or not done * answer <= int(data[1]) <= (done + in_flight) * answer:
+        raise InvalidRun(f"h2load got {int(data[1])} bytes of bodies with {done} of {started} answers of {answer} bytes each")
+    return Load(done, float(seconds[1]) * UNITS[seconds[2]], {}, 0, 0)
 
 
 def read_bench(document: Mapping[str, Any]) -> Latency:

@@ -8,7 +8,7 @@ the reason; it never ends the benchmark (comparison.py). The time is bounded and
     python -m benchmarks.load.compare                       all of scenarios.yaml, under 20 minutes
     python -m benchmarks.load.compare --quick               one short round, under 5 minutes
     python -m benchmarks.load.compare --scenarios plain,token --programs crossway,haproxy
-    python -m benchmarks.load.compare --scenarios tls       a group of scenarios that a run of everything leaves out
+    python -m benchmarks.load.compare --scenarios tls       a group of scenarios that a run of everything leaves out; so is http2
 """
 
 import argparse
@@ -28,7 +28,7 @@ from benchmarks.load.comparison import FULL, QUICK, Comparison, Plan
 from benchmarks.load.processes import Unusable, raise_descriptor_limit, require_programs
 from benchmarks.load.programs import Bench
 from benchmarks.load.results import write_result
-from benchmarks.load.scenarios import ROOT, Catalogue, Cell, declared
+from benchmarks.load.scenarios import ROOT, STREAMED, STREAMED_UPSTREAM, Catalogue, Cell, declared
 
 
 def choose(catalogue: Catalogue, scenarios: str, programs: str) -> list[Cell]:
@@ -114,9 +114,10 @@ def planned(options: argparse.Namespace) -> Plan:
 def run(options: argparse.Namespace, console: Console) -> int:
     """Do the whole benchmark; return 0 when something was measured."""
     plan, catalogue = planned(options), declared()
-    require_programs(["wrk", "taskset", "cc"])
-    raise_descriptor_limit(65536)
     chosen = choose(catalogue, options.scenarios, options.programs)
+    streamed = any(cell.scenario.kind in STREAMED for cell in chosen)
+    require_programs(["wrk", "taskset", "cc", *(("h2load", "nghttp") if streamed else ())])
+    raise_descriptor_limit(65536)
     if not chosen:
         raise Unusable("no program takes part in these scenarios")
     with tempfile.TemporaryDirectory(prefix="crossway-bench-") as directory:
@@ -125,6 +126,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
             origins = [stack.enter_context(bench.origin())]
             if any(cell.scenario.kind == "tls-upstream" for cell in chosen):
                 origins.append(stack.enter_context(bench.secure_origin()))
+            if any(cell.scenario.kind in STREAMED_UPSTREAM for cell in chosen):
+                origins.append(stack.enter_context(bench.streamed_origin()))
             comparison = Comparison(bench, origins, catalogue, chosen, plan)
             programs = len({cell.software.name for cell in chosen})
             console.print(

@@ -1,6 +1,6 @@
 """One comparison under way: every cell visited round by round, what was measured, and what could not be.
 
-Strategy: a visit starts one program, proves once that it does the scenario's work, saturates it with wrk and, in a scenario's
+Strategy: a visit starts one program, proves once that it does the scenario's work, saturates it and, in a scenario's
 last rounds, measures it at the fixed rate. A fault is noted and the visit tried once more; nothing a program does ends the
 whole, and neither an interrupt nor the end of the time loses what was measured before.
 """
@@ -37,10 +37,10 @@ from benchmarks.load.loads import bench_run, open_loop_missing, saturate, warm
 from benchmarks.load.processes import Program, Unusable, core_times, cpu_clocks, pss, tick_clocks, tree
 from benchmarks.load.programs import Bench, missing
 from benchmarks.load.results import FORMAT
-from benchmarks.load.scenarios import Catalogue, Cell, Scenario, configuration_hash
+from benchmarks.load.scenarios import STREAMED, Catalogue, Cell, Scenario, configuration_hash
 
 START = 0.3  # seconds that a start and a stop take, for the estimate
-PROOFS = {"plain": 0, "routes": 1, "token": 2, "tls": 0, "tls-upstream": 0}  # starts that prove a cell once, before its first visit
+PROOFS = {"plain": 0, "routes": 1, "token": 2, "tls": 0, "tls-upstream": 0, **dict.fromkeys(STREAMED, 0)}  # starts that prove a cell
 GENERATOR_START = 0.5
 ATTEMPTS = 2  # at one visit
 REPEATS = 2  # of an interval that other programs disturbed

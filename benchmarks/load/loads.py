@@ -1,7 +1,7 @@
-"""The two load generators: wrk for saturation, `crossway bench run` for latency at a fixed rate and for TLS handshakes.
+"""The load generators: wrk and h2load for saturation, `crossway bench run` for latency at a fixed rate and for TLS handshakes.
 
-Strategy: both run on the load's core, one thread each, and are believed only when not one answer was wrong. A closed loop
-(wrk) shows what a request costs and how many a core can carry; latency is only taken from the open loop.
+Strategy: all run on the load's core, one thread each, and are believed only when not one answer was wrong. A closed loop
+(wrk, h2load) shows what a request costs and how many a core can carry; latency is only taken from the open loop.
 """
 
 import json
@@ -11,13 +11,13 @@ import subprocess
 import sys
 import time
 from math import ceil
-from pathlib import Path
 from typing import Any
 
+from benchmarks.load import http2
 from benchmarks.load.arithmetic import InvalidRun, Latency, Load, read_bench, read_handshakes, read_wrk
 from benchmarks.load.processes import Program, program
 from benchmarks.load.programs import Bench
-from benchmarks.load.scenarios import HERE, ROOT, Scenario
+from benchmarks.load.scenarios import HERE, ROOT, STREAMED, Scenario
 
 PATIENCE = 30.0  # seconds that a generator may take beyond its duration
 RESULT = "bench-run.json"
@@ -36,21 +36,10 @@ def open_loop_missing() -> str:
     return "" if done.returncode == 0 else "this checkout has no working `crossway bench run`"
 
 
-def body_file(bench: Bench, scenario: Scenario) -> Path | None:
-    """Write the request's body once and return its path; None without a body."""
-    body = scenario.payload()
-    if body is None:
-        return None
-    path = bench.directory / f"{scenario.name}.body"
-    if not path.exists():
-        path.write_bytes(body)
-    return path
-
-
 def wrk_command(bench: Bench, scenario: Scenario, port: int, seconds: int) -> list[str]:
     """Return the command that loads the program from one thread, closed loop."""
     words = [f"method={scenario.method}"]
-    body = body_file(bench, scenario)
+    body = http2.body_file(bench.directory, scenario)
     if body is not None:
         words.append(f"body={body}")
     if scenario.bearer:
@@ -69,8 +58,9 @@ def wrk_command(bench: Bench, scenario: Scenario, port: int, seconds: int) -> li
 
 
 def warm(bench: Bench, scenario: Scenario, port: int, seconds: float) -> None:
-    """Load the program for a moment; nothing is counted. wrk knows whole seconds only, and ends early when interrupted."""
-    command = wrk_command(bench, scenario, port, ceil(seconds) + 1)
+    """Load the program for a moment; nothing is counted. wrk and h2load know whole seconds only, and end early when interrupted."""
+    made = http2.command if scenario.kind in STREAMED else wrk_command
+    command = made(bench, scenario, port, ceil(seconds) + 1)
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
         try:
             time.sleep(seconds)
@@ -103,6 +93,8 @@ def handshakes(bench: Bench, scenario: Scenario, port: int, seconds: int) -> Loa
 
 def saturate(bench: Bench, scenario: Scenario, port: int, seconds: int) -> Load:
     """Measure a closed loop, with the load that can do the scenario."""
+    if scenario.kind in STREAMED:
+        return http2.measure(bench, scenario, port, seconds, PATIENCE)
     return (handshakes if scenario.handshakes else wrk)(bench, scenario, port, seconds)
 
 
@@ -139,7 +131,7 @@ def bench_run(
         *(*generator(bench, scenario, port, path), "--rate", str(rate), "--pid", str(proxy.pid)),
         *("--duration", f"{seconds:g}s", "--warmup", f"{warm_up:g}s", "--method", scenario.method),
     ]
-    body = body_file(bench, scenario)
+    body = http2.body_file(bench.directory, scenario)
     if body is not None:
         command += ["--body", str(body), "-H", "Content-Type: application/json"]
     if scenario.bearer:

@@ -24,6 +24,7 @@ ASKED = {
     "caddy": (["version"], r"v(\d\S*)"),
     "traefik": (["version"], r"Version:\s+(\S+)"),
     "wrk": (["-v"], r"wrk (?:debian/)?(\S+)"),
+    "h2load": (["--version"], r"nghttp2/(\S+)"),
     "openssl": (["version"], r"OpenSSL (\S+)"),
     "cc": (["--version"], r"(\d+\.\d+\.\d+)"),
 }

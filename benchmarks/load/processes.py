@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Self
 
 TICK = os.sysconf("SC_CLK_TCK")
-PACKAGES = {"wrk": "wrk", "haproxy": "haproxy", "nginx": "nginx", "taskset": "util-linux", "cc": "build-essential"}
+PACKAGES = {
+    "wrk": "wrk",
+    "h2load": "nghttp2-client",
+    "nghttp": "nghttp2-client",
+    "haproxy": "haproxy",
+    "nginx": "nginx",
+    "taskset": "util-linux",
+    "cc": "build-essential",
+}
 
 
 class Unusable(Exception):

@@ -16,9 +16,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from benchmarks.load import http2
 from benchmarks.load.certificates import SUITES, make_certificates
 from benchmarks.load.processes import Program, Unusable, find_program, free_ports, program
-from benchmarks.load.scenarios import ANSWER, HERE, ROOT, Cell, Scenario
+from benchmarks.load.scenarios import ANSWER, HERE, ROOT, STREAMED, STREAMED_UPSTREAM, Cell, Scenario
 from benchmarks.load.tokens import AUDIENCE, ISSUER, SCOPE, Issuer
 
 LIMIT = 1_000_000  # requests a second for one client: the limit is kept and checked, and never reached
@@ -67,11 +68,11 @@ def fill(template: str, values: Mapping[str, object], routes: int = 0) -> str:
     return template
 
 
-def compiled(source: Path, directory: Path) -> str:
+def compiled(source: Path, directory: Path, *libraries: str) -> str:
     """Compile a C file once for this invocation and return the program's path."""
     binary = directory / source.stem
     if not binary.exists():
-        command = [program("cc"), "-O2", "-Wall", "-Wextra", "-o", str(binary), str(source)]
+        command = [program("cc"), "-O2", "-Wall", "-Wextra", "-o", str(binary), str(source), *(f"-l{name}" for name in libraries)]
         built = subprocess.run(command, capture_output=True, text=True, check=False)
         if built.returncode:
             raise Unusable(f"{source.name} does not compile:\n{built.stderr}")
@@ -89,14 +90,22 @@ class Bench:
         self.issuer.publish(directory)
         self.token = self.issuer.token()
         self.certificates = make_certificates(directory)
-        self.origin_port, self.secure_port = free_ports(2)
+        self.origin_port, self.secure_port, self.streamed_port = free_ports(3)
 
     def origin(self) -> Program:
         """Start the origin on the load's core and return it when it listens."""
-        command = [compiled(HERE / "origin.c", self.directory), str(self.origin_port), ANSWER]
-        started = Program("origin", command, self.load_core, self.directory)
+        return self.listening("origin", [compiled(HERE / "origin.c", self.directory), str(self.origin_port), ANSWER], self.origin_port)
+
+    def streamed_origin(self) -> Program:
+        """Start the origin that speaks HTTP/2 on the load's core and return it when it listens."""
+        binary = compiled(HERE / "origin-http2.c", self.directory, "nghttp2")
+        return self.listening("origin-http2", [binary, str(self.streamed_port), ANSWER], self.streamed_port)
+
+    def listening(self, name: str, command: list[str], port: int) -> Program:
+        """Start a program on the load's core and return it when it listens."""
+        started = Program(name, command, self.load_core, self.directory)
         try:
-            started.await_port(self.origin_port)
+            started.await_port(port)
         except Unusable:
             started.stop()
             raise
@@ -108,14 +117,7 @@ class Bench:
         path = self.directory / template.name
         values = {"DIRECTORY": self.directory, "SECURE": self.secure_port, "ANSWER": ANSWER, **self.certificates.values("p256")}
         path.write_text(fill(template.read_text(), values))
-        command = self.start_line("nginx", program("nginx"), path, self.secure_port, 0)
-        started = Program("origin-tls", command, self.load_core, self.directory)
-        try:
-            started.await_port(self.secure_port)
-        except Unusable:
-            started.stop()
-            raise
-        return started
+        return self.listening("origin-tls", self.start_line("nginx", program("nginx"), path, self.secure_port, 0), self.secure_port)
 
     @contextmanager
     def proxy(self, cell: Cell, limit: int = LIMIT) -> Iterator[tuple[Program, int]]:
@@ -151,7 +153,7 @@ class Bench:
             "DIRECTORY": self.directory,
             "PORT": port,
             "ADMIN": admin,
-            "ORIGIN": self.origin_port,
+            "ORIGIN": self.streamed_port if cell.scenario.kind in STREAMED_UPSTREAM else self.origin_port,
             "SECURE": self.secure_port,
             **self.certificates.values(cell.scenario.certificate or "p256"),
             "LIMIT": limit,
@@ -186,6 +188,8 @@ class Bench:
 
     def ask(self, scenario: Scenario, port: int, token: str | None = None, path: str = "") -> tuple[int, bytes]:
         """Send the scenario's request once, on a connection of its own; return the status and the body."""
+        if scenario.kind in STREAMED:
+            return http2.ask(self, scenario, port, path)
         body = scenario.payload()
         fields = {"Content-Type": "application/json"} if body is not None else {}
         bearer = self.token if token is None else token

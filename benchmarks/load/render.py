@@ -29,6 +29,7 @@ PLOTS = {
     COST: (cost_plot, "CPU time per request by scenario and program"),
     LATENCY: (latency_plot, "latency percentiles at a fixed rate by scenario and program"),
 }
+LOADS = {"http2": "h2load"}  # of a group's closed loops, where it is not wrk
 DOCUMENTS = {"README.md": False, "docs/benchmarks.md": True}  # path: whether it gets everything
 
 
@@ -165,7 +166,7 @@ def provenance(result: Mapping[str, Any]) -> str:
     """Return one paragraph: when, where, with what."""
     machine, versions, options = result["machine"], result["versions"], result["options"]
     kind = "virtual machine" if machine["virtual"] else "machine"
-    programs = ", ".join(f"{name} {versions[name]}" for name in ("wrk", "python", "uvloop"))
+    programs = ", ".join(f"{name} {versions[name]}" for name in (LOADS.get(result.get("group", ""), "wrk"), "python", "uvloop"))
     return (
         f"{result['date'][:10]}, commit {result['commit']}: {machine['cores']}-core {kind} ({machine['cpu']}), "
         f"Linux {machine['kernel']}; {programs}. Medians over interleaved rounds of {options['seconds']:g} s, the program on "

@@ -25,10 +25,18 @@ PAYMENT = (
     '{"debtor":"DE02120300000000202051","creditor":"FR1420041010050500013M02606","amount":"1250.00","currency":"EUR"}'
 )
 PATH = "/v1/payments"
-KINDS = ("plain", "routes", "token", "tls", "tls-upstream")
+STREAMED = ("http2", "http2-tls", "http2-upstream", "grpc")  # kinds whose clients speak HTTP/2
+STREAMED_UPSTREAM = ("http2-upstream", "grpc")  # ... and whose origin does
+SECURED = ("tls", "http2-tls")  # kinds whose clients speak TLS
+KINDS = ("plain", "routes", "token", "tls", "tls-upstream", *STREAMED)
 BEST = "best"
 # Identifiers do not repeat in real traffic; HAProxy keeps the last 10,000 results of its maps (tune.pattern.cache-size).
 DIFFERENT = 20_000
+
+
+def message(body: bytes) -> bytes:
+    """Return a gRPC message: not compressed, its length, the bytes."""
+    return b"\0" + len(body).to_bytes(4, "big") + body
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,7 @@ class Scenario:
     bearer: bool = False
     close: bool = False
     connections: int = 64
+    streams: int = 0
     rounds: int = 3
     latency: int = 1
     only: Sequence[str] = field(default=(), hash=False)
@@ -66,7 +75,7 @@ class Scenario:
     @property
     def scheme(self) -> str:
         """How clients speak to the program."""
-        return "https" if self.kind == "tls" else "http"
+        return "https" if self.kind in SECURED else "http"
 
     @property
     def handshakes(self) -> bool:
@@ -82,15 +91,16 @@ class Scenario:
         """Return the request's body."""
         if self.body is None:
             return None
-        return PAYMENT.encode() if isinstance(self.body, str) else b"x" * self.body
+        body = PAYMENT.encode() if isinstance(self.body, str) else b"x" * self.body
+        return message(body) if self.kind == "grpc" else body
 
     def answer(self) -> bytes:
-        """Return the body that origin.c sends, and that every program must pass on."""
+        """Return the body that origin.c (or origin-http2.c) sends, and that every program must pass on."""
         if self.expect is not None:
             return b"x" * self.expect
         if self.path == "/upload":
             return b'{"bytes":%d}' % len(self.payload() or b"")
-        return ANSWER.encode()
+        return message(ANSWER.encode()) if self.kind == "grpc" else ANSWER.encode()
 
     def paths(self) -> list[str]:
         """Return what is asked for in turn: as many different paths with one parameterised route as with all of them."""
@@ -171,8 +181,10 @@ def parse(document: Mapping[str, Any]) -> Catalogue:
         raise Unusable(f"{DECLARATION.name}: {error}") from error
     catalogue = Catalogue(software, scenarios, requirements)
     for scenario in scenarios.values():
-        if (scenario.kind == "tls") != (scenario.certificate in certificates.KINDS) or scenario.group in scenarios:
+        if (scenario.kind in SECURED) != (scenario.certificate in certificates.KINDS) or scenario.group in scenarios:
             raise Unusable(f"{DECLARATION.name}: {scenario.name}: its certificate or its group cannot be")
+        if (scenario.kind in STREAMED) != (scenario.streams > 0):
+            raise Unusable(f"{DECLARATION.name}: {scenario.name}: its streams cannot be")
         if scenario.kind not in KINDS or not set(scenario.only) <= software.keys():
             raise Unusable(f"{DECLARATION.name}: {scenario.name} names a kind or a program that does not exist")
         for cell in catalogue.cells(scenario):

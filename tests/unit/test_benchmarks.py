@@ -15,6 +15,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
+import h2.connection
+import h2.events
 import pytest
 
 from benchmarks.load import arithmetic, compare, comparison, plots, render, results
@@ -530,11 +532,62 @@ def test_handshakes_of_another_kind_and_errors_are_no_run(document: dict[str, ob
         arithmetic.read_handshakes(document, resumed)
 
 
+H2LOAD = """\
+starting benchmark...
+Application protocol: h2c
+Main benchmark duration is started for thread #0. Warm-up time is 0s.
+
+finished in 2.01s, 12340.50 req/s, 1.90MB/s
+requests: 24681 total, 24841 started, 24681 done, 24681 succeeded, 0 failed, 0 errored, 0 timeout
+status codes: 24683 2xx, 0 3xx, 0 4xx, 0 5xx
+traffic: 3.80MB (3984588) total, 241.03KB (246812) headers (space savings 92.65%), 2.80MB (2937396) data
+                     min         max         mean         sd        +/- sd
+"""
+
+
+def h2load(**changes: str) -> str:
+    """What h2load says of 24,681 answers of 119 bytes each, and of 3 more whose last bytes did not arrive in time."""
+    assert all(words in H2LOAD for words in changes)
+    said = H2LOAD
+    for words, others in changes.items():
+        said = said.replace(words, others)
+    return said
+
+
+def test_h2load_output_is_read() -> None:
+    load = arithmetic.read_h2load(H2LOAD, 160, 119, "h2c")
+    assert (load.requests, load.seconds) == (24_681, 2.01)
+    assert arithmetic.read_h2load(h2load(**{"2.01s": "987.65ms"}), 160, 119, "h2c").seconds == pytest.approx(0.98765)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"h2c": "http/1.1"}, "spoke http/1.1, not h2c"),
+        ({"0 failed": "3 failed"}, "3 x failed"),
+        ({"0 timeout": "1 timeout"}, "1 x timeout"),
+        ({"24681 succeeded": "24680 succeeded"}, "counted errors"),
+        ({"0 4xx": "9 4xx"}, "9 x 4xx"),
+        ({"0 5xx": "9 5xx"}, "9 x 5xx"),
+        ({"24681 done, 24681 succeeded": "0 done, 0 succeeded"}, "no answer"),
+        ({"24841 started": "24842 started"}, "24681 of 24842 answers"),
+        ({"(2937396) data": "(2937038) data"}, "2937038 bytes of bodies"),  # one answer had no body: of gRPC, a call that failed
+        ({"(2937396) data": "(2956080) data"}, "2956080 bytes of bodies"),  # more than all that were asked for
+        ({"traffic:": "trafic:"}, "did not tell its data"),
+        ({"Application protocol": "Protocol"}, "did not tell its protocol"),
+    ],
+)
+def test_a_run_of_h2load_that_is_not_wholly_right_is_no_run(changes: dict[str, str], words: str) -> None:
+    with pytest.raises(InvalidRun, match=words):
+        arithmetic.read_h2load(h2load(**changes), 160, 119, "h2c")
+
+
 def test_a_group_is_asked_for_by_its_name_and_no_part_of_everything() -> None:
     everything = {cell.scenario.name for cell in compare.choose(CATALOGUE, "", "")}
-    group = {cell.scenario.name for cell in compare.choose(CATALOGUE, "tls", "")}
-    assert group and all(CATALOGUE.scenarios[name].group == "tls" for name in group)
-    assert everything | group == set(CATALOGUE.scenarios) and not everything & group
+    tls, http2 = ({cell.scenario.name for cell in compare.choose(CATALOGUE, name, "")} for name in ("tls", "http2"))
+    assert tls and all(CATALOGUE.scenarios[name].group == "tls" for name in tls)
+    assert http2 and all(CATALOGUE.scenarios[name].group == "http2" for name in http2)
+    assert everything | tls | http2 == set(CATALOGUE.scenarios) and not everything & (tls | http2)
     assert {cell.scenario.name for cell in compare.choose(CATALOGUE, "tls-full-rsa,plain", "nginx")} == {"tls-full-rsa", "plain"}
     with pytest.raises(Unusable, match="there are: .*tls"):
         compare.choose(CATALOGUE, "tsl", "")
@@ -543,6 +596,12 @@ def test_a_group_is_asked_for_by_its_name_and_no_part_of_everything() -> None:
 @pytest.mark.parametrize("scenario", [{"kind": "tls"}, {"certificate": "rsa"}, {"kind": "tls", "certificate": "dsa"}, {"group": "one"}])
 def test_a_scenario_whose_certificate_or_group_cannot_be_is_refused(scenario: dict[str, str]) -> None:
     with pytest.raises(Unusable, match="certificate or its group"):
+        parse(a_declaration(**scenario))
+
+
+@pytest.mark.parametrize("scenario", [{"kind": "grpc"}, {"kind": "http2", "streams": -1}, {"streams": 10}])
+def test_a_scenario_whose_streams_cannot_be_is_refused(scenario: dict[str, object]) -> None:
+    with pytest.raises(Unusable, match="its streams cannot be"):
         parse(a_declaration(**scenario))
 
 
@@ -749,12 +808,12 @@ def test_the_memory_of_this_process_is_known_and_of_none_is_nothing() -> None:
     assert pss([2**22 + 1]) == 0
 
 
-@pytest.fixture(scope="module")
-def origin(tmp_path_factory) -> Iterator[int]:  # type: ignore[no-untyped-def]
-    """Run origin.c and yield its port."""
-    source = Path(render.ROOT) / "benchmarks" / "load" / "origin.c"
-    binary = tmp_path_factory.mktemp("origin") / "origin"
-    subprocess.run(["cc", "-O1", "-Wall", "-Wextra", "-Werror", "-o", str(binary), str(source)], check=True)
+@contextmanager
+def running(folder: Path, name: str, *libraries: str) -> Iterator[int]:
+    """Compile one of the origins, run it, and yield its port."""
+    source = Path(render.ROOT) / "benchmarks" / "load" / f"{name}.c"
+    binary = folder / name
+    subprocess.run(["cc", "-O1", "-Wall", "-Wextra", "-Werror", "-o", str(binary), str(source), *libraries], check=True)
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
@@ -766,6 +825,20 @@ def origin(tmp_path_factory) -> Iterator[int]:  # type: ignore[no-untyped-def]
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory) -> Iterator[int]:  # type: ignore[no-untyped-def]
+    """Run origin.c and yield its port."""
+    with running(tmp_path_factory.mktemp("origin"), "origin") as port:
+        yield port
+
+
+@pytest.fixture(scope="module")
+def streamed_origin(tmp_path_factory) -> Iterator[int]:  # type: ignore[no-untyped-def]
+    """Run origin-http2.c and yield its port."""
+    with running(tmp_path_factory.mktemp("origin"), "origin-http2", "-lnghttp2") as port:
+        yield port
 
 
 def exchange(port: int, request: bytes) -> bytes:
@@ -802,6 +875,63 @@ def test_the_origin_answers_as_the_scenarios_expect(origin: int, scenario: Scena
 @pytest.mark.parametrize("line", [b"Transfer-Encoding: chunked", b"Expect: 100-continue"])
 def test_the_origin_refuses_what_it_was_not_made_for(origin: int, line: bytes) -> None:
     assert exchange(origin, b"POST /upload HTTP/1.1\r\n" + line + b"\r\n\r\n").startswith(b"HTTP/1.1 501 ")
+
+
+def called(port: int, fields: list[tuple[str, str]], bodies: list[bytes]) -> list[tuple[dict[str, str], bytes, dict[str, str]]]:
+    """Send requests on one HTTP/2 connection at a time; return the fields, the body and the trailers of each answer."""
+    client = h2.connection.H2Connection()
+    client.initiate_connection()
+    answers: dict[int, tuple[dict[str, str], bytes, dict[str, str]]] = {}
+    streams = []
+    for body in bodies:
+        streams.append(stream := client.get_next_available_stream_id())
+        method = "POST" if body else "GET"
+        head = [(":method", method), (":scheme", "http"), (":authority", "a"), (":path", "/x"), *fields]
+        client.send_headers(stream, head, end_stream=not body)
+        if body:
+            client.send_data(stream, body, end_stream=True)
+        answers[stream] = ({}, b"", {})
+    ended: set[int] = set()
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(client.data_to_send())
+        while ended != set(streams):
+            received = connection.recv(65536)
+            assert received, "the origin closed the connection"
+            for event in client.receive_data(received):
+                if isinstance(event, h2.events.ResponseReceived):
+                    answers[event.stream_id][0].update((name.decode(), value.decode()) for name, value in event.headers)
+                elif isinstance(event, h2.events.DataReceived):
+                    head_, body_, trailers = answers[event.stream_id]
+                    answers[event.stream_id] = (head_, body_ + event.data, trailers)
+                    client.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+                elif isinstance(event, h2.events.TrailersReceived):
+                    answers[event.stream_id][2].update((name.decode(), value.decode()) for name, value in event.headers)
+                elif isinstance(event, h2.events.StreamEnded):
+                    ended.add(event.stream_id)
+            connection.sendall(client.data_to_send())
+    return [answers[stream] for stream in streams]
+
+
+def test_the_origin_of_http2_answers_many_streams_of_one_connection(streamed_origin: int) -> None:
+    for fields, body, trailers in called(streamed_origin, [], [b""] * 90):
+        assert fields == {":status": "200", "content-type": "application/json", "content-length": "119"}
+        assert body == CATALOGUE.scenarios["http2-upstream"].answer() and not trailers
+
+
+def test_the_origin_of_http2_answers_a_call_with_its_message_and_then_its_status(streamed_origin: int) -> None:
+    scenario = CATALOGUE.scenarios["grpc"]
+    payload = scenario.payload() or b""
+    assert payload[:5] == b"\0\0\0\0\x70" and len(payload) == 5 + 112
+    calls = called(streamed_origin, [("content-type", "application/grpc"), ("te", "trailers")], [payload] * 90)
+    for fields, body, trailers in calls:
+        assert fields == {":status": "200", "content-type": "application/grpc"}
+        assert body == scenario.answer() and trailers == {"grpc-status": "0"}
+
+
+@pytest.mark.parametrize("body", [b"\0\0\0\0\x04abc", b"\0\0\0\0\x02abc", b"\1\0\0\0\x03abc", b"abc"])
+def test_the_origin_of_http2_fails_a_call_whose_message_is_not_whole(streamed_origin: int, body: bytes) -> None:
+    ((fields, answer, _),) = called(streamed_origin, [("content-type", "application/grpc")], [body])
+    assert fields["grpc-status"] == "13" and not answer
 
 
 def test_the_script_is_posix_shell_and_tells_its_options() -> None:

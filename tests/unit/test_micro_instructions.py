@@ -37,8 +37,10 @@ totals: 195
 ENGINE = "/x/gateway/_speedups/engine.cpython-311-x86_64-linux-gnu.so"
 
 
-def a_row(commit: str = "aaaaaaaaaaaa", bare: float = 9800.0, edge: float = 22400.0, compiler: str = "cc 12.2.0") -> Row:
-    return Row(commit, "2026-01-01", bare, edge, "3.11.7", compiler)
+def a_row(
+    commit: str = "aaaaaaaaaaaa", bare: float = 9800.0, edge: float = 22400.0, compiler: str = "cc 12.2.0", grpc: float | None = None
+) -> Row:
+    return Row(commit, "2026-01-01", bare, edge, "3.11.7", compiler, grpc=grpc)
 
 
 def test_own_instructions_count_and_calls_do_not() -> None:
@@ -82,7 +84,7 @@ def test_parts_of_one_function_are_added_up() -> None:
 
 
 def test_the_table_survives_a_round_trip() -> None:
-    rows = [a_row(), a_row("bbbbbbbbbbbb", 9000.5)]
+    rows = [a_row(), a_row("bbbbbbbbbbbb", 9000.5), a_row("cccccccccccc", grpc=35_727.5)]
     assert read(write(rows)) == rows
     assert read("") == []
 
@@ -105,6 +107,13 @@ def test_a_slower_commit_is_seen() -> None:
     ]
 
 
+def test_a_scenario_that_the_last_row_lacks_is_compared_with_nothing() -> None:
+    said = comparison(a_row(), a_row("b", grpc=35_000.0)).splitlines()
+    assert said[2:] == ["grpc: 35,000 instructions per request; nothing is recorded yet"]
+    assert dearer(a_row(), a_row("b", grpc=35_000.0), 1.03) == []
+    assert dearer(a_row(grpc=30_000.0), a_row("b", grpc=35_000.0), 1.03) == ["grpc"]
+
+
 def test_another_compiler_is_named_beside_the_ratio() -> None:
     assert "not comparable: aaaaaaaaaaaa was built with cc 12.2.0" in comparison(a_row(), a_row("b", compiler="cc 14.1.0"))
 
@@ -116,7 +125,7 @@ def test_the_first_row_has_nothing_to_be_compared_with() -> None:
 def test_the_page_gives_each_function_its_share() -> None:
     page = report(a_row(), {"bare": [("http1.fields", "http1", 2450.0)], "edge": []})
     assert "| `http1.fields` | http1 | 2,450 | 25.0% |" in page
-    assert "## edge: 22,400" in page
+    assert "## edge: 22,400" in page and "## grpc" not in page
 
 
 def test_a_dearer_request_is_seen_by_the_scenario_that_became_it() -> None:
