@@ -283,6 +283,7 @@ cdef void keep_tail(Buffer* out, const char* data, uint32_t n, ssize_t* sent) no
 
 
 include "attempts.pxi"
+include "relay.pxi"
 include "tunnel.pxi"
 include "grpc_web.pxi"
 include "downstream.pxi"
