@@ -8,7 +8,7 @@ Safety: only data[0:length) is read; the version 2 length is compared with `leng
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t
 from libc.string cimport memchr, memcmp, memcpy, memset
-from gateway._speedups.sockets cimport AF_INET, AF_INET6, cw_parse_address, cw_put_address, sockaddr_storage, socklen_t
+from gateway._speedups.sockets cimport AF_INET, AF_INET6, cw_address_bytes, cw_address_text, cw_parse_address, cw_put_address, sockaddr_storage, socklen_t
 
 cdef enum:
     V1_MAX = 107
@@ -108,3 +108,33 @@ cdef bint take_port(const char* data, uint32_t n, uint32_t* at) noexcept nogil:
         port = port * 10 + <uint32_t>(data[i] - 48)
     at[0] = end + 1
     return port <= 65535
+
+
+cdef int compose_proxy_header(char* out, const sockaddr_storage* source, const sockaddr_storage* destination) noexcept nogil:
+    cdef const char* signature = b"\r\n\r\n\0\r\nQUIT\n"
+    cdef const unsigned char* mapped = b"\0\0\0\0\0\0\0\0\0\0\xff\xff"
+    cdef unsigned char ends[32]
+    cdef char text[48]
+    cdef uint16_t ports[2]
+    cdef int size, i
+    memcpy(out, signature, 12)
+    if (source.ss_family != AF_INET and source.ss_family != AF_INET6) or \
+            (destination.ss_family != AF_INET and destination.ss_family != AF_INET6):
+        memcpy(out + 12, b"\x20\0\0\0", 4)       # LOCAL: nothing is known of the client
+        return 16
+    cw_address_bytes(source, ends)
+    cw_address_bytes(destination, ends + 16)
+    cw_address_text(source, text, sizeof(text), &ports[0])
+    cw_address_text(destination, text, sizeof(text), &ports[1])
+    # Of two families, IPv4 is written as IPv6.
+    size = 4 if memcmp(ends, mapped, 12) == 0 and memcmp(ends + 16, mapped, 12) == 0 else 16
+    out[12] = 0x21
+    out[13] = 0x11 if size == 4 else 0x21
+    out[14] = 0
+    out[15] = <char>(2 * size + 4)
+    memcpy(out + 16, ends + 16 - size, size)
+    memcpy(out + 16 + size, ends + 32 - size, size)
+    for i in range(2):
+        out[16 + 2 * size + 2 * i] = <char>(ports[i] >> 8)
+        out[17 + 2 * size + 2 * i] = <char>(ports[i] & 0xff)
+    return 20 + 2 * size

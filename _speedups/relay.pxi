@@ -7,6 +7,24 @@ cdef enum:
     RELAY_PIECE = 65536             # one recv(), and what waits for a side that does not read
 
 
+cdef bint relay_events(Connection c, uint32_t events):
+    """Notes an event of one of the two, and sends what waits. True when some of that moved, or could not."""
+    cdef bint moved = False
+    if events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR):
+        c.ended = True
+    if events & EPOLLOUT:
+        c.writable = True
+        if c.out.end > c.out.start:
+            moved = True
+            if c.flush() < 0:
+                sink_lost(c)
+        if c.tls is not None and c.tls.starved:
+            c.readable = True
+    if events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR):
+        c.wake()
+    return moved
+
+
 cdef ssize_t relay(Connection source, Connection sink) noexcept:
     """One piece. The bytes read; 0 when nothing goes now, or the source has ended; -errno when it broke."""
     cdef ssize_t n

@@ -210,20 +210,8 @@ cdef void stir(Downstream d) noexcept:
 
 cdef int tunnel_events(Downstream d, Connection c, uint32_t events) except -1:
     """An event of one of the two sides."""
-    cdef int result
-    if events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR):
-        c.ended = True
-    if events & EPOLLOUT:
-        c.writable = True
-        if c.out.end > c.out.start:
-            result = c.flush()
-            if result < 0:
-                sink_lost(c)
-            stir(d)
-        if c.tls is not None and c.tls.starved:
-            c.readable = True
-    if events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR):
-        c.wake()
+    if relay_events(c, events):
+        stir(d)
     return pump_tunnel(d)
 
 
