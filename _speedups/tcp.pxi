@@ -5,7 +5,7 @@
 # sent to it yet, so that is always safe. From then on bytes pass both ways as they come (relay.pxi). Each connection ends in
 # end(), once: counted, and told in one line of the log. Python is called from here: per connection.
 
-from gateway._speedups.histogram import TCP_ENDS
+from gateway._speedups.histogram import TCP_ENDS as _tcp_ends
 
 cdef enum:
     TCP_HANDSHAKES = 1000           # that may be under way in a worker on a listener without TLS of its own
@@ -409,7 +409,7 @@ cdef class TcpDownstream(Connection):
             return
         engine.said[kind] = engine.said[kind] + 1
         said = self.describe()
-        said["reason"] = TCP_ENDS[ending]
+        said["reason"] = _tcp_ends[ending]
         said["duration_us"] = now - self.accepted
         if engine.unsaid[kind]:
             said["unsaid"] = engine.unsaid[kind]
