@@ -9,11 +9,12 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from gateway._speedups.buffers cimport Buffer
 from gateway._speedups.exchange cimport Exchange, ListenerEntry, Snapshot
 from gateway._speedups.headers cimport Head
-from gateway._speedups.histogram cimport WorkerSlot
+from gateway._speedups.histogram cimport TcpSeries, WorkerSlot
 from gateway._speedups.http2 cimport Http2Session, Http2Stream
 from gateway._speedups.notices cimport Notices
 from gateway._speedups.pool cimport Endpoint, Upstream
 from gateway._speedups.sockets cimport iovec, sockaddr_storage
+from gateway._speedups.tcp_listener cimport TcpListener, TcpTarget
 from gateway._speedups.tls cimport Tls
 from gateway._speedups.token_bucket cimport BucketTable
 cimport cython
@@ -279,6 +280,55 @@ cdef class BackLink(Link):
     cdef bint usable(self, int64_t now) noexcept
     cdef bint left(self) noexcept
 
+# A client of a raw TCP listener: D_HANDSHAKE until it is known where it goes, D_ACTIVE until an endpoint is connected, then D_TUNNEL.
+cdef class TcpDownstream(Connection):
+    cdef ListenerEntry listener
+    cdef TcpListener tcp
+    cdef TcpTarget target                   # None until it is chosen
+    cdef TcpUpstream upstream               # None until one is being connected
+    cdef bint proxied                       # a PROXY header is still due
+    cdef bint admitted                      # its address was looked at
+    cdef bint placed                        # counted as open
+    cdef bint entered                       # in flight at its upstream
+    cdef bint over                          # counted and logged
+    cdef int tries                          # endpoints after the first
+    cdef uint32_t lingered
+    cdef sockaddr_storage client
+    cdef unsigned char address[16]
+    cdef char text[48]
+    cdef int text_len
+    cdef bytes name                         # that the client asked for; None: none
+    cdef TcpSeries* series                  # of the target, once it is chosen; valid as long as the engine's slot
+    cdef uint64_t bytes_in, bytes_out
+    cdef int64_t accepted, opened           # monotonic us; 0: not yet
+    cdef int step(self) except -1
+    cdef int take_header(self) except -2
+    cdef int secure(self) except -1
+    cdef int read_hello(self) except -1
+    cdef int alert(self, int ending, int description) except -1
+    cdef int attach(self) except -1
+    cdef int connect(self, Endpoint avoid) except -1
+    cdef bint may_try(self) noexcept
+    cdef int stands(self) except -1
+    cdef int pump(self) except -1
+    cdef int broke(self, Connection source, Connection sink) except -1
+    cdef void stir(self) noexcept
+    cdef int end(self, int ending, bint cut) except -1
+    cdef int linger(self) except -1
+    cdef void say(self, int ending)
+
+cdef class TcpUpstream(Connection):
+    cdef TcpDownstream downstream           # None once parted
+    cdef Endpoint endpoint
+    cdef Upstream upstream
+    cdef uint32_t ticket
+    cdef int64_t born, took                 # monotonic us; us until it was connected, 0: it is not
+    cdef int connected(self) except -1
+    cdef int secure(self) except -1
+    cdef int failed(self) except -1
+    cdef int stands(self) except -1
+    cdef void part(self, int outcome)
+
 cdef class ListenSocket(Connection):
     cdef readonly str name
     cdef bint paused
@@ -306,9 +356,12 @@ cdef class Engine:
     cdef list corked                # links with frames to be sent at the end of the batch
     cdef object look_handle
     cdef dict listening             # name -> ListenSocket
-    cdef dict handshaking           # Downstream in D_HANDSHAKE, oldest first (values unused)
+    cdef dict handshaking           # Downstream and TcpDownstream in D_HANDSHAKE, oldest first (values unused)
     cdef int handshake_turns        # steps of handshakes that this batch may still take
     cdef dict complaints            # event -> (monotonic us of its last log line, those since that got none)
+    cdef int64_t said_in            # the second in which `said` was counted
+    cdef int said[2]                # log lines of TCP connections that were served, and of others
+    cdef uint64_t unsaid[2]         # those left out since the last one
     cdef uint32_t generations
     cdef int64_t now                # monotonic us, once a batch
     cdef int64_t ticked             # last tick handled
@@ -328,6 +381,7 @@ cdef class Engine:
     cdef char* composed             # COMPOSED bytes: heads, with the body behind them when it fits
     cdef Head* answer_head          # the answer being parsed; valid during one event only
     cdef object log
+    cdef object log_tcp
 
     cdef int register(self, Connection connection, int fd, uint32_t events) except -1
     cdef void unregister(self, Connection connection)

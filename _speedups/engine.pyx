@@ -26,13 +26,15 @@ from gateway._speedups.headers cimport *
 from gateway._speedups.histogram cimport *
 from gateway._speedups.http1 cimport *
 from gateway._speedups.http2 cimport *
-from gateway._speedups.balance cimport hash_key
+from gateway._speedups.balance cimport SAMPLE_GOOD, hash_key
+from gateway._speedups.client_hello cimport HELLO_MAX, HELLO_NAME, HELLO_TOO_LONG, parse_client_hello
 from gateway._speedups.pool cimport *
-from gateway._speedups.proxy_protocol cimport parse_proxy_header
+from gateway._speedups.proxy_protocol cimport PROXY_MAX, compose_proxy_header, parse_proxy_header
 from gateway._speedups.sockets cimport *
+from gateway._speedups.tcp_listener cimport TcpListener, TcpTarget
 from gateway._speedups.tls cimport ALPN_HTTP2, FAILED_GONE, FAILED_PLAIN, Tls, TlsUpstream, tls_live
 from gateway._speedups.token_bucket cimport BucketTable
-from gateway._speedups.upstream_state cimport OUT_NEUTRAL, U_HEDGES, U_QUEUE_TIMEOUTS, classify_status
+from gateway._speedups.upstream_state cimport OUT_NEUTRAL, OUT_OK, U_HEDGES, U_QUEUE_TIMEOUTS, classify_status
 from gateway._speedups.wire cimport cw_equals_folded, cw_fold_name, cw_put_hex
 
 import logging
@@ -284,11 +286,13 @@ cdef void keep_tail(Buffer* out, const char* data, uint32_t n, ssize_t* sent) no
 
 
 include "attempts.pxi"
+include "relay.pxi"
 include "tunnel.pxi"
 include "grpc_web.pxi"
 include "downstream.pxi"
 include "upstream.pxi"
 include "links.pxi"
+include "tcp.pxi"
 
 
 cdef class ListenSocket(Connection):
@@ -367,6 +371,7 @@ cdef class Engine:
         self.handshaking = {}
         self.complaints = {}
         self.log = logging.getLogger("crossway.engine")
+        self.log_tcp = logging.getLogger("crossway.tcp")
         self.notices = Notices()
         self.epoll = epoll_create1(EPOLL_CLOEXEC)
         if self.epoll < 0:
@@ -424,6 +429,10 @@ cdef class Engine:
         for connection in list(self.by_fd):
             if isinstance(connection, FrontLink):
                 (<FrontLink>connection).drain()
+            elif isinstance(connection, TcpDownstream):
+                if (<TcpDownstream>connection).state == D_HANDSHAKE and (<TcpDownstream>connection).tls is None and \
+                        (<TcpDownstream>connection).inb.base == NULL and cw_silent((<TcpDownstream>connection).fd):
+                    (<TcpDownstream>connection).close()
             elif isinstance(connection, Downstream) and (<Downstream>connection).state == D_IDLE:
                 (<Downstream>connection).wake()
                 (<Downstream>connection).advance()      # a request that is in the socket already is served
@@ -445,6 +454,8 @@ cdef class Engine:
         for connection in [*self.by_fd, *streams, *self.orphans]:
             if isinstance(connection, Downstream) and (<Downstream>connection).x is not None:
                 found.append((<Downstream>connection).describe())
+            elif isinstance(connection, TcpDownstream) and (<TcpDownstream>connection).opened:
+                found.append((<TcpDownstream>connection).describe())
         return found
 
     def reopen(self) -> None:
@@ -627,6 +638,9 @@ cdef class Engine:
         if listener is None:
             cw_close(fd)
             return
+        if listener.tcp is not None:
+            accept_tcp(self, listener, fd, address)
+            return
         connection = Downstream.__new__(Downstream)
         connection.engine = self
         connection.listener = listener
@@ -653,7 +667,7 @@ cdef class Engine:
         if len(self.handshaking) >= listener.tls.handshakes_max:
             # An honest handshake is over in milliseconds: the oldest is the likeliest to be none.
             self.slot.counters[C_TLS_EVICTED] += 1
-            (<Downstream>next(iter(self.handshaking))).close()
+            (<Connection>next(iter(self.handshaking))).close()
         self.handshaking[connection] = None
 
     # -- deadlines ----------------------------------------------------------------------------------------------------

@@ -133,6 +133,7 @@ cdef class ListenerEntry:
     cdef int proxy_protocol             # 0 off, 1 optional, 2 required
     cdef readonly TlsListener tls       # None: clear text
     cdef readonly Http2 http2           # None: HTTP/1.1 only
+    cdef readonly object tcp            # a TcpListener: no HTTP here; None: HTTP
 
 cdef class Snapshot:
     cdef readonly int version

@@ -124,11 +124,27 @@ cdef enum:                      # gauges
     G_USED
     GAUGE_COUNT = 32
 
+# How a raw TCP connection ended. The order is that of TCP_ENDS in histogram.pyx.
+cdef enum:
+    END_CLOSED = 0              # both sides said their end
+    END_CLIENT                  # the client broke it off
+    END_UPSTREAM                # the upstream did
+    END_IDLE                    # no byte for too long
+    END_CUT                     # by us: the end of a drain, or an error of ours
+    END_UNREACHABLE             # no endpoint could be connected to
+    END_FULL                    # as many as there may be
+    END_FORBIDDEN               # the client's address is not allowed
+    END_NO_NAME                 # no upstream for the server name, or none was given
+    END_BAD_HELLO               # what came was no ClientHello
+    END_HANDSHAKE               # no PROXY header, TLS or ClientHello in time, or none that is valid
+    TCP_ENDINGS
+
 cdef enum:
     ROUTE_NONE = 0              # no route matched; NameTable's first name is ""
     MAX_ROUTES = 16384          # ids at or above it are counted in the overflow series
     MAX_SERIES = 2000           # per slot; likewise for routes with histograms
     CLASSIC_BUCKETS = 21
+    MAX_TCP = 512               # pairs of TCP listener and upstream; likewise
     BINS = 193                  # log-linear: 8 per power of two, 1 us to 67 s, then one for the rest
 
 cdef struct Series:
@@ -145,6 +161,16 @@ cdef struct RouteSeries:
     uint64_t overhead_buckets[CLASSIC_BUCKETS]
     uint64_t overhead_sum_us
 
+# Raw TCP connections of one listener to one upstream, or of one listener that reached none.
+cdef struct TcpSeries:
+    uint64_t key                # the metric's id plus 1; 0 unused
+    uint64_t opened             # upstream connected
+    uint64_t ended[TCP_ENDINGS]
+    uint64_t bytes_in           # from clients
+    uint64_t bytes_out
+    uint64_t connect_failures   # attempts
+    uint64_t duration_us        # of those that ended
+
 # Untouched pages of a slot stay unmapped: series and routes are handed out from the front, so a slot costs what it uses.
 cdef struct SlotLayout:
     uint64_t counters[COUNTER_COUNT]
@@ -153,12 +179,14 @@ cdef struct SlotLayout:
     uint64_t routes_used
     uint64_t route_overflow     # 1 when the last RouteSeries is in use
     uint64_t tunnels_used       # cells of `tunnels` that may hold something
-    uint64_t reserved[4]
+    uint64_t tcp_used
+    uint64_t reserved[3]
     uint16_t series_index[4096]     # open addressing: position in `series` plus one
     uint16_t route_index[MAX_ROUTES]
     Series series[MAX_SERIES + 1]   # the last one takes the overflow
     RouteSeries routes[MAX_SERIES + 1]
     uint32_t tunnels[MAX_ROUTES + 16]       # open tunnels by route id; all routes without an id share the one at MAX_ROUTES
+    TcpSeries tcp[MAX_TCP + 1]  # the last one takes the overflow
 
 cdef class WorkerSlot:
     cdef Py_buffer view         # held for the life of the object: keeps the mapping in place
@@ -176,6 +204,8 @@ cdef class WorkerSlot:
     # A place for a tunnel of the route, `most` of them over all workers; the caller owes one leave_tunnel() for a True.
     cdef bint enter_tunnel(self, uint32_t route, uint32_t most) noexcept nogil
     cdef void leave_tunnel(self, uint32_t route) noexcept nogil
+    # The counts of raw TCP connections under this metric. Valid as long as the slot.
+    cdef TcpSeries* tcp(self, uint32_t metric) noexcept nogil
     # One finished exchange. upstream_us: the part of total_us spent waiting for the upstream, 0 for a local answer.
     cdef void observe(self, uint32_t route, uint8_t method, uint16_t status, uint64_t total_us, uint64_t upstream_us,
                       uint64_t request_bytes, uint64_t response_bytes) noexcept nogil

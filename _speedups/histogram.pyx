@@ -97,7 +97,11 @@ GAUGE_NAMES: Final = (
     "connections", "exchanges", "upstream_active", "upstream_idle", "parked", "config_version", "ready", "draining", "cpu_us",
     "started", "pid", "rss", "buffers", "descriptors", "redis", "limit_wait_max_us", "tls_handshakes", "tunnels",
 )
-assert len(COUNTER_NAMES) == C_USED and len(GAUGE_NAMES) == G_USED
+TCP_ENDS: Final = (
+    "closed", "client-reset", "upstream-reset", "idle", "cut", "unreachable", "full", "forbidden", "unknown-name", "bad-hello",
+    "handshake",
+)
+assert len(COUNTER_NAMES) == C_USED and len(GAUGE_NAMES) == G_USED and len(TCP_ENDS) == TCP_ENDINGS
 
 CLASSIC_BOUNDS_US: Final = tuple([cw_bounds[i] for i in range(CLASSIC_BUCKETS - 1)])
 BIN_LOWS_US: Final = tuple([cw_bin_low(i) for i in range(BINS)])
@@ -203,6 +207,24 @@ cdef class WorkerSlot:
         return [(i if i < <uint64_t>MAX_ROUTES else OVERFLOW_ROUTE, cw_cell(&self.slot.tunnels[i]))
                 for i in range(min(cw_read(&self.slot.tunnels_used), <uint64_t>MAX_ROUTES + 1)) if cw_cell(&self.slot.tunnels[i])]
 
+    cdef TcpSeries* tcp(self, uint32_t metric) noexcept nogil:
+        return find_tcp(self.slot, metric)
+
+    def tcp_series(self) -> list[tuple[int, int, tuple[int, ...], int, int, int, int]]:
+        """(metric, opened, ended by TCP_ENDS, bytes_in, bytes_out, connect_failures, duration_us) of each; OVERFLOW comes last."""
+        cdef list found = []
+        cdef TcpSeries* one
+        cdef uint64_t i
+        for i in range(<uint64_t>MAX_TCP + 1):
+            one = &self.slot.tcp[i]
+            if cw_read(&one.key):
+                found.append((cw_read(&one.key) - 1, cw_read(&one.opened), counts(one.ended, TCP_ENDINGS), cw_read(&one.bytes_in),
+                              cw_read(&one.bytes_out), cw_read(&one.connect_failures), cw_read(&one.duration_us)))
+            elif i < <uint64_t>MAX_TCP and i >= cw_read(&self.slot.tcp_used):
+                if not cw_read(&self.slot.tcp[MAX_TCP].key):
+                    break
+        return found
+
     def record(self, uint32_t route, uint8_t method, uint16_t status, uint64_t total_us, uint64_t upstream_us=0,
                uint64_t request_bytes=0, uint64_t response_bytes=0) -> None:
         """observe() for Python: tests and the admin process."""
@@ -267,6 +289,11 @@ cdef class WorkerSlot:
                 add_series(overflow_series(self.slot), &other.slot.series[MAX_SERIES])
             for i in range(min(cw_read(&other.slot.routes_used), <uint64_t>MAX_SERIES)):
                 add_route(find_route(self.slot, <uint32_t>other.slot.routes[i].route), &other.slot.routes[i])
+            for i in range(<uint64_t>MAX_TCP + 1):
+                if cw_read(&other.slot.tcp[i].key):
+                    add_tcp(find_tcp(self.slot, <uint32_t>(other.slot.tcp[i].key - 1)), &other.slot.tcp[i])
+                elif i >= cw_read(&other.slot.tcp_used) and not cw_read(&other.slot.tcp[MAX_TCP].key):
+                    break
             if cw_read(&other.slot.route_overflow):
                 add_route(overflow_route(self.slot), &other.slot.routes[MAX_SERIES])
 
@@ -282,6 +309,9 @@ cdef class WorkerSlot:
         if slot.routes_used:
             memset(slot.route_index, 0, sizeof(slot.route_index))
         memset(slot.tunnels, 0, <size_t>min(slot.tunnels_used, <uint64_t>MAX_ROUTES + 1) * sizeof(uint32_t))
+        memset(slot.tcp, 0, <size_t>min(slot.tcp_used, <uint64_t>MAX_TCP) * sizeof(TcpSeries))
+        if slot.tcp[MAX_TCP].key:
+            memset(&slot.tcp[MAX_TCP], 0, sizeof(TcpSeries))
         memset(slot, 0, <size_t>(<char*>slot.route_index - <char*>slot))
         self.last_key = 0
         self.last_series = NULL
@@ -323,6 +353,21 @@ cdef Series* find_series(SlotLayout* slot, uint64_t key) noexcept nogil:
     return &slot.series[used]
 
 
+cdef TcpSeries* find_tcp(SlotLayout* slot, uint32_t metric) noexcept nogil:
+    """The metric's series, made if it is new; the overflow series when there are MAX_TCP or the metric has no id."""
+    cdef uint64_t i, used = slot.tcp_used
+    if metric < <uint32_t>MAX_ROUTES:
+        for i in range(used):                       # a handful, and once per connection
+            if slot.tcp[i].key == <uint64_t>metric + 1:
+                return &slot.tcp[i]
+        if used < <uint64_t>MAX_TCP:
+            cw_publish(&slot.tcp[used].key, <uint64_t>metric + 1)
+            cw_publish(&slot.tcp_used, used + 1)
+            return &slot.tcp[used]
+    cw_publish(&slot.tcp[MAX_TCP].key, <uint64_t>OVERFLOW_ROUTE + 1)
+    return &slot.tcp[MAX_TCP]
+
+
 cdef RouteSeries* find_route(SlotLayout* slot, uint32_t route) noexcept nogil:
     cdef uint64_t used = slot.routes_used
     if route >= <uint32_t>MAX_ROUTES:
@@ -344,6 +389,17 @@ cdef void add_series(Series* into, const Series* more) noexcept nogil:
     cw_add(&into.sum_us, cw_read(&more.sum_us))
     cw_add(&into.request_bytes, cw_read(&more.request_bytes))
     cw_add(&into.response_bytes, cw_read(&more.response_bytes))
+
+
+cdef void add_tcp(TcpSeries* into, const TcpSeries* more) noexcept nogil:
+    cdef int i
+    cw_add(&into.opened, cw_read(&more.opened))
+    for i in range(TCP_ENDINGS):
+        cw_add(&into.ended[i], cw_read(&more.ended[i]))
+    cw_add(&into.bytes_in, cw_read(&more.bytes_in))
+    cw_add(&into.bytes_out, cw_read(&more.bytes_out))
+    cw_add(&into.connect_failures, cw_read(&more.connect_failures))
+    cw_add(&into.duration_us, cw_read(&more.duration_us))
 
 
 cdef void add_route(RouteSeries* into, const RouteSeries* more) noexcept nogil:

@@ -8,7 +8,7 @@ Safety: only data[0:length) is read; the version 2 length is compared with `leng
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t
 from libc.string cimport memchr, memcmp, memcpy, memset
-from gateway._speedups.sockets cimport AF_INET, AF_INET6, cw_parse_address, cw_put_address, sockaddr_storage, socklen_t
+from gateway._speedups.sockets cimport AF_INET, AF_INET6, cw_address_bytes, cw_address_text, cw_parse_address, cw_put_address, cw_set_port, sockaddr_storage, socklen_t
 
 cdef enum:
     V1_MAX = 107
@@ -57,6 +57,7 @@ cdef int version1(const char* data, uint32_t length, sockaddr_storage* address, 
     cdef uint32_t limit = length if length < V1_MAX else V1_MAX
     cdef const char* end = <const char*>memchr(data, 10, limit)
     cdef sockaddr_storage destination
+    cdef uint16_t port = 0, unused = 0
     cdef int family
     cdef uint32_t n, at = 11
     kind[0] = 3
@@ -72,8 +73,9 @@ cdef int version1(const char* data, uint32_t length, sockaddr_storage* address, 
         return -1
     family = AF_INET if data[9] == 52 else AF_INET6 if data[9] == 54 else -1
     if not take_address(data, n, &at, family, address) or not take_address(data, n, &at, family, &destination) or \
-            not take_port(data, n, &at) or not take_port(data, n, &at) or at != n + 1:
+            not take_port(data, n, &at, &port) or not take_port(data, n, &at, &unused) or at != n + 1:
         return -1
+    cw_set_port(address, port)
     kind[0] = 1
     return <int>n + 2
 
@@ -97,7 +99,7 @@ cdef bint take_address(const char* data, uint32_t n, uint32_t* at, int family, s
     return cw_parse_address(text, 0, address, &size) and address.ss_family == family
 
 
-cdef bint take_port(const char* data, uint32_t n, uint32_t* at) noexcept nogil:
+cdef bint take_port(const char* data, uint32_t n, uint32_t* at, uint16_t* found) noexcept nogil:
     cdef uint32_t end = word_end(data, n, at[0])
     cdef uint32_t i, port = 0
     if end <= at[0] or end - at[0] > 5:
@@ -107,4 +109,35 @@ cdef bint take_port(const char* data, uint32_t n, uint32_t* at) noexcept nogil:
             return False
         port = port * 10 + <uint32_t>(data[i] - 48)
     at[0] = end + 1
+    found[0] = <uint16_t>port
     return port <= 65535
+
+
+cdef int compose_proxy_header(char* out, const sockaddr_storage* source, const sockaddr_storage* destination) noexcept nogil:
+    cdef const char* signature = b"\r\n\r\n\0\r\nQUIT\n"
+    cdef const unsigned char* mapped = b"\0\0\0\0\0\0\0\0\0\0\xff\xff"
+    cdef unsigned char ends[32]
+    cdef char text[48]
+    cdef uint16_t ports[2]
+    cdef int size, i
+    memcpy(out, signature, 12)
+    if (source.ss_family != AF_INET and source.ss_family != AF_INET6) or \
+            (destination.ss_family != AF_INET and destination.ss_family != AF_INET6):
+        memcpy(out + 12, b"\x20\0\0\0", 4)       # LOCAL: nothing is known of the client
+        return 16
+    cw_address_bytes(source, ends)
+    cw_address_bytes(destination, ends + 16)
+    cw_address_text(source, text, sizeof(text), &ports[0])
+    cw_address_text(destination, text, sizeof(text), &ports[1])
+    # Of two families, IPv4 is written as IPv6.
+    size = 4 if memcmp(ends, mapped, 12) == 0 and memcmp(ends + 16, mapped, 12) == 0 else 16
+    out[12] = 0x21
+    out[13] = 0x11 if size == 4 else 0x21
+    out[14] = 0
+    out[15] = <char>(2 * size + 4)
+    memcpy(out + 16, ends + 16 - size, size)
+    memcpy(out + 16 + size, ends + 32 - size, size)
+    for i in range(2):
+        out[16 + 2 * size + 2 * i] = <char>(ports[i] >> 8)
+        out[17 + 2 * size + 2 * i] = <char>(ports[i] & 0xff)
+    return 20 + 2 * size

@@ -136,6 +136,10 @@ cdef extern from *:
         }
         return 0;
     }
+    static inline void cw_set_port(struct sockaddr_storage *a, uint16_t port) {
+        if (a->ss_family == AF_INET) ((struct sockaddr_in *)a)->sin_port = htons(port);
+        else if (a->ss_family == AF_INET6) ((struct sockaddr_in6 *)a)->sin6_port = htons(port);
+    }
     /* An address from 4 or 16 bytes in network order. */
     static inline void cw_put_address(struct sockaddr_storage *out, int size, const char *bytes, uint16_t port) {
         memset(out, 0, sizeof *out);
@@ -190,4 +194,5 @@ cdef extern from *:
     int cw_address_text(const sockaddr_storage* a, char* out, size_t room, uint16_t* port) nogil
     void cw_address_bytes(const sockaddr_storage* a, unsigned char* out) nogil
     void cw_put_address(sockaddr_storage* out, int size, const char* data, uint16_t port) nogil
+    void cw_set_port(sockaddr_storage* a, uint16_t port) nogil
     bint cw_parse_address(const char* text, uint16_t port, sockaddr_storage* out, socklen_t* length) nogil

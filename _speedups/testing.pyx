@@ -18,6 +18,9 @@ from gateway._speedups.grpc_web cimport (
 )
 from gateway._speedups.http2 cimport STIR_RESET, Http2Session, Http2Stream
 from gateway._speedups.http2_settings cimport Http2
+from gateway._speedups.client_hello cimport (
+    HELLO_MALFORMED, HELLO_MAX, HELLO_NAME, HELLO_NOT_TLS, HELLO_TOO_LONG, parse_client_hello as parse_hello_records,
+)
 from gateway._speedups.headers cimport FIELD_DROP, FIELD_IDENTITY, Field, Head, head_mark_hop_by_hop, head_reset
 from gateway._speedups.upstream_state cimport UpstreamState
 from gateway._speedups.http1 cimport (
@@ -332,3 +335,24 @@ def read_past_the_end() -> int:
     cdef Copy copy = Copy(b"x" * 24)
     cdef volatile char* at = copy.data
     return at[24]
+
+
+def parse_client_hello(const unsigned char[:] data not None):
+    """The host that a ClientHello names: None when it names none, False while bytes are missing. Raises ValueError for what is none."""
+    cdef Copy copy = Copy(data)
+    cdef char* work = <char*>malloc(HELLO_MAX)
+    cdef char* name = <char*>malloc(HELLO_NAME)
+    cdef uint32_t length = 0
+    cdef int result
+    try:
+        if work == NULL or name == NULL:
+            raise MemoryError
+        result = parse_hello_records(copy.data, copy.length, work, name, &length)
+        if result < 0:
+            raise ValueError({HELLO_NOT_TLS: "not TLS", HELLO_TOO_LONG: "too long", HELLO_MALFORMED: "malformed"}[-result])
+        if result == 0:
+            return False
+        return name[:length] if length else None
+    finally:
+        free(work)
+        free(name)

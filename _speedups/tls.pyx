@@ -389,6 +389,8 @@ cdef int on_server_name(SSL* ssl, int* alert, void* argument) noexcept:
 cdef int on_alpn(SSL* ssl, const unsigned char** out, unsigned char* length, const unsigned char* theirs,
                  unsigned int their_length, void* argument) noexcept:
     cdef TlsListener listener = <TlsListener>argument
+    if not PyBytes_GET_SIZE(listener.alpn):
+        return SSL_TLSEXT_ERR_NOACK             # what is spoken above TLS is not known here
     if SSL_select_next_proto(<unsigned char**>out, length, <const unsigned char*>PyBytes_AS_STRING(listener.alpn),
                              <unsigned int>PyBytes_GET_SIZE(listener.alpn), theirs, their_length) == OPENSSL_NPN_NEGOTIATED:
         return SSL_TLSEXT_ERR_OK

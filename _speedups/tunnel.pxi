@@ -4,14 +4,13 @@
 # last request of its client's connection whatever becomes of it: bytes behind it are never a request. Nothing that follows it is
 # read before the upstream has answered 101 and proved by Sec-WebSocket-Accept that it read this handshake; from then on bytes
 # pass in both directions as they come, and frames are not looked at. A side is read only while the other one has taken
-# everything, so a tunnel holds at most TUNNEL_PIECE bytes each way. An end of one side is passed on as such. Python is called
+# everything (relay.pxi). An end of one side is passed on as such. Python is called
 # from here: per handshake, for the proof.
 
 from base64 import b64encode
 from hashlib import sha1
 
 cdef enum:
-    TUNNEL_PIECE = 65536            # one recv(), and what waits for a side that does not read
     EXPIRY_MAX = 1000000000         # seconds: what ends later than in 30 years ends never
     HALF_CLOSED_US = 30000000       # one side has said its end: silence of the other is not waited for longer than this
 
@@ -211,20 +210,8 @@ cdef void stir(Downstream d) noexcept:
 
 cdef int tunnel_events(Downstream d, Connection c, uint32_t events) except -1:
     """An event of one of the two sides."""
-    cdef int result
-    if events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR):
-        c.ended = True
-    if events & EPOLLOUT:
-        c.writable = True
-        if c.out.end > c.out.start:
-            result = c.flush()
-            if result < 0:
-                sink_lost(c)
-            stir(d)
-        if c.tls is not None and c.tls.starved:
-            c.readable = True
-    if events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR):
-        c.wake()
+    if relay_events(c, events):
+        stir(d)
     return pump_tunnel(d)
 
 
@@ -264,40 +251,6 @@ cdef int pump_tunnel(Downstream d) except -1:
     if moved or half != (d.finished or u.finished):
         stir(d)
     return 0
-
-
-cdef ssize_t relay(Connection source, Connection sink) noexcept:
-    """One piece. The bytes read; 0 when nothing goes now, or the source has ended; -errno when it broke."""
-    cdef ssize_t n
-    if source.finished or not source.readable or sink.out.end > sink.out.start:
-        return 0
-    n = source.recv(source.engine.scratch, TUNNEL_PIECE)
-    if n == -EAGAIN:
-        source.readable = False
-        return 0
-    if n <= 0:
-        source.finished = n == 0
-        return n
-    if source.drained(n, TUNNEL_PIECE):
-        source.readable = False
-    if sink.put(source.engine.scratch, <uint32_t>n) < 0:
-        source.finished = True                      # nobody takes what it says
-        sink_lost(sink)
-    return n
-
-
-cdef void sink_lost(Connection sink):
-    """It takes nothing any more. What it said before is still read, to its end."""
-    sink.shut_out = True
-    sink.readable = True
-    sink.broken_off = not sink.finished             # who has said its end need not listen
-    buffer_release(&sink.out)
-
-
-cdef void pass_end(Connection source, Connection sink):
-    """The source has ended and all it said is delivered: so ends our side towards the sink."""
-    if source.finished and not sink.shut_out and sink.out.end == sink.out.start and sink.shut():
-        sink.shut_out = True
 
 
 cdef int source_lost(Downstream d, Connection source, Connection sink) except -1:

@@ -93,6 +93,7 @@ class ListenerEntry:
         proxy_protocol: str = "off",
         tls: TlsListener | None = None,
         http2: Http2 | None = None,
+        tcp: Any = None,
     ) -> None: ...
     @property
     def name(self) -> str: ...
@@ -100,6 +101,8 @@ class ListenerEntry:
     def tls(self) -> TlsListener | None: ...
     @property
     def http2(self) -> Http2 | None: ...
+    @property
+    def tcp(self) -> Any: ...
 
 class Snapshot:
     journals: list[Journal]

@@ -95,9 +95,11 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         config = load(args.config)
-        listener = args.listener or next(iter(config.listeners))
+        listener = args.listener or next(iter(config.http_listeners or config.listeners))
         if listener not in config.listeners:
             raise ValueError(f"there is no listener {listener!r}: the file has {', '.join(config.listeners)}")
+        if config.listeners[listener].tcp is not None:
+            raise ValueError(f"listener {listener!r} passes raw TCP: it knows no requests")
         request = read_request(args.method, args.url, args.headers)
         if args.source is not None:
             ipaddress.ip_address(args.source)

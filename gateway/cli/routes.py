@@ -48,11 +48,46 @@ def run(args: argparse.Namespace) -> int:
         print(error.render(), file=sys.stderr)
         return NOT_LOADED
     facts = [describe(config, route) for route in config.routes]
+    raw = raw_tcp(config)
     if args.output == "json":
-        print(json.dumps(facts, indent=2))
-    else:
+        print(json.dumps([*facts, *raw], indent=2))
+        return OK
+    if facts or not raw:
         _print_table(facts)
+    if facts and raw:
+        print()
+    if raw:
+        _print_raw(raw)
     return OK
+
+
+def raw_tcp(config: Config) -> list[dict[str, Any]]:
+    """Return where the listeners with `tcp` pass bytes: one fact for each server name, and one for all others."""
+    found = []
+    for name, listener in config.listeners.items():
+        if (tcp := listener.tcp) is None:
+            continue
+        ways = [*tcp.sni.items(), *([(None, default)] if (default := tcp.upstream or tcp.default) is not None else [])]
+        seen = "ended here" if listener.tls is not None else "passed on" if tcp.sni else "not looked at"
+        found += [
+            {"listener": name, "server_name": pattern, "tls": seen, "upstream": upstream, "connections": tcp.connections}
+            for pattern, upstream in ways
+        ]
+    return found
+
+
+def _print_raw(raw: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("RAW TCP", "SERVER NAME", "TLS", "CONNECTIONS", "UPSTREAM"):
+        table.add_column(heading, overflow="fold")
+    for each in raw:
+        cells = (each["listener"], each["server_name"] or "any", each["tls"], f"at most {each['connections']}", each["upstream"])
+        table.add_row(*(Text(cell) for cell in cells))
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 def describe(config: Config, route: Route) -> dict[str, Any]:
@@ -75,7 +110,7 @@ def describe(config: Config, route: Route) -> dict[str, Any]:
         "mirror": None if route.mirror is None else {"upstream": route.mirror.upstream, "percent": route.mirror.percent},
         "websocket": None if route.websocket is None else {"idle": route.websocket.idle, "tunnels": route.websocket.tunnels},
         "protocols": {name: config.upstreams[name].protocol for name in route.upstreams},
-        "listeners": list(route.listeners or config.listeners),
+        "listeners": list(route.listeners or config.http_listeners),
     }
 
 

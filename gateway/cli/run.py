@@ -111,8 +111,14 @@ def announce(supervisor: Supervisor) -> None:
     """Say on stdout where the gateway can be reached, once it can be."""
     lines = []
     for name, listener in supervisor.listeners.items():
+        section = supervisor.config.listeners[name]
+        if section.tcp is not None:
+            address = str(listener.address)
+            where = address if address.startswith("unix:") else f"tcp://{address}"
+            lines.append((name, f"{where}  -> {', '.join(section.tcp.upstreams)}{' over TLS' if section.tls is not None else ''}"))
+            continue
         offered = [route for route in supervisor.config.routes if route.listeners is None or name in route.listeners]
-        secure = supervisor.config.listeners[name].tls is not None
+        secure = section.tls is not None
         lines.append((name, f"{url(str(listener.address), secure)}  -> {len(offered)} route{'' if len(offered) == 1 else 's'}"))
     if supervisor.admin_listener is not None:
         lines.append(("admin", url(str(supervisor.admin_listener.address))))

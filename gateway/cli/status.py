@@ -36,7 +36,7 @@ def describe(answer: dict[str, Any]) -> str:
         f"crossway   {answer['crossway']}, {answer['phase']}: {answer['detail']}",
         f"config     {config['file']}, version {config['version']}, hash {config['hash'][:12]}",
     ]
-    lines += [f"listener   {listener['name']} on {listener['address']}" for listener in answer["listeners"]]
+    lines += [f"listener   {listener['name']} on {listener['address']}{' (raw TCP)' if listener.get('tcp') else ''}" for listener in answer["listeners"]]
     stale = [str(row["slot"]) for row in answer["workers"] if row["version"] != config["version"]]
     lines.append(f"workers    {len(answer['workers'])}, {answer['restarts']} restarted")
     if stale:

@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from gateway.config.check_http2 import check_http2
+from gateway.config.check_tcp import check_tcp
 from gateway.config.check_tls import check_tls, file_versions, watched_files
 from gateway.config.cpus import available_cpus
 from gateway.config.hooks import check_hook
@@ -50,6 +51,7 @@ def findings(config: Config) -> list[Problem]:
         _route(config, number, route, document)
     check_http2(config)
     check_overlaps(config)
+    check_tcp(config)
     _unused(config, document)
     found, document.problems = document.problems, []
     return sorted(found, key=lambda problem: (problem.line, problem.column))
@@ -327,18 +329,19 @@ def _unused(config: Config, document: Document) -> None:
                 key=True,
             )
     upstreams = {name for route in config.routes for name in route.upstreams}
+    upstreams |= config.tcp_upstreams
     upstreams |= {route.mirror.upstream for route in config.routes if route.mirror is not None}
     for name in config.upstreams:
         if name not in upstreams:
             document.warn(
                 ("upstreams", name),
-                f"upstream '{name}' is used by no route",
+                f"upstream '{name}' is used by no route" + (" and no listener" if config.tcp_upstreams else ""),
                 "use it, or remove it",
                 key=True,
             )
     if not any(route.listeners is None for route in config.routes):
         offered = {name for route in config.routes for name in route.listeners or ()}
-        for name in config.listeners:
+        for name in config.http_listeners if config.routes else ():
             if name not in offered:
                 document.warn(
                     ("listeners", name),

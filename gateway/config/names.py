@@ -14,9 +14,19 @@ from gateway.config.source import Document, Path_
 
 
 def check_names(document: Document) -> None:
-    """Report unknown upstreams, policies and listeners in routes, and route names that are used twice."""
+    """Report unknown upstreams, policies and listeners in routes and listeners, and route names that are used twice."""
     data = document.data if isinstance(document.data, dict) else {}
     known = {kind: _names(data.get(kind)) for kind in ("upstreams", "policies", "listeners")}
+    listeners = data.get("listeners")
+    for listener, settings in listeners.items() if isinstance(listeners, dict) else ():
+        tcp = settings.get("tcp") if isinstance(settings, dict) else None
+        if isinstance(tcp, dict):
+            at_tcp = ("listeners", listener, "tcp")
+            for key in ("upstream", "default"):
+                _known(document, (*at_tcp, key), tcp.get(key), known["upstreams"], "upstream")
+            sni = tcp.get("sni")
+            for name, upstream in sni.items() if isinstance(sni, dict) else ():
+                _known(document, (*at_tcp, "sni", name), upstream, known["upstreams"], "upstream")
     seen: dict[str, int] = {}
     routes = data.get("routes")
     for number, route in enumerate(routes if isinstance(routes, list) else []):

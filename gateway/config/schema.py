@@ -27,6 +27,7 @@ from gateway.config.redis import Redis
 from gateway.config.resilience import Balance, BalanceSettings, Hedge, Retries, RetrySettings, UpstreamLimits
 from gateway.config.shaping import Canary, Mirror, Split, StickyKey
 from gateway.config.source import Document, Path_
+from gateway.config.tcp import Tcp
 from gateway.config.tls import ListenerTls, UpstreamTls, widen_upstream_tls
 from gateway.config.values import (
     MAX_FIELDS,
@@ -131,6 +132,7 @@ class Listener(Model):
     http2: Annotated[
         ListenerHttp2 | None, Shorthand(widen_http2, {"type": "boolean", "x-is": "`true` or `false`"})
     ] = setting(True, "HTTP/2: `true` with the defaults, `false` for HTTP/1.1 only, or settings")
+    tcp: Tcp | None = setting(None, "raw TCP instead of HTTP: where its bytes go; default: HTTP")
     backlog: Int = Field(default=1024, ge=1, le=65535, description="connections that the kernel queues")
 
     @model_validator(mode="after")
@@ -144,7 +146,7 @@ class Listener(Model):
     @property
     def alpn(self) -> tuple[str, ...]:
         """Return the protocols that are offered above TLS."""
-        offered = self.tls.alpn if self.tls is not None else ()
+        offered = self.tls.alpn if self.tls is not None and self.tcp is None else ()
         return tuple(name for name in offered if name != "h2" or self.http2 is not None)
 
     @property
@@ -438,7 +440,7 @@ class Config(Model):
     policies: Annotated[dict[Name, Policy], BeforeValidator(_nothing_is_empty)] = setting(
         {}, "policies that routes use, by name"
     )
-    routes: Annotated[tuple[Route, ...], Field(min_length=1)] = needed("what goes where")
+    routes: tuple[Route, ...] = setting([], "what goes where; may be missing where all listeners pass raw TCP")
 
     @model_validator(mode="after")
     def _preflights(self) -> Self:
@@ -485,6 +487,16 @@ class Config(Model):
     def watched(self) -> dict[str, FileVersion]:
         """Return the files whose change is a reason to load it again, with the versions that were loaded."""
         return self._watched
+
+    @property
+    def tcp_upstreams(self) -> frozenset[str]:
+        """Return the names of the upstreams to which listeners pass raw TCP."""
+        return frozenset(name for each in self.listeners.values() if each.tcp is not None for name in each.tcp.upstreams)
+
+    @property
+    def http_listeners(self) -> tuple[str, ...]:
+        """Return the names of the listeners that offer routes."""
+        return tuple(name for name, each in self.listeners.items() if each.tcp is None)
 
     def where(self, path: Path_) -> tuple[int, int]:
         """Return (line, column), from 1, of the value at a path such as ("routes", 0, "match")."""

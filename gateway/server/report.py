@@ -47,7 +47,7 @@ def describe(supervisor: Supervisor) -> Message:
         "workers": [_slot(slot) for slot in supervisor.slots],
         "checker": _checker(supervisor.checking.child),
         "listeners": [
-            {"name": name, "bind": str(listener.bind), "address": str(listener.address)}
+            {"name": name, "bind": str(listener.bind), "address": str(listener.address), "tcp": supervisor.config.listeners[name].tcp is not None}
             for name, listener in supervisor.listeners.items()
         ],
         "reload": {**vars(supervisor.outcome), "running": supervisor.reload is not None},

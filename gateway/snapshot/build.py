@@ -14,9 +14,11 @@ from gateway._speedups.exchange import ListenerEntry, RouteEntry, Shape, Snapsho
 from gateway._speedups.http2_settings import Http2
 from gateway._speedups.pool import Upstream
 from gateway._speedups.route_trie import Route, RouteTrie
+from gateway._speedups.tcp_listener import TcpListener, TcpTarget
 from gateway.config import Config, schema
 from gateway.config.hooks import folder_first
 from gateway.config.policies import Policy
+from gateway.config.tcp import Tcp
 from gateway.errors import ConfigError, Problem
 from gateway.policies import COMPILERS, RouteParts, Use, Workshop
 from gateway.snapshot.faults import Faults, Place
@@ -72,12 +74,12 @@ def _build(config: Config, names: Names, version: int, workshop: Workshop, table
     upstreams: dict[str, Upstream] = {}
     for name, settings in config.upstreams.items():
         with faults.at(("upstreams", name), f"upstream '{name}' cannot be used"):
-            upstreams[name] = _upstream(name, settings, config.zone, workshop, table)
+            upstreams[name] = _upstream(name, settings, config, workshop, table)
     routes = [
         _route(index, route, config, upstreams, names, workshop, faults)
         for index, route in enumerate(config.routes)
     ]
-    listeners = _listeners(config, routes, faults)
+    listeners = _listeners(config, routes, upstreams, names, faults)
     for place, sentence in workshop.notes:
         faults.doubt(place, sentence)
     problems = faults.problems()
@@ -92,7 +94,7 @@ def _build(config: Config, names: Names, version: int, workshop: Workshop, table
     return snapshot, problems
 
 
-def _upstream(name: str, settings: schema.Upstream, zone: str | None, workshop: Workshop, table: Any) -> Upstream:
+def _upstream(name: str, settings: schema.Upstream, config: Config, workshop: Workshop, table: Any) -> Upstream:
     times, keep, limits, retries = settings.timeouts, settings.keepalive, settings.limits, settings.retries
     balance, eject, adaptive, http2 = settings.balance, settings.health.eject, limits.adaptive, settings.spoken_http2
     upstream = Upstream(
@@ -105,7 +107,7 @@ def _upstream(name: str, settings: schema.Upstream, zone: str | None, workshop: 
             "update": adaptive.update, "measure": adaptive.measure,
         },
         balance=balance.algorithm, key=balance.maglev.key if balance.maglev else "",
-        load=balance.maglev.load if balance.maglev else 125, slow_start=settings.slow_start, zone=zone,
+        load=balance.maglev.load if balance.maglev else 125, slow_start=settings.slow_start, zone=config.zone,
         attempts=retries.attempts, retry_on=retries.on, per_try=retries.per_try or 0, backoff=retries.backoff.base,
         backoff_max=retries.backoff.max, replay=retries.body, honours_key=retries.idempotency_key, budget=retries.budget,
         reserve=retries.reserve, hedge=settings.hedge.after if settings.hedge else 0,
@@ -113,7 +115,7 @@ def _upstream(name: str, settings: schema.Upstream, zone: str | None, workshop: 
         eject={"failures": eject.failures, "ratio": eject.ratio or 0, "minimum": eject.minimum, "base": eject.base,
                "maximum": eject.max, "share": eject.share},
         panic=settings.health.when_all_bad == "panic", table=table, worker=max(workshop.worker, 0),
-        tls=None if settings.tls is None else upstream_tls(settings.tls, ("http/1.1",) if settings.protocol == "http1" else ("h2",)),
+        tls=None if settings.tls is None else upstream_tls(settings.tls, _alpn(settings, raw=name in config.tcp_upstreams)),
         protocol=settings.protocol, http2=None if http2 is None else Http2(
             streams=http2.streams, window=http2.window, connection_window=http2.connection_window
         ),
@@ -124,12 +126,41 @@ def _upstream(name: str, settings: schema.Upstream, zone: str | None, workshop: 
     return upstream
 
 
-def _listeners(config: Config, routes: Sequence[RouteEntry | None], faults: Faults) -> dict[str, ListenerEntry]:
+def _alpn(settings: schema.Upstream, *, raw: bool) -> tuple[str, ...]:
+    """Return the protocols that an upstream is offered above TLS: none where its clients' bytes pass unread."""
+    return () if raw else ("http/1.1",) if settings.protocol == "http1" else ("h2",)
+
+
+def _tcp(
+    name: str, tcp: Tcp, upstreams: Mapping[str, Upstream], names: Names
+) -> TcpListener | None:
+    """Return where a listener's connections go, or None when one of the upstreams is at fault."""
+    if any(each not in upstreams for each in tcp.upstreams):
+        return None
+    # A route's name holds no colon.
+    targets = {each: TcpTarget(upstreams[each], names.add(f"tcp:{name}>{each}")) for each in tcp.upstreams}
+    default = tcp.upstream or tcp.default
+    return TcpListener(
+        names.add(f"tcp:{name}"), default=None if default is None else targets[default],
+        sni={pattern: targets[each] for pattern, each in tcp.sni.items()}, idle=tcp.idle, hello=tcp.hello,
+        connections=tcp.connections, allow=None if tcp.allow is None else [str(network) for network in tcp.allow],
+        announce=tcp.proxy_protocol == "v2",
+    )  # fmt: skip
+
+
+def _listeners(
+    config: Config, routes: Sequence[RouteEntry | None], upstreams: Mapping[str, Upstream], names: Names, faults: Faults
+) -> dict[str, ListenerEntry]:
     """Listeners that offer the same routes share a trie."""
     tries: dict[tuple[int, ...], RouteTrie] = {}
     listeners = {}
     for name, settings in config.listeners.items():
-        offered = tuple(i for i, route in enumerate(config.routes) if route.listeners is None or name in route.listeners)
+        tcp = None if settings.tcp is None else _tcp(name, settings.tcp, upstreams, names)
+        if settings.tcp is not None and tcp is None:
+            continue                            # reported at the upstream
+        offered = () if tcp is not None else tuple(
+            i for i, route in enumerate(config.routes) if route.listeners is None or name in route.listeners
+        )
         if offered not in tries:
             tries[offered] = _trie(config, routes, offered, faults)
         times, limits = settings.timeouts, settings.limits
@@ -140,7 +171,7 @@ def _listeners(config: Config, routes: Sequence[RouteEntry | None], faults: Faul
                 requests=limits.requests, connections=limits.connections,
                 trusted=[str(network) for network in settings.trusted_proxies], proxy_protocol=settings.proxy_protocol,
                 tls=None if settings.tls is None else listener_tls(name, settings.tls, settings.alpn),
-                http2=_http2(settings),
+                http2=_http2(settings) if tcp is None else None, tcp=tcp,
             )
     return listeners
 

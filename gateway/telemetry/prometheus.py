@@ -21,7 +21,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from gateway._speedups.histogram import CLASSIC_BOUNDS_US, COUNTER_NAMES, OVERFLOW, WorkerSlot
-from gateway.telemetry import upstreams
+from gateway.telemetry import tcp, upstreams
 from gateway.telemetry.shared import SharedState
 
 # The order of headers.pxd's Method; unknown methods are "_OTHER" (OpenTelemetry, http.request.method).
@@ -201,6 +201,7 @@ class SharedCollector(Collector):
         yield from self._counters(slots)
         yield from self._series(slots)
         yield self._overhead(slots)
+        yield from tcp.counters(self._shared, slots, self._by_worker)
 
     def _names(self, labels: list[str]) -> list[str]:
         return ["worker", *labels] if self._by_worker else labels
@@ -282,6 +283,7 @@ class SharedCollector(Collector):
                 family.add_metric(values, value)
             yield family
         yield self._tunnels(alive)
+        yield from tcp.gauges(self._shared, alive, self._by_worker)
         upstream = GaugeMetricFamily("crossway_upstream_connections", "Upstream connections.", labels=self._names(["state"]))
         for gauge, state in (("upstream_active", "active"), ("upstream_idle", "idle")):
             for values, value in self._summed(alive, gauge, [state]):
@@ -305,6 +307,8 @@ class SharedCollector(Collector):
         found: dict[tuple[str, ...], int] = {}
         for worker, slot in alive:
             for route, count in slot.tunnels():
+                if tcp.is_tcp(self._shared, route):
+                    continue
                 key = tuple(self._values(worker, [self._route(route)[0]]))
                 found[key] = found.get(key, 0) + count
         for values, count in found.items():

@@ -8,6 +8,8 @@ what is accepted can be written and read again. Memory errors are the sanitizers
 from __future__ import annotations
 
 import base64
+import contextlib
+import ssl
 from collections.abc import Callable, Hashable
 from itertools import pairwise
 
@@ -186,13 +188,43 @@ def http2_client(data: bytes) -> Signature:
     return _http2_side(frame(4, 0, 0) + data, client=True)
 
 
+def client_hello(data: bytes) -> Signature:
+    """A TLS ClientHello: it names what OpenSSL would see, or it is refused; more bytes never change what was said."""
+    try:
+        found = testing.parse_client_hello(data)
+    except ValueError as error:
+        return (str(error),)
+    for cut in _cuts(data):
+        try:
+            part = testing.parse_client_hello(data[:cut])
+        except ValueError as error:
+            raise AssertionError(f"cut at {cut} it is refused: {error}") from error
+        assert part is False or (part == found and cut <= len(data)), (cut, part, found)
+    if isinstance(found, bytes):
+        assert 0 < len(found) <= 253 and found == found.lower() and not found.endswith(b".") and b".." not in found
+        return (len(found), found.count(b"."))
+    return (found,)
+
+
 TARGETS: dict[str, Callable[[bytes], Signature]] = {
     "request": request, "response": response, "chunked": chunked, "path": path, "name_answer": name_answer,
     "health_answer": health_answer, "grpc_web": grpc_web, "http2_server": http2_server, "http2_client": http2_client,
+    "client_hello": client_hello,
 }
 
 # Header blocks (RFC 7541 appendix C has the like): GET and POST of /, with authority, by static index; 200; a literal field.
 GET, POST, AUTHORITY, OK, FIELD = b"\x82\x86\x84", b"\x83\x86\x84", b"\x41\x07gw.test", b"\x88", b"\x00\x01x\x011"
+
+
+def _hello(name: str | None) -> bytes:
+    """A ClientHello as this machine's OpenSSL writes it."""
+    written = ssl.MemoryBIO()
+    context = ssl.create_default_context()
+    context.check_hostname = name is not None
+    with contextlib.suppress(ssl.SSLWantReadError):
+        context.wrap_bio(ssl.MemoryBIO(), written, server_hostname=name).do_handshake()
+    return written.read()
+
 
 SEEDS: dict[str, list[bytes]] = {
     "http2_server": [
@@ -228,6 +260,7 @@ SEEDS: dict[str, list[bytes]] = {
     ],
     "health_answer": [b"\0\0\0\0\2\x08\1", b"\0\0\0\0\x09\x12\2hi\x15abcd"],
     "grpc_web": [b"AAAAAAMxMjM=", b"AAAAAAAAAAAAATE=", b"AAAAAAIxMg==AAAAAAE2", b"\0\0\0\0\x03123\1\0\0\0\0"],
+    "client_hello": [_hello("db.bank.test"), _hello("a"), _hello(None), _hello("db.bank.test")[:-3]],
     "path": [b"/a/./b/../c", b"/%61%2e%2E/%c3%a9/%e2%82%ac;v=1", b"/%25a%20"],
 }
 DICTIONARY = [

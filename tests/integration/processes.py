@@ -22,7 +22,7 @@ from typing import Any, Self
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 20.0  # seconds
-ADDRESS = re.compile(r"^(?P<name>[\w-]+) +(?P<url>(?:https?://|unix:)\S+)")
+ADDRESS = re.compile(r"^(?P<name>[\w-]+) +(?P<url>(?:https?://|tcp://|unix:)\S+)")
 
 
 def eventually(condition: Callable[[], Any], what: str = "the condition") -> Any:

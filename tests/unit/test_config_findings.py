@@ -412,7 +412,7 @@ def test_check_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert run(tmp_path / "absent.yaml") == 2 and "absent.yaml: no such file" in capsys.readouterr().out
     doubtful.write_text("version: 1\nworkers: 999\n")
     assert run(doubtful) == 2
-    assert capsys.readouterr().out.endswith("gateway.yaml: 3 errors\n")
+    assert capsys.readouterr().out.endswith("gateway.yaml: 2 errors\n")
 
 
 def test_check_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -430,7 +430,7 @@ def test_schema_prints_json_schema(capsys: pytest.CaptureFixture[str]) -> None:
     assert data == json_schema()
     assert data["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     assert data["additionalProperties"] is False
-    assert set(data["required"]) == {"version", "listeners", "upstreams", "routes"}
+    assert set(data["required"]) == {"version", "listeners", "upstreams"}
     references = [part.split('"')[0] for part in json.dumps(data).split('"#/$defs/')[1:]]
     assert references and set(references) <= set(data["$defs"])
     assert data["$defs"]["Policy"]["maxProperties"] == 1

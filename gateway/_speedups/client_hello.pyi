@@ -1,0 +1,1 @@
+"""What Python sees of _speedups/client_hello.pyx: nothing."""
