@@ -129,6 +129,8 @@ cdef class ListenerEntry:
     cdef Networks trusted
     cdef int proxy_protocol             # 0 off, 1 optional, 2 required
     cdef readonly TlsListener tls       # None: clear text
+    cdef public bint leaving            # answers end their connections: this listener drains, others may go on
+    cdef readonly object originals      # None, or of connections that the kernel redirected here: (address, port) -> listener
 
 cdef class Snapshot:
     cdef readonly int version

@@ -90,11 +90,15 @@ class ListenerEntry:
         trusted: Iterable[str] = (),
         proxy_protocol: str = "off",
         tls: TlsListener | None = None,
+        originals: dict[tuple[str, int], str] | None = None,
     ) -> None: ...
+    leaving: bool
     @property
     def name(self) -> str: ...
     @property
     def tls(self) -> TlsListener | None: ...
+    @property
+    def originals(self) -> dict[tuple[str, int], str] | None: ...
 
 class Snapshot:
     journals: list[Journal]

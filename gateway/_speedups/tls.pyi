@@ -1,6 +1,6 @@
 """What Python sees of _speedups/tls.pyx."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from gateway._speedups.certificates import Certificate, ClientCertificate, OcspResponse, PrivateKey, RevocationList
 
@@ -27,6 +27,7 @@ class TlsListener:
         ktls: bool = False,
         tickets: bool = True,
         forward_certificate: bool = False,
+        admit: Callable[[Certificate], str | None] | None = None,
     ) -> None: ...
     @property
     def server_names(self) -> list[str]: ...
@@ -46,6 +47,7 @@ class TlsUpstream:
         sans: Sequence[str] = (),
         min_version: str = "1.2",
         verify: bool = True,
+        admit: Callable[[Certificate], str | None] | None = None,
     ) -> None: ...
     def adopt(self, before: TlsUpstream) -> None: ...
 

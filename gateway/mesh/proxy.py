@@ -1,0 +1,216 @@
+"""An assignment made into the snapshot that a sidecar's engine runs: who may come in, and where the app's calls go.
+
+Strategy: the same native objects that an edge's configuration compiles to, built from the assignment directly: a sidecar keeps neither
+the schema nor the YAML reader in memory. Inbound: mutual TLS, authorization, then the app. Outbound: the Host names the service, or the
+listener does; then mutual TLS to one of the service's endpoints. Whatever cannot be built raises, and the old snapshot goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from gateway._speedups.exchange import Edits, ListenerEntry, RouteEntry, Snapshot, Step
+from gateway._speedups.pool import Endpoint, Upstream
+from gateway._speedups.route_trie import RouteTrie
+from gateway._speedups.tls import TlsListener, TlsUpstream
+from gateway.mesh.admission import Revoked, admission
+from gateway.mesh.assignment import Assignment
+from gateway.mesh.authorization import Denials, make_step
+from gateway.mesh.identity import Svid
+from gateway.mesh.units import seconds, share, size
+
+log = logging.getLogger("crossway.mesh")
+
+INBOUND, OUTBOUND = "inbound", "outbound"
+CALLER = b"x-crossway-caller"  # tells the app who called; nobody else can
+EVERYBODY = ("0.0.0.0/0", "::/0")  # inbound the handshake has proved a member, outbound it is our own app
+BODY = 1 << 30  # bytes; bodies stream, and the app has the say
+CALLERS = 200  # whose requests are counted apart
+APP_TIMES: dict[str, Any] = {"connect": 2.0, "head": 60.0, "idle": 60.0, "total": 300.0}  # seconds; the caller's own are shorter
+
+
+class Spec(NamedTuple):
+    """Which requests a route takes, in the trie's form."""
+
+    hosts: tuple[str, ...] = ()
+    path: str | None = None
+    prefix: str | None = "/"
+    methods: tuple[str, ...] = ()
+    headers: tuple[Any, ...] = ()
+    query: tuple[Any, ...] = ()
+
+
+@dataclass
+class Surroundings:
+    """What a sidecar's snapshots have in common."""
+
+    app: str  # host:port, numeric
+    ports: Mapping[str, str]  # service -> name of its own outbound listener
+    memory: Any  # SharedState
+    intercepts: bool = False  # the outbound listener gets what the kernel redirects
+    zone: str | None = None
+    denials: Denials = field(default_factory=Denials)
+    versions: int = 0
+    callers: set[str] = field(default_factory=set)
+
+
+def build(assignment: Assignment, svid: Svid, around: Surroundings) -> Snapshot:
+    """Return the snapshot of an assignment. Raises ValueError, KeyError, TypeError or TlsError for what cannot be made."""
+    around.versions += 1
+    body = assignment.body
+    revoked = Revoked(body.get("revoked") or {})
+    digest = hashlib.sha256(assignment.bundle + svid.leaf.der + repr(sorted(revoked.serials | revoked.identities)).encode()).digest()
+    admit = admission(svid.domain, revoked)
+    app = Upstream(
+        "app", [Endpoint(around.app)], **APP_TIMES, host="preserve", table=around.memory.upstreams, attempts=1,
+        retry_on=("connect-failure",),
+    )  # fmt: skip
+    upstreams, routes = {"app": app}, []
+    inbound = _inbound(body["authorization"], svid, app, around)
+    for name, settings in body["services"].items():
+        try:
+            tls = TlsUpstream(
+                digest=hashlib.sha256(digest + name.encode()).digest(), authorities=svid.roots, chain=svid.chain, key=svid.key,
+                sans=[f"spiffe://{svid.domain}/service/{name}"], admit=admit,
+            )  # fmt: skip
+            upstreams[f"service:{name}"] = upstream_of(name, settings, tls, around)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"service {name}: {error}") from None
+    for name in body["services"]:
+        routes.append(_outbound(name, upstreams[f"service:{name}"], around))
+    listeners = _listeners(
+        inbound, routes, body, around,
+        TlsListener(INBOUND, [(svid.chain, svid.key, None)], digest=digest, authorities=svid.roots, client_auth="required",
+                    tickets=False, admit=admit),
+    )  # fmt: skip
+    snapshot = Snapshot(around.versions, f"{assignment.version}", listeners, upstreams, [inbound, *routes])
+    snapshot.identity_names = (CALLER,)
+    return snapshot
+
+
+def _inbound(said: Mapping[str, Any], svid: Svid, app: Upstream, around: Surroundings) -> RouteEntry:
+    """The way in: authorization, then the app. Each caller's requests are counted as its own."""
+    prefix = f"spiffe://{svid.domain}/service/"
+
+    def entry(identity: str, step: Step) -> RouteEntry | None:
+        caller = identity.removeprefix(prefix)
+        if caller not in around.callers:
+            if len(around.callers) >= CALLERS:
+                caller = "others"
+            around.callers.add(caller)
+        name = f"{INBOUND}>{caller}"
+        told = Edits((CALLER,), CALLER + b": " + identity.encode("ascii") + b"\r\n")
+        return RouteEntry(name, 0, upstream=app, metric=around.memory.names.add(name), steps=(step,), request_edits=told)
+
+    step = make_step(said, svid.domain, around.denials, entry)
+    return RouteEntry(
+        INBOUND, 0, upstream=app, metric=around.memory.names.add(f"{INBOUND}>unknown"), steps=(step,), request_edits=Edits((CALLER,))
+    )
+
+
+def _outbound(name: str, upstream: Upstream, around: Surroundings) -> RouteEntry:
+    return RouteEntry(f"{OUTBOUND}>{name}", 1, upstream=upstream, metric=around.memory.names.add(f"{OUTBOUND}>{name}"))
+
+
+def _listeners(
+    inbound: RouteEntry, routes: list[RouteEntry], body: Mapping[str, Any], around: Surroundings, tls: TlsListener
+) -> dict[str, ListenerEntry]:
+    """Every service has an outbound listener of its own as well: for its own port, and for connections redirected on their way to it."""
+
+    def listener(name: str, trie: RouteTrie, **more: Any) -> ListenerEntry:
+        return ListenerEntry(name, trie, body_limit=BODY, trusted=EVERYBODY, requests=1_000_000, **more)
+
+    domain, services = body["trust_domain"], list(body["services"])
+    by_host = [(route, Spec(hosts=(name, f"{name}.{domain}"))) for route, name in zip(routes, services, strict=True)]
+    originals = destinations(body["services"]) if around.intercepts else None
+    found = {
+        INBOUND: listener(INBOUND, RouteTrie([(inbound, Spec())]), tls=tls),
+        OUTBOUND: listener(OUTBOUND, RouteTrie(by_host), originals=originals),
+    }
+    for route, name in zip(routes, services, strict=True):
+        found[f"{OUTBOUND}:{name}"] = listener(f"{OUTBOUND}:{name}", RouteTrie([(route, Spec(hosts=("*",)))]))
+    for name in around.ports.values():
+        if name not in found:  # its service is not in the assignment now: nothing is there
+            found[name] = listener(name, RouteTrie([]))
+    return found
+
+
+def destinations(services: Mapping[str, Any]) -> dict[tuple[str, int], str]:
+    """Where an app's own connections go, by the address it dials: a service's app ports, and its sidecars' own addresses."""
+    found: dict[tuple[str, int], str] = {}
+    for name, settings in services.items():
+        for each in settings.get("endpoints", ()):
+            host, _, port = each["address"].rpartition(":")
+            host = host.strip("[]")
+            found[host, int(port)] = f"{OUTBOUND}:{name}"
+            app = str((each.get("labels") or {}).get("app-port", ""))
+            if app.isdecimal():
+                found[host, int(app)] = f"{OUTBOUND}:{name}"
+    return found
+
+
+def upstream_of(name: str, said: Mapping[str, Any], tls: TlsUpstream, around: Surroundings) -> Upstream:
+    """Return the upstream of a service. Raises ValueError or TypeError for settings that are not understood."""
+    unknown = set(said) - {"protocol", "timeout", "retries", "balance", "endpoints", "labels", "zone", "http2"}
+    if unknown:
+        raise ValueError(f"{', '.join(sorted(unknown))} is not known to this version")
+    options: dict[str, Any] = {**_retries(said.get("retries")), **_balance(said.get("balance"))}
+    if said.get("timeout") is not None:
+        total = seconds(said["timeout"])
+        options |= {"total": total, "head": total, "idle": total}
+    return Upstream(
+        f"service:{name}", endpoints_of(name, said.get("endpoints", ())), host="preserve", table=around.memory.upstreams,
+        tls=tls, zone=around.zone, eject={"failures": 7, "ratio": 0, "minimum": 5, "base": 1, "maximum": 60, "share": 0.5},
+        keep_connections=1024, **options,
+    )  # fmt: skip
+
+
+def endpoints_of(name: str, said: Iterable[Mapping[str, Any]]) -> list[Endpoint]:
+    """Return the endpoints that can be used; one whose address is no number is left out, and told."""
+    found: dict[str, Endpoint] = {}
+    for each in said:
+        try:
+            found.setdefault(each["address"], Endpoint(each["address"], int(each.get("weight") or 1), zone=each.get("zone")))
+        except ValueError as error:
+            log.error("an endpoint is left out", extra={"service": name, "error": str(error)})
+    return list(found.values())
+
+
+def _retries(said: Any) -> dict[str, Any]:
+    """As `upstreams.retries` of a gateway's file: a number, or settings."""
+    if said is None:
+        return {}
+    if isinstance(said, int):
+        return {"attempts": said}
+    read: dict[str, tuple[str, Callable[[Any], Any]]] = {
+        "attempts": ("attempts", int), "on": ("retry_on", lambda on: tuple(map(str, [on] if isinstance(on, (str, int)) else on))),
+        "per_try": ("per_try", seconds), "budget": ("budget", share), "reserve": ("reserve", int), "body": ("replay", size),
+        "idempotency_key": ("honours_key", bool),
+    }  # fmt: skip
+    options: dict[str, Any] = {}
+    for key, value in said.items():
+        if key == "backoff":
+            options |= {"backoff": seconds(value.get("base", 0.025)), "backoff_max": seconds(value.get("max", 0.25))}
+        elif key not in read:
+            raise ValueError(f"retries.{key} is not known to this version")
+        elif value is not None:
+            option, parse = read[key]
+            options[option] = parse(value)
+    return options
+
+
+def _balance(said: Any) -> dict[str, Any]:
+    """As `upstreams.balance` of a gateway's file: an algorithm, or maglev with its key."""
+    if said is None:
+        return {}
+    if isinstance(said, str):
+        return {"balance": said}
+    maglev = said.get("maglev")
+    if maglev:
+        load = maglev.get("load")
+        return {"balance": "maglev", "key": maglev["key"], **({} if load is None else {"load": round(share(load) * 100)})}
+    return {"balance": said["algorithm"]}
