@@ -12,7 +12,6 @@ import contextlib
 import datetime
 import hashlib
 import json
-import os
 import secrets
 import signal
 import socket
@@ -54,8 +53,9 @@ class Ca:
 
     def __init__(self, domain: str = DOMAIN) -> None:
         self.domain = domain
-        self.root_key, self.root = self._authority(f"{domain} root", None)
-        self.key, self.intermediate = self._authority(f"{domain} issuing", (self.root_key, self.root))
+        number = secrets.token_hex(4)
+        self.root_key, self.root = self._authority(f"{domain} root {number}", None)
+        self.key, self.intermediate = self._authority(f"{domain} issuing {number}", (self.root_key, self.root))
 
     @property
     def bundle(self) -> str:
@@ -381,4 +381,3 @@ class Sidecar:
             self.process.wait(PATIENCE)
         if self.process.stdout is not None:
             self.process.stdout.close()
-        self.state.exists() and os.utime(self.state)
