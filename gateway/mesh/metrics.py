@@ -6,10 +6,12 @@ names and nothing is counted twice. Text format 0.0.4, written here: a sidecar h
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from gateway.mesh.authorization import Denials
+from gateway.mesh.identity import Identity
+from gateway.mesh.link import Link
 from gateway.mesh.proxy import INBOUND, OUTBOUND
 
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -33,39 +35,42 @@ def family(name: str, kind: str, text: str, samples: Iterable[str]) -> list[str]
 
 
 def hop(route: str, service: str, domain: str) -> dict[str, str] | None:
-    """The labels of a route's requests; None for a route that is no hop."""
+    """The labels of a sidecar's route; None for a route that is no hop."""
     side, _, other = route.partition(">")
     if side not in (INBOUND, OUTBOUND) or not other:
         return None
-    inbound = side == INBOUND
-    source, destination = (other, service) if inbound else (service, other)
+    return labels("destination", other, service, domain) if side == INBOUND else labels("source", service, other, domain)
+
+
+def labels(reporter: str, source: str, destination: str, domain: str) -> dict[str, str]:
+    """What Istio's standard metrics say of a hop between two services of a trust domain."""
 
     def principal(name: str) -> str:
         return UNKNOWN if name in (UNKNOWN, "others") else name if "://" in name else f"spiffe://{domain}/service/{name}"
 
     return {
-        "reporter": "destination" if inbound else "source",
+        "reporter": reporter,
         "source_workload": source, "source_workload_namespace": domain, "source_principal": principal(source), "source_app": source,
         "source_canonical_service": source, "source_version": UNKNOWN, "source_cluster": domain,
         "destination_workload": destination, "destination_workload_namespace": domain, "destination_principal": principal(destination),
         "destination_app": destination, "destination_canonical_service": destination, "destination_version": UNKNOWN,
         "destination_cluster": domain, "destination_service": destination, "destination_service_name": destination,
         "destination_service_namespace": domain, "request_protocol": "http", "grpc_response_status": "",
-        "connection_security_policy": "mutual_tls" if inbound else UNKNOWN,
+        "connection_security_policy": "mutual_tls" if reporter == "destination" else UNKNOWN,
     }  # fmt: skip
 
 
 FLAGS = {403: "UAEX", 503: "UF", 504: "UT", 499: "DC"}  # Envoy's words for why, as far as the status tells
 
 
-def istio(memory: Any, service: str, domain: str) -> Iterator[str]:
-    """istio_requests_total, istio_request_duration_milliseconds, istio_request_bytes and istio_response_bytes."""
+def istio(memory: Any, labels_of: Callable[[str], dict[str, str] | None]) -> Iterator[str]:
+    """istio_requests_total, istio_request_duration_milliseconds, istio_request_bytes and istio_response_bytes; by route's name."""
     totals: dict[tuple[tuple[str, str], ...], list[Any]] = {}
     for route, _method, status, buckets, sum_us, request, response in memory.total().series():
-        labels = hop(memory.route_name(route), service, domain)
-        if labels is not None:
-            labels |= {"response_code": str(status), "response_flags": FLAGS.get(status, "-")}
-            kept = totals.setdefault(tuple(labels.items()), [[0] * len(buckets), 0, 0, 0])
+        found = labels_of(memory.route_name(route))
+        if found is not None:
+            found |= {"response_code": str(status), "response_flags": FLAGS.get(status, "-")}
+            kept = totals.setdefault(tuple(found.items()), [[0] * len(buckets), 0, 0, 0])
             kept[0] = [a + b for a, b in zip(kept[0], buckets, strict=True)]
             for index, value in enumerate((sum_us, request, response), 1):
                 kept[index] += value
@@ -99,6 +104,22 @@ def denied(denials: Denials) -> Iterator[str]:
             line(name, {"caller": caller, "rule": rule, "policy": str(version)}, count)
             for (caller, rule, version, audited), count in denials.counts.items() if audited is audit
         ))  # fmt: skip
+
+
+def membership(identity: Identity, link: Link) -> list[tuple[str, str, str, float]]:
+    """How a member's certificate and its stream are."""
+    held = identity.svid
+    return [
+        ("crossway_mesh_certificate_not_after_timestamp_seconds", "gauge", "When the certificate ends.", held.leaf.not_after if held else 0),
+        ("crossway_mesh_certificate_alarm", "gauge", "0 renewed in time, 1 late (60 % of its life over), 2 urgent (30 % left).", identity.alarm),
+        ("crossway_mesh_certificate_renewals_total", "counter", "Certificates that took the place of another.", identity.renewals),
+        ("crossway_mesh_certificate_failures_total", "counter", "Attempts to get a certificate that failed.", identity.failed),
+        ("crossway_mesh_control_connected", "gauge", "1 while the stream of the control plane is open.", link.connected),
+        ("crossway_mesh_control_connects_total", "counter", "Times that it was opened.", link.connects),
+        ("crossway_mesh_assignment_version", "gauge", "The assignment in force.", link.current.version if link.current else 0),
+        ("crossway_mesh_assignments_refused_total", "counter", "Assignments that were not taken.", link.refused),
+        ("crossway_mesh_assignment_overdue_seconds", "gauge", "How long the assignment is older than it should get.", link.age() or 0),
+    ]  # fmt: skip
 
 
 def numbers(rows: Iterable[tuple[str, str, str, float]]) -> Iterator[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 from pathlib import Path
 
 SVID = "svid.pem"  # the chain, then the private key
@@ -73,6 +74,14 @@ class State:
         if len(content) > MOST:
             raise StateError(f"{path}: larger than {MOST >> 20} MiB")
         return content
+
+    def instance(self, service: str) -> str:
+        """Return the name of this instance of a service, drawn once. Raises StateError or OSError."""
+        held = self.read("instance")
+        if held is None:
+            held = f"{service}-{secrets.token_hex(6)}".encode()
+            self.write("instance", held)
+        return held.decode("ascii", "replace").strip()
 
     def write(self, name: str, content: bytes) -> None:
         """Put `content` in the place of the file, at once and lastingly. Raises OSError."""

@@ -14,7 +14,6 @@ import gc
 import json
 import logging
 import os
-import secrets
 import signal
 import socket
 import time
@@ -120,13 +119,9 @@ class Sidecar:
 
     def _job(self) -> dict[str, Any]:
         """What the control plane is told of this instance."""
-        instance = self.state.read("instance")
-        if instance is None:
-            instance = f"{self.setup.service}-{secrets.token_hex(6)}".encode()
-            self.state.write("instance", instance)
         bound = self.sockets[INBOUND].getsockname()
         return {
-            "service": self.setup.service, "control": self.setup.control, "instance": instance.decode("ascii").strip(),
+            "service": self.setup.service, "control": self.setup.control, "instance": self.state.instance(self.setup.service),
             "inbound": self.setup.advertise or address(bound[0], bound[1]), "zone": self.setup.zone,
             "labels": {**self.setup.labels, "app-port": str(self.setup.app[1])},
         }  # fmt: skip
@@ -405,22 +400,17 @@ class Sidecar:
         return 200, "application/json", (json.dumps(shown) + "\n").encode()
 
     def _metrics(self) -> tuple[int, str, bytes]:
-        svid, link = self._svid(), self.link
+        if not self.listening:
+            return 503, "text/plain", b"no assignment yet\n"
         rows = [
-            ("crossway_mesh_certificate_not_after_timestamp_seconds", "gauge", "When the certificate ends.", svid.leaf.not_after),
-            ("crossway_mesh_certificate_alarm", "gauge", "0 renewed in time, 1 late (60 % of its life over), 2 urgent (30 % left).", self.identity.alarm),
-            ("crossway_mesh_certificate_renewals_total", "counter", "Certificates that took the place of another.", self.identity.renewals),
-            ("crossway_mesh_certificate_failures_total", "counter", "Attempts to get a certificate that failed.", self.identity.failed),
-            ("crossway_mesh_control_connected", "gauge", "1 while the stream of the control plane is open.", link.connected),
-            ("crossway_mesh_control_connects_total", "counter", "Times that it was opened.", link.connects),
-            ("crossway_mesh_assignment_version", "gauge", "The assignment in force.", link.current.version if link.current else 0),
-            ("crossway_mesh_assignments_refused_total", "counter", "Assignments that were not taken.", link.refused),
-            ("crossway_mesh_assignment_overdue_seconds", "gauge", "How long the assignment is older than it should get.", link.age() or 0),
+            *metrics.membership(self.identity, self.link),
             ("crossway_mesh_revoked_connections_closed_total", "counter", "Connections of members that were revoked.", self.cut),
             ("crossway_mesh_app_up", "gauge", "1 while the app takes connections.", self.app_there),
             ("process_cpu_seconds_total", "counter", "Processor time.", time.process_time()),
         ]  # fmt: skip
-        text = [*metrics.numbers(rows), *metrics.denied(self.around.denials), *metrics.istio(self.memory, svid.service, svid.domain)]
+        domain = self._svid().domain
+        hops = metrics.istio(self.memory, lambda route: metrics.hop(route, self.setup.service, domain))
+        text = [*metrics.numbers(rows), *metrics.denied(self.around.denials), *hops]
         return 200, metrics.MEDIA_TYPE, ("\n".join(text) + "\n").encode()
 
 

@@ -1,0 +1,164 @@
+"""A gateway as a member of a mesh: it joins, its upstreams are services, and it keeps its certificate."""
+
+from __future__ import annotations
+
+import http.client
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.integration.mesh_kit import Control, Sidecar, key_pem
+from tests.integration.processes import PATIENCE, Gateway, Origin, environment, eventually
+
+EDGE = """version: 1
+workers: 1
+admin: {{bind: 127.0.0.1:0}}
+mesh: {{service: edge, control: "{control}", token: {token}, state: edge.state}}
+listeners: {{public: {{bind: 127.0.0.1:0}}}}
+upstreams:
+  payments: {{service: payments}}
+routes:
+  - {{name: pay, match: {{prefix: /v1/payments}}, upstream: payments}}
+"""
+
+
+@pytest.fixture
+def control(tmp_path: Path) -> Iterator[Control]:
+    made = Control(tmp_path)
+    made.rules = [{"name": "edge-to-payments", "from": ["edge"], "to": "payments", "methods": ["GET", "POST"], "prefix": "/v1/payments"}]
+    yield made
+    made.stop()
+
+
+def register(control: Control, *sidecars: Sidecar) -> None:
+    rows = [{"address": f"127.0.0.1:{each.inbound}", "weight": 1, "zone": None, "labels": {}} for each in sidecars]
+    control.services["payments"] = {"protocol": "http", "endpoints": rows}
+
+
+@pytest.fixture
+def payments(control: Control, origin: Origin) -> Iterator[Sidecar]:
+    with Sidecar(control, "payments", origin.port) as made:
+        register(control, made)
+        yield made
+
+
+def write_edge(control: Control, token: Path | None = None) -> Path:
+    path = control.folder / "edge.yaml"
+    path.write_text(EDGE.format(control=control.url, token=token or control.token("edge")))
+    return path
+
+
+def ask(url: str, path: str = "/v1/payments/1", **headers: str) -> int:
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=PATIENCE)
+    try:
+        connection.request("GET", path, headers=headers)
+        answer = connection.getresponse()
+        answer.read()
+        return answer.status
+    finally:
+        connection.close()
+
+
+def page(url: str, path: str) -> str:
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=PATIENCE)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().read().decode()
+    finally:
+        connection.close()
+
+
+def test_an_edge_calls_a_service_with_its_own_identity(control: Control, payments: Sidecar) -> None:
+    with Gateway(write_edge(control)) as edge:
+        assert ask(edge.addresses["public"]) == 200
+        counted = 'istio_requests_total{reporter="source",source_workload="edge",'
+        lines = eventually(
+            lambda: [line for line in page(edge.addresses["admin"], "/metrics").splitlines() if line.startswith(counted)], "the count"
+        )
+        assert 'destination_workload="payments"' in lines[0] and lines[0].endswith(" 1")
+        assert payments.metric('istio_requests_total{reporter="destination",source_workload="edge"') == 1
+        eventually(lambda: control.acked("edge") == control.version, "the acknowledgement")
+
+
+def test_an_edge_follows_the_registry_down_to_nothing_and_back(control: Control, payments: Sidecar) -> None:
+    with Gateway(write_edge(control)) as edge:
+        assert ask(edge.addresses["public"]) == 200
+        eventually(lambda: control.acked("edge"), "the stream of the admin process")
+        register(control)
+        control.change()
+        eventually(lambda: ask(edge.addresses["public"]) == 503, "no endpoint")
+        register(control, payments)
+        control.change()
+        eventually(lambda: ask(edge.addresses["public"]) == 200, "the endpoint")
+
+
+def test_an_edge_starts_without_the_control_plane_once_it_has_joined(control: Control, payments: Sidecar) -> None:
+    path = write_edge(control)
+    with Gateway(path) as edge:
+        assert ask(edge.addresses["public"]) == 200
+    control.stop()
+    with Gateway(path) as edge:
+        assert ask(edge.addresses["public"]) == 200
+
+
+def test_an_edges_certificate_is_renewed_without_a_failed_request(tmp_path: Path, origin: Origin) -> None:
+    control = Control(tmp_path, life=20)
+    control.rules = [{"name": "all", "from": ["edge"], "to": "payments"}]
+    try:
+        with Sidecar(control, "payments", origin.port) as payments:
+            register(control, payments)
+            with Gateway(write_edge(control)) as edge:
+                first = (tmp_path / "edge.state" / "svid.pem").read_bytes()
+                serials = {line for line in page(edge.addresses["admin"], "/metrics").splitlines() if "renewals_total " in line}
+                assert serials
+
+                def renewed() -> bool:
+                    assert ask(edge.addresses["public"]) == 200
+                    status = page(edge.addresses["admin"], "/status")
+                    return (tmp_path / "edge.state" / "svid.pem").read_bytes() != first and '"version":2' in status.replace(" ", "")
+
+                eventually(renewed, "the reload with the new certificate")
+                assert ask(edge.addresses["public"]) == 200
+    finally:
+        control.stop()
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "gateway", *arguments], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_without_a_token_it_does_not_start_and_says_why(control: Control, tmp_path: Path) -> None:
+    path = tmp_path / "edge.yaml"
+    path.write_text(EDGE.format(control=control.url, token="none.token").replace("token: none.token, ", ""))
+    done = run("run", "-c", str(path), cwd=tmp_path)
+    assert done.returncode == 2 and "holds no valid certificate" in done.stderr and "edge.yaml:4:" in done.stderr
+
+
+def test_what_contradicts_a_service_is_told_at_its_place(control: Control, tmp_path: Path) -> None:
+    path = write_edge(control)
+    path.write_text(path.read_text().replace("{service: payments}", "{service: payments, targets: [127.0.0.1:1]}"))
+    done = run("check", "-c", str(path), cwd=tmp_path)
+    assert done.returncode != 0 and "both `service` and `targets`" in done.stdout + done.stderr
+    path.write_text(path.read_text().replace("mesh:", "# mesh:").replace(", targets: [127.0.0.1:1]", ""))
+    done = run("check", "-c", str(path), cwd=tmp_path)
+    assert done.returncode != 0 and "this gateway is no member" in done.stdout + done.stderr
+
+
+def test_a_file_can_be_checked_before_it_has_joined(control: Control, tmp_path: Path) -> None:
+    done = run("check", "-c", str(write_edge(control)), cwd=tmp_path)
+    assert done.returncode == 0 and "has not joined the mesh yet" in done.stdout + done.stderr
+
+
+def test_keys_of_an_edge_are_its_owners_alone(control: Control, payments: Sidecar) -> None:
+    with Gateway(write_edge(control)):
+        state = control.folder / "edge.state"
+        assert [path.name for path in state.iterdir() if path.is_file() and path.stat().st_mode & 0o077] == []
+        assert key_pem(control.ca.key) not in (state / "svid.pem").read_bytes()
