@@ -11,6 +11,7 @@ import base64
 import contextlib
 import datetime
 import hashlib
+import http.client
 import json
 import secrets
 import signal
@@ -124,8 +125,8 @@ def _b64(data: bytes) -> str:
 class Control:
     """The control plane of a test. `body(service)` is what a member is told; push() tells it anew."""
 
-    def __init__(self, folder: Path, *, life: float = 3600, ca: Ca | None = None) -> None:
-        self.folder, self.life, self.ca = folder, life, ca or Ca()
+    def __init__(self, folder: Path, *, life: float = 3600, ca: Ca | None = None, host: str = "127.0.0.1") -> None:
+        self.folder, self.life, self.ca, self.host = folder, life, ca or Ca(), host
         self.port = free_port()
         self.services: dict[str, dict[str, Any]] = {}  # name -> settings, with endpoints
         self.rules: list[dict[str, Any]] = []
@@ -215,7 +216,7 @@ class Control:
             context.load_cert_chain(pair)
             context.load_verify_locations(cadata=self.ca.bundle)
             context.verify_mode = ssl.CERT_OPTIONAL
-            self.server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, ssl=context, reuse_address=True)
+            self.server = await asyncio.start_server(self._serve, self.host, self.port, ssl=context, reuse_address=True)
             ready.set()
 
         def run() -> None:
@@ -247,7 +248,7 @@ class Control:
 
     @property
     def url(self) -> str:
-        return f"https://127.0.0.1:{self.port}"
+        return f"https://{self.host}:{self.port}"
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         stream: Any = None
@@ -318,15 +319,18 @@ def _split(pair: bytes) -> list[bytes]:
 class Sidecar:
     """A `crossway mesh sidecar` process."""
 
-    def __init__(self, control: Control, service: str, app: int, *more: str, token: Path | None = None, state: str | None = None, wait: bool = True) -> None:
+    def __init__(
+        self, control: Control, service: str, app: int, *more: str, token: Path | None = None, state: str | None = None, wait: bool = True,
+        wrapper: tuple[str, ...] = (), host: str = "127.0.0.1",
+    ) -> None:
         self.service, self.folder = service, control.folder
         self.state = control.folder / (state or f"{service}.state")
         self.inbound, self.outbound, self.admin = free_port(), free_port(), free_port()
         self.errors = control.folder / f"{service}.log"
         token = token or (None if (self.state / "svid.pem").exists() else control.token(service))
         self.arguments = [
-            sys.executable, "-m", "gateway", "mesh", "sidecar", "--service", service, "--app", f"127.0.0.1:{app}",
-            "--inbound", f"127.0.0.1:{self.inbound}", "--outbound", f"127.0.0.1:{self.outbound}", "--admin", f"127.0.0.1:{self.admin}",
+            *wrapper, sys.executable, "-m", "gateway", "mesh", "sidecar", "--service", service, "--app", f"127.0.0.1:{app}",
+            "--inbound", f"{host}:{self.inbound}", "--outbound", f"127.0.0.1:{self.outbound}", "--admin", f"127.0.0.1:{self.admin}",
             "--control", control.url, "--state", str(self.state), *(["--token", str(token)] if token else []), *more,
         ]  # fmt: skip
         self.start()
@@ -347,8 +351,11 @@ class Sidecar:
         eventually(serving, f"the sidecar of {self.service}")
 
     def page(self, path: str) -> str:
-        import http.client
-
+        if self.arguments[0] == "ip":  # in a network of its own
+            done = subprocess.run(
+                [*self.arguments[:4], "curl", "-s", f"http://127.0.0.1:{self.admin}{path}"], capture_output=True, text=True, check=False, timeout=PATIENCE
+            )
+            return done.stdout
         connection = http.client.HTTPConnection("127.0.0.1", self.admin, timeout=PATIENCE)
         try:
             connection.request("GET", path)
