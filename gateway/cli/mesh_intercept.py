@@ -45,7 +45,7 @@ def _network(text: str) -> str:
 
 
 def run_up(parsed: argparse.Namespace) -> int:
-    from gateway.mesh.intercept import Interception, InterceptError, rules, user_id
+    from gateway.mesh.intercept import InterceptError, Interception, rules, user_id
 
     try:
         script = rules(

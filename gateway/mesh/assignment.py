@@ -59,7 +59,7 @@ def take(message: dict[str, Any], before: Assignment | None, roots: list[Certifi
             unknown = set(message["changes"]) - {*REPLACED, "version", "issued", "fresh"}
             if unknown:
                 raise Refused(f"a delta changes {', '.join(sorted(unknown))}")
-            body = _merged(before.body, message["changes"], version)
+            body = _merged(before.body, message["changes"], version, message.get("whole", ()))
         else:
             body = message["assignment"]
         signature = message["signature"]
@@ -72,10 +72,10 @@ def take(message: dict[str, Any], before: Assignment | None, roots: list[Certifi
     return Assignment(version, body, signature)
 
 
-def _merged(body: dict[str, Any], changes: dict[str, Any], version: int) -> dict[str, Any]:
-    """`services` is changed service by service (null: gone), the other members as wholes."""
+def _merged(body: dict[str, Any], changes: dict[str, Any], version: int, whole: Any) -> dict[str, Any]:
+    """`services` is changed service by service (null: gone) unless it is `whole`, the other members as wholes."""
     merged = {**body, **changes, "version": version}
-    if "services" in changes:
+    if "services" in changes and "services" not in whole:
         services = {**body.get("services", {}), **changes["services"]}
         merged["services"] = {name: service for name, service in services.items() if service is not None}
     return merged

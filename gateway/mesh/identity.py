@@ -165,7 +165,7 @@ class Identity:
 async def run_enrol(job: dict[str, Any]) -> dict[str, Any]:
     """Run the program; return its outcome, {"error": ...} when it did not work."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "gateway.mesh.enrol", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+        sys.executable, "-P", "-m", "gateway.mesh.enrol", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
     )
     try:
         said, _ = await asyncio.wait_for(process.communicate(json.dumps(job).encode()), PATIENCE)

@@ -71,7 +71,8 @@ def build(assignment: Assignment, svid: Svid, around: Surroundings) -> Snapshot:
     )  # fmt: skip
     upstreams, routes = {"app": app}, []
     inbound = _inbound(body["authorization"], svid, app, around)
-    for name, settings in body["services"].items():
+    services = {name: settings for name, settings in body["services"].items() if spoken(name, settings)}
+    for name, settings in services.items():
         try:
             tls = TlsUpstream(
                 digest=hashlib.sha256(digest + name.encode()).digest(), authorities=svid.roots, chain=svid.chain, key=svid.key,
@@ -80,10 +81,10 @@ def build(assignment: Assignment, svid: Svid, around: Surroundings) -> Snapshot:
             upstreams[f"service:{name}"] = upstream_of(name, settings, tls, around)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"service {name}: {error}") from None
-    for name in body["services"]:
+    for name in services:
         routes.append(_outbound(name, upstreams[f"service:{name}"], around))
     listeners = _listeners(
-        inbound, routes, body, around,
+        inbound, routes, services, svid.domain, around,
         TlsListener(INBOUND, [(svid.chain, svid.key, None)], digest=digest, authorities=svid.roots, client_auth="required",
                     tickets=False, admit=admit),
     )  # fmt: skip
@@ -117,16 +118,15 @@ def _outbound(name: str, upstream: Upstream, around: Surroundings) -> RouteEntry
 
 
 def _listeners(
-    inbound: RouteEntry, routes: list[RouteEntry], body: Mapping[str, Any], around: Surroundings, tls: TlsListener
+    inbound: RouteEntry, routes: list[RouteEntry], services: Mapping[str, Any], domain: str, around: Surroundings, tls: TlsListener
 ) -> dict[str, ListenerEntry]:
     """Every service has an outbound listener of its own as well: for its own port, and for connections redirected on their way to it."""
 
     def listener(name: str, trie: RouteTrie, **more: Any) -> ListenerEntry:
         return ListenerEntry(name, trie, body_limit=BODY, trusted=EVERYBODY, requests=1_000_000, **more)
 
-    domain, services = body["trust_domain"], list(body["services"])
     by_host = [(route, Spec(hosts=(name, f"{name}.{domain}"))) for route, name in zip(routes, services, strict=True)]
-    originals = destinations(body["services"]) if around.intercepts else None
+    originals = destinations(services) if around.intercepts else None
     found = {
         INBOUND: listener(INBOUND, RouteTrie([(inbound, Spec())]), tls=tls),
         OUTBOUND: listener(OUTBOUND, RouteTrie(by_host), originals=originals),
@@ -137,6 +137,15 @@ def _listeners(
         if name not in found:  # its service is not in the assignment now: nothing is there
             found[name] = listener(name, RouteTrie([]))
     return found
+
+
+def spoken(name: str, settings: Mapping[str, Any]) -> bool:
+    """Whether the engine speaks a service's protocol; one that it does not is left out, since guessing would pass by the policy."""
+    protocol = settings.get("protocol", "http")
+    if protocol in ("http", "http1"):
+        return True
+    log.warning("a service is left out: its protocol is not in this version", extra={"service": name, "protocol": protocol})
+    return False
 
 
 def destinations(services: Mapping[str, Any]) -> dict[tuple[str, int], str]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from gateway.mesh.intercept import Interception, InterceptError, removal, rules, table
+from gateway.mesh.intercept import InterceptError, Interception, removal, rules, table
 from tests.integration.mesh_kit import Control, Sidecar
 from tests.integration.processes import PATIENCE, environment, eventually
 

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 from cryptography import x509
@@ -143,7 +143,7 @@ class Listening:
                         self.heads.append(head)
                         connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
 
-    def __enter__(self) -> Listening:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
