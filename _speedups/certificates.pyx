@@ -161,6 +161,11 @@ cdef class Certificate:
         return X509_check_ca(<X509*>self.x509) > 0
 
     @property
+    def marked_authority(self) -> bool:
+        """Whether its basic constraints call it an authority's, even if its key may not sign certificates."""
+        return X509_get_extension_flags(<X509*>self.x509) & EXFLAG_CA != 0
+
+    @property
     def key_usage(self) -> int:
         """The bits of KeyUsage as OpenSSL's KU_* (RFC 5280 4.2.1.3); -1 when the certificate does not limit it."""
         cdef unsigned int usage = X509_get_key_usage(<X509*>self.x509)

@@ -170,6 +170,8 @@ cdef extern from "openssl/x509v3.h":
     int X509_check_private_key(const X509* certificate, const EVP_PKEY* key)
     int X509_check_ca(X509* certificate)
     unsigned int X509_get_key_usage(X509* certificate)
+    unsigned int X509_get_extension_flags(X509* certificate)
+    int EXFLAG_CA
     unsigned int X509_get_extended_key_usage(X509* certificate)
     ctypedef struct X509_EXTENSION:
         pass

@@ -25,7 +25,7 @@ def svid_fault(leaf: Certificate) -> str | None:
     uri = leaf.uris[0]
     if len(uri) > 2048 or not re.fullmatch(r"spiffe://[a-z0-9._-]+(/[A-Za-z0-9._-]+)+", uri) or re.search(r"/\.{1,2}(/|$)", uri):
         return "the certificate's URI is no SPIFFE id of a workload"
-    if leaf.authority:
+    if leaf.authority or leaf.marked_authority:
         return "the certificate is an authority's"
     usage = leaf.key_usage
     if usage < 0 or not leaf.key_usage_critical or not usage & DIGITAL_SIGNATURE:
