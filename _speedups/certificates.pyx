@@ -233,6 +233,36 @@ cdef class PrivateKey:
         ERR_clear_error()
         return same
 
+    def sign(self, bytes data not None) -> bytes:
+        """ES256 over `data` as in JWS: r and s of 32 bytes each. Raises TlsError for a key of another kind."""
+        cdef EVP_PKEY* key = <EVP_PKEY*>self.key
+        cdef unsigned char der[80]                  # a P-256 signature takes at most 72
+        cdef unsigned char raw[64]
+        cdef size_t n = sizeof(der)
+        cdef const unsigned char* at = der
+        cdef const BIGNUM* r = NULL
+        cdef const BIGNUM* s = NULL
+        cdef ECDSA_SIG* pair = NULL
+        cdef EVP_MD_CTX* context
+        if EVP_PKEY_get_base_id(key) != EVP_PKEY_EC or EVP_PKEY_get_bits(key) != 256:
+            raise TlsError("ES256 needs a P-256 key")
+        context = EVP_MD_CTX_new()
+        try:
+            if context == NULL or EVP_DigestSignInit(context, NULL, EVP_sha256(), NULL, key) != 1 or \
+                    EVP_DigestSign(context, der, &n, <const unsigned char*><const char*>data, len(data)) != 1:
+                raise TlsError(f"signing failed: {openssl_reason()}")
+            pair = d2i_ECDSA_SIG(NULL, &at, <long>n)
+            if pair == NULL:
+                raise MemoryError
+            ECDSA_SIG_get0(pair, &r, &s)
+            if BN_bn2binpad(r, raw, 32) != 32 or BN_bn2binpad(s, raw + 32, 32) != 32:
+                raise TlsError("signing failed")
+            return (<char*>raw)[:64]
+        finally:
+            ECDSA_SIG_free(pair)
+            EVP_MD_CTX_free(context)
+            ERR_clear_error()
+
 
 cdef class RevocationList:
     """A certificate revocation list. Made by parse_revocations()."""

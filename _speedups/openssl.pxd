@@ -242,6 +242,7 @@ cdef extern from "openssl/bn.h":
     ctypedef struct BIGNUM:
         pass
     BIGNUM* ASN1_INTEGER_to_BN(const ASN1_INTEGER* number, BIGNUM* out)
+    int BN_bn2binpad(const BIGNUM* number, unsigned char* out, int n)
     BIGNUM* BN_bin2bn(const unsigned char* data, int n, BIGNUM* out)
     char* BN_bn2hex(const BIGNUM* number)
     void BN_free(BIGNUM* number)
@@ -252,6 +253,8 @@ cdef extern from "openssl/ecdsa.h":
     ECDSA_SIG* ECDSA_SIG_new()
     void ECDSA_SIG_free(ECDSA_SIG* signature)
     int ECDSA_SIG_set0(ECDSA_SIG* signature, BIGNUM* r, BIGNUM* s)
+    ECDSA_SIG* d2i_ECDSA_SIG(ECDSA_SIG** out, const unsigned char** data, long n)
+    void ECDSA_SIG_get0(const ECDSA_SIG* signature, const BIGNUM** r, const BIGNUM** s)
     int i2d_ECDSA_SIG(const ECDSA_SIG* signature, unsigned char** out)
 
 cdef extern from "openssl/evp.h":
@@ -262,6 +265,8 @@ cdef extern from "openssl/evp.h":
     const EVP_MD* EVP_sha256()
     EVP_MD_CTX* EVP_MD_CTX_new()
     void EVP_MD_CTX_free(EVP_MD_CTX* context)
+    int EVP_DigestSignInit(EVP_MD_CTX* context, void* key_context, const EVP_MD* digest, void* engine, EVP_PKEY* key)
+    int EVP_DigestSign(EVP_MD_CTX* context, unsigned char* out, size_t* out_n, const unsigned char* data, size_t n)
     int EVP_DigestVerifyInit(EVP_MD_CTX* context, void* key_context, const EVP_MD* digest, void* engine, EVP_PKEY* key)
     int EVP_DigestVerify(EVP_MD_CTX* context, const unsigned char* signature, size_t signature_n, const unsigned char* data,
                          size_t n)

@@ -49,6 +49,11 @@ class Mesh(Model):
     token: FilePath | None = setting(None, "a token of `crossway mesh token`, needed the first time")
 
     @property
+    def svid(self) -> Path:
+        """Return the file of the certificate and its key."""
+        return self.state / SVID
+
+    @property
     def joined(self) -> str | None:
         """Return the trust domain of the certificate that is held; None while there is none."""
         return domain_of(self.state)

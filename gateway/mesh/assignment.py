@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gateway._speedups.certificates import Certificate, TlsError, chain_fault, parse_certificates
-from gateway.mesh.admission import control_fault
+from gateway.workload.admission import control_fault
 
 REPLACED = ("services", "authorization", "revoked", "bundle")  # members that a delta may change
 MOST_CERTIFICATES = 6

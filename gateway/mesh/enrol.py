@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from gateway.mesh.admission import identity_of
 from gateway.mesh.state import BUNDLE, SVID, State, StateError
+from gateway.workload.admission import identity_of
 
 TIMEOUT = 10.0  # seconds, each of connecting, writing and reading
 MOST = 1 << 20  # bytes of an answer

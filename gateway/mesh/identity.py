@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gateway._speedups.certificates import Certificate, PrivateKey, TlsError, parse_certificates, parse_key
-from gateway.mesh.admission import identity_of
 from gateway.mesh.state import BUNDLE, SVID, State, StateError
+from gateway.workload.admission import identity_of
 
 log = logging.getLogger("crossway.mesh")
 

@@ -9,19 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import secrets
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 from gateway._speedups.exchange import Edits, ListenerEntry, RouteEntry, Snapshot, Step
 from gateway._speedups.pool import Endpoint, Upstream
 from gateway._speedups.route_trie import RouteTrie
 from gateway._speedups.tls import TlsListener, TlsUpstream
-from gateway.mesh.admission import Revoked, admission
+from gateway._speedups.token_cache import Principal, TokenCache
+from gateway._speedups.user_context import TellUserStep, UserStep
 from gateway.mesh.assignment import Assignment
 from gateway.mesh.authorization import Denials, make_step
 from gateway.mesh.identity import Svid
 from gateway.mesh.units import seconds, share, size
+from gateway.workload.admission import Revoked, admission
+from gateway.workload.user import HEADER, PROOF, Author, Reader
 
 log = logging.getLogger("crossway.mesh")
 
@@ -29,6 +34,8 @@ INBOUND, OUTBOUND = "inbound", "outbound"
 CALLER = b"x-crossway-caller"  # tells the app who called; nobody else can
 EVERYBODY = ("0.0.0.0/0", "::/0")  # inbound the handshake has proved a member, outbound it is our own app
 BODY = 1 << 30  # bytes; bodies stream, and the app has the say
+USER_AUTHORS = ("edge",)  # services that may say who the user is, unless the assignment names others
+CONTEXTS = 1 << 20  # bytes of user contexts that are remembered, for each direction
 CALLERS = 200  # whose requests are counted apart
 APP_TIMES: dict[str, Any] = {"connect": 2.0, "head": 60.0, "idle": 60.0, "total": 300.0}  # seconds; the caller's own are shorter
 
@@ -54,6 +61,7 @@ class Surroundings:
     intercepts: bool = False  # the outbound listener gets what the kernel redirects
     zone: str | None = None
     denials: Denials = field(default_factory=Denials)
+    seed: int = field(default_factory=lambda: secrets.randbits(63))
     versions: int = 0
     callers: set[str] = field(default_factory=set)
 
@@ -70,7 +78,10 @@ def build(assignment: Assignment, svid: Svid, around: Surroundings) -> Snapshot:
         retry_on=("connect-failure",),
     )  # fmt: skip
     upstreams, routes = {"app": app}, []
-    inbound = _inbound(body["authorization"], svid, app, around)
+    firsts = frozenset(f"spiffe://{svid.domain}/service/{name}" for name in body.get("user_authors", USER_AUTHORS))
+    reader = Reader(svid.identity, svid.roots, firsts, admit, around.seed)
+    inbound = _inbound(body["authorization"], svid, app, around, UserStep("user", reader.check, TokenCache(CONTEXTS), from_caller=True))
+    heard = UserStep("user", partial(reader.check, keep=True), TokenCache(CONTEXTS), from_caller=False)
     services = {name: settings for name, settings in body["services"].items() if spoken(name, settings)}
     for name, settings in services.items():
         try:
@@ -82,18 +93,24 @@ def build(assignment: Assignment, svid: Svid, around: Surroundings) -> Snapshot:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"service {name}: {error}") from None
     for name in services:
-        routes.append(_outbound(name, upstreams[f"service:{name}"], around))
+        told = TellUserStep("tell-user", partial(_tell, Author(svid.chain, svid.key), f"spiffe://{svid.domain}/service/{name}"))
+        routes.append(_outbound(name, upstreams[f"service:{name}"], around, (heard, told)))
     listeners = _listeners(
         inbound, routes, services, svid.domain, around,
         TlsListener(INBOUND, [(svid.chain, svid.key, None)], digest=digest, authorities=svid.roots, client_auth="required",
                     tickets=False, admit=admit),
     )  # fmt: skip
     snapshot = Snapshot(around.versions, f"{assignment.version}", listeners, upstreams, [inbound, *routes])
-    snapshot.identity_names = (CALLER,)
+    snapshot.identity_names = (CALLER, HEADER)
     return snapshot
 
 
-def _inbound(said: Mapping[str, Any], svid: Svid, app: Upstream, around: Surroundings) -> RouteEntry:
+def _tell(author: Author, audience: str, user: Principal) -> tuple[bytes, int]:
+    """Tell the next service of the user, with what was told to us as the proof."""
+    return author.sign(user, (audience,), user.claims[PROOF])
+
+
+def _inbound(said: Mapping[str, Any], svid: Svid, app: Upstream, around: Surroundings, user: Step) -> RouteEntry:
     """The way in: authorization, then the app. Each caller's requests are counted as its own."""
     prefix = f"spiffe://{svid.domain}/service/"
 
@@ -105,16 +122,16 @@ def _inbound(said: Mapping[str, Any], svid: Svid, app: Upstream, around: Surroun
             around.callers.add(caller)
         name = f"{INBOUND}>{caller}"
         told = Edits((CALLER,), CALLER + b": " + identity.encode("ascii") + b"\r\n")
-        return RouteEntry(name, 0, upstream=app, metric=around.memory.names.add(name), steps=(step,), request_edits=told)
+        return RouteEntry(name, 0, upstream=app, metric=around.memory.names.add(name), steps=(user, step), request_edits=told)
 
     step = make_step(said, svid.domain, around.denials, entry)
     return RouteEntry(
-        INBOUND, 0, upstream=app, metric=around.memory.names.add(f"{INBOUND}>unknown"), steps=(step,), request_edits=Edits((CALLER,))
+        INBOUND, 0, upstream=app, metric=around.memory.names.add(f"{INBOUND}>unknown"), steps=(user, step), request_edits=Edits((CALLER,))
     )
 
 
-def _outbound(name: str, upstream: Upstream, around: Surroundings) -> RouteEntry:
-    return RouteEntry(f"{OUTBOUND}>{name}", 1, upstream=upstream, metric=around.memory.names.add(f"{OUTBOUND}>{name}"))
+def _outbound(name: str, upstream: Upstream, around: Surroundings, steps: tuple[Step, ...]) -> RouteEntry:
+    return RouteEntry(f"{OUTBOUND}>{name}", 1, upstream=upstream, metric=around.memory.names.add(f"{OUTBOUND}>{name}"), steps=steps)
 
 
 def _listeners(

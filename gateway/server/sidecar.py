@@ -24,7 +24,6 @@ from typing import Any
 from gateway._speedups.certificates import ClientCertificate
 from gateway._speedups.engine import Engine
 from gateway.mesh import metrics
-from gateway.mesh.admission import Revoked
 from gateway.mesh.assignment import Assignment, Refused
 from gateway.mesh.enrol import EnrolError, address_of, read_token
 from gateway.mesh.identity import PATIENCE, Identity, Svid, load, pause
@@ -35,6 +34,7 @@ from gateway.server import log as logs
 from gateway.server.pages import Pages
 from gateway.server.systemd import Notifier
 from gateway.telemetry.shared import SharedState
+from gateway.workload.admission import Revoked
 
 log = logging.getLogger("crossway.mesh")
 

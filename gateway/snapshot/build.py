@@ -8,13 +8,17 @@ check() is the same build, thrown away.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from gateway._speedups.certificates import PEM_MAX, Certificate, PrivateKey, parse_certificates, parse_key
 from gateway._speedups.exchange import ListenerEntry, RouteEntry, Shape, Snapshot, Step, Tunnels
 from gateway._speedups.pool import Upstream
 from gateway._speedups.route_trie import Route, RouteTrie
+from gateway._speedups.user_context import TellUserStep
 from gateway.config import Config, schema
 from gateway.config.hooks import folder_first
+from gateway.config.keyfile import read_file
 from gateway.config.policies import Policy
 from gateway.errors import ConfigError, Problem
 from gateway.policies import COMPILERS, RouteParts, Use, Workshop
@@ -23,6 +27,7 @@ from gateway.snapshot.matching import RouteSpec, spec_of
 from gateway.snapshot.resolve import Endpoints
 from gateway.snapshot.shaping import Way, edits, shape_of
 from gateway.snapshot.tls import listener_tls, upstream_tls
+from gateway.workload.user import HEADER, Author
 
 if TYPE_CHECKING:
     from gateway.telemetry.shared import SharedState
@@ -176,6 +181,23 @@ def _uses(index: int, config: Config) -> Iterable[tuple[str, Policy, Place]]:
             yield f"{route.name}#{number}:{kind}", ref.inline, ("routes", index, "policies", number, kind)
 
 
+def _tell_services(route: schema.Route, config: Config, parts: RouteParts, workshop: Workshop) -> None:
+    """Services of the mesh are told, signed with our identity, for which user a request is made."""
+    mesh = config.mesh
+    domain = None if mesh is None else mesh.joined
+    if mesh is None or domain is None:
+        return
+    author = workshop.shared("mesh", "author", lambda: Author(*_read_svid(mesh.svid)))
+    audiences = [f"spiffe://{domain}/service/{config.upstreams[name].service}" for name in route.upstreams if name in config.upstreams]
+    parts.steps.append(TellUserStep("tell-user", lambda user: author.sign(user, audiences)))
+    workshop.identity_names.add(HEADER)
+
+
+def _read_svid(path: Path) -> tuple[list[Certificate], PrivateKey]:
+    content = read_file(path, PEM_MAX + 1)
+    return parse_certificates(content), parse_key(content)
+
+
 def _route(
     index: int, route: schema.Route, config: Config, upstreams: Mapping[str, Upstream], names: Names, workshop: Workshop,
     faults: Faults,
@@ -187,6 +209,8 @@ def _route(
         use = Use(name, route.name, route.match.parameters, workshop, place)
         with faults.at(place, f"the {policy.kind} policy cannot be used", foreign=policy.kind == "python"):
             COMPILERS[policy.kind](policy.settings, use, parts)
+    if config.mesh is not None and all(config.upstreams[name].service for name in route.upstreams if name in config.upstreams):
+        _tell_services(route, config, parts, workshop)
     parts.steps.sort(key=_phase)                # stable: within a phase the order of the file
     wanted = [*route.upstreams, *([route.mirror.upstream] if route.mirror is not None else [])]
     if any(name not in upstreams for name in wanted):

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
+import http.server
+import json
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 from urllib.parse import urlsplit
 
+import jwt
 import pytest
 
 from tests.integration.mesh_kit import Control, Sidecar, key_pem
@@ -162,3 +169,94 @@ def test_keys_of_an_edge_are_its_owners_alone(control: Control, payments: Sideca
         state = control.folder / "edge.state"
         assert [path.name for path in state.iterdir() if path.is_file() and path.stat().st_mode & 0o077] == []
         assert key_pem(control.ca.key) not in (state / "svid.pem").read_bytes()
+
+
+# -- the user behind the calls
+
+SIGNED = """policies:
+  token: {{jwt: {{issuer: https://auth.bank.test, audience: payments, secret: "{secret}", algorithms: [HS256]}}}}
+"""
+SECRET = "0123456789abcdef0123456789abcdef"
+
+
+def token_of(**claims: object) -> str:
+    body = {"iss": "https://auth.bank.test", "aud": "payments", "sub": "alice", "exp": int(time.time()) + 600, "scope": "payments:write", **claims}
+    return jwt.encode(body, SECRET, algorithm="HS256")
+
+
+def authenticated(control: Control) -> Path:
+    path = write_edge(control)
+    text = path.read_text().replace("upstream: payments}", "upstream: payments, policies: [token]}")
+    path.write_text(text.replace("routes:", SIGNED.format(secret=SECRET) + "routes:"))
+    return path
+
+
+def test_a_rule_can_ask_for_the_user_behind_the_caller(control: Control) -> None:
+    control.rules[0] |= {"claims": {"scope": "payments:write", "branch": ["zurich", "geneva"]}}
+    with Heads() as app, Sidecar(control, "payments", app.port) as payments:
+        register(control, payments)
+        with Gateway(authenticated(control)) as edge:
+            url = edge.addresses["public"]
+            good = token_of(branch="geneva")
+            for _ in range(3):
+                assert ask(url, authorization=f"Bearer {good}") == 200
+            assert ask(url, authorization=f"Bearer {token_of(branch='basel')}") == 403
+            assert ask(url, authorization=f"Bearer {token_of(branch='geneva', scope='payments:read')}") == 403
+            # Nobody can bring a context of his own, in any spelling.
+            forged = app.contexts[0]
+            assert ask(url, authorization=f"Bearer {token_of()}", **{"crossway-user": forged}) == 403
+            assert ask(url, authorization=f"Bearer {token_of()}", Crossway_User=forged) == 403
+            assert len(set(app.contexts)) == 1, "signed once for a user, and used again"
+
+
+def test_the_user_travels_on_and_no_further_than_his_context(control: Control) -> None:
+    control.rules.append({"name": "to-ledger", "from": ["payments"], "to": "ledger", "claims": {"scope": "payments:write"}})
+    with Heads() as first, Heads() as second, Sidecar(control, "ledger", second.port) as ledger, Sidecar(control, "payments", first.port) as payments:
+        register(control, payments)
+        control.services["ledger"] = {"protocol": "http", "endpoints": [{"address": f"127.0.0.1:{ledger.inbound}", "weight": 1}]}
+        control.change()
+        control.settled()
+        with Gateway(authenticated(control)) as edge:
+            assert ask(edge.addresses["public"], authorization=f"Bearer {token_of()}") == 200
+            context = first.contexts[0]
+            out = f"http://127.0.0.1:{payments.outbound}"
+            assert ask(out, host="ledger") == 403, "the service alone may not"
+            assert ask(out, host="ledger", **{"crossway-user": context}) == 200, "for the user it may"
+            told = json.loads(base64.urlsafe_b64decode(second.contexts[0].split(".")[1] + "==="))
+            assert told["iss"] == "spiffe://bank.test/service/payments" and told["aud"] == ["spiffe://bank.test/service/ledger"]
+            assert told["sub"] == "alice" and told["proof"] == context
+            # What the ledger got is for the ledger: neither the app of payments nor payments' sidecar can use it.
+            assert ask(out, host="ledger", **{"crossway-user": second.contexts[0]}) == 403
+            assert ask(out, host="ledger", **{"crossway-user": context[:-4] + "AAAA"}) == 403
+
+
+class Heads:
+    """An app that answers 200 and keeps the user contexts that it got."""
+
+    def __init__(self) -> None:
+        self.contexts: list[str] = []
+        heads = self
+
+        class Answer(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                heads.contexts += self.headers.get_all("crossway-user") or []
+                self.send_response(200)
+                self.send_header("content-length", "0")
+                self.end_headers()
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+        self.server.daemon_threads = True
+        self.port = self.server.server_port
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()

@@ -14,7 +14,6 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from gateway._speedups.certificates import Certificate, chain_fault, parse_certificates
 from gateway.mesh import identity as life
-from gateway.mesh.admission import Revoked, admission, svid_fault
 from gateway.mesh.assignment import Assignment, OtherBase, Refused, take
 from gateway.mesh.authorization import Denials, conditions, make_rule
 from gateway.mesh.enrol import EnrolError, address_of, read_token
@@ -23,6 +22,7 @@ from gateway.mesh.metrics import hop, line
 from gateway.mesh.proxy import destinations
 from gateway.mesh.state import State, StateError
 from gateway.mesh.units import seconds, share, size
+from gateway.workload.admission import Revoked, admission, svid_fault
 from tests.integration.mesh_kit import Ca, key_pem
 
 ID = "spiffe://bank.test/service/payments"
