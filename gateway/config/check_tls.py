@@ -209,9 +209,11 @@ def _upstream(tls: UpstreamTls, place: Place, owner: str, files: _Files, member:
 
 
 def watched_files(config: Config) -> list[str]:
-    """Return the files whose change reloads the configuration: all that TLS is made of."""
+    """Return the files whose change reloads the configuration: all that TLS is made of, and the mesh's deny list."""
     found = [str(path) for each in config.listeners.values() if each.tls for path in listener_files(each.tls)]
     found += [str(path) for each in config.upstreams.values() if each.tls for path in upstream_files(each.tls)]
+    if config.mesh is not None:
+        found.append(str(config.mesh.revoked))
     return list(dict.fromkeys(found))
 
 

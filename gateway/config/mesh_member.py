@@ -19,7 +19,7 @@ from gateway._speedups.certificates import TlsError, parse_certificates
 from gateway.config.base import Model, needed, setting
 from gateway.config.values import FilePath, Name, fault, text_of
 
-SVID, BUNDLE, ENDPOINTS = "svid.pem", "bundle.pem", "endpoints"  # below the state folder, written by gateway.mesh
+SVID, BUNDLE, ENDPOINTS, REVOKED = "svid.pem", "bundle.pem", "endpoints", "revoked.json"  # below the state folder, written by gateway.mesh
 SERVICE = re.compile(r"spiffe://([a-z0-9._-]+)/service/([A-Za-z0-9._-]+)")
 NOBODY = "not-joined.invalid"  # the trust domain of those who have none: no certificate carries it
 FIXED = ("targets", "discovery", "tls")  # what `service` decides
@@ -52,6 +52,11 @@ class Mesh(Model):
     def svid(self) -> Path:
         """Return the file of the certificate and its key."""
         return self.state / SVID
+
+    @property
+    def revoked(self) -> Path:
+        """Return the file of the deny list."""
+        return self.state / REVOKED
 
     @property
     def joined(self) -> str | None:

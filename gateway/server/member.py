@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from gateway.config.mesh_member import endpoints_file
+from gateway.config.mesh_member import REVOKED, endpoints_file
 from gateway.mesh import metrics
 from gateway.mesh.assignment import Assignment, Refused
 from gateway.mesh.enrol import EnrolError, join
@@ -59,7 +59,7 @@ def prepare(mesh: Mesh, zone: str | None) -> None:
             raise MemberError(f"{mesh.state} belongs to {held.service}, not {mesh.service}")
         kept = read_assignment(state, held)
         if kept is not None:
-            write_endpoints(state, kept)
+            write_down(state, kept)
         else:
             _first(mesh, state, zone, held)
     except EnrolError as error:
@@ -77,7 +77,7 @@ def _first(mesh: Mesh, state: State, zone: str | None, held: Svid) -> None:
         told = asyncio.Event()
 
         async def apply(assignment: Assignment) -> None:
-            write_endpoints(state, assignment)
+            write_down(state, assignment)
             told.set()
 
         link = Link(state, mesh.control, state.instance(mesh.service), lambda: held, apply)
@@ -103,15 +103,17 @@ def ensure_files(mesh: Mesh, services: list[str]) -> None:
             state.write(f"endpoints/{service}.yaml", b"[]\n")
 
 
-def write_endpoints(state: State, assignment: Assignment) -> None:
-    """Write what changed: one file a service, in the form of `discovery: {file: ...}`; a service that is gone has none."""
+def write_down(state: State, assignment: Assignment) -> None:
+    """Write what changed: the deny list, and one file a service, in the form of `discovery: {file: ...}`; one that is gone has none."""
     wanted = {name: _list(settings) for name, settings in assignment.body["services"].items()}
     folder = state.folder / "endpoints"
     for path in folder.glob("*.yaml") if folder.is_dir() else ():
         wanted.setdefault(path.stem, b"[]\n")
-    for name, content in wanted.items():
-        if state.read(f"endpoints/{name}.yaml") != content:
-            state.write(f"endpoints/{name}.yaml", content)
+    files = {f"endpoints/{name}.yaml": content for name, content in wanted.items()}
+    files[REVOKED] = json.dumps(assignment.body.get("revoked") or {}, sort_keys=True).encode()
+    for name, content in files.items():
+        if state.read(name) != content:
+            state.write(name, content)
 
 
 def _list(settings: dict[str, Any]) -> bytes:
@@ -177,7 +179,7 @@ class Member:
                 fresh = load(self.state)
                 assert fresh is not None and self.identity is not None
                 self.identity.svid = fresh
-            write_endpoints(self.state, assignment)
+            write_down(self.state, assignment)
         except (OSError, StateError, ValueError, KeyError, TypeError) as error:
             raise Refused(f"it cannot be written down: {error}") from None
 

@@ -26,7 +26,7 @@ from gateway.snapshot.faults import Faults, Place
 from gateway.snapshot.matching import RouteSpec, spec_of
 from gateway.snapshot.resolve import Endpoints
 from gateway.snapshot.shaping import Way, edits, shape_of
-from gateway.snapshot.tls import listener_tls, upstream_tls
+from gateway.snapshot.tls import listener_tls, member_tls, upstream_tls
 from gateway.workload.user import HEADER, Author
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def _build(config: Config, names: Names, version: int, workshop: Workshop, table
     upstreams: dict[str, Upstream] = {}
     for name, settings in config.upstreams.items():
         with faults.at(("upstreams", name), f"upstream '{name}' cannot be used"):
-            upstreams[name] = _upstream(name, settings, config.zone, workshop, table)
+            upstreams[name] = _upstream(name, settings, config, workshop, table)
     routes = [
         _route(index, route, config, upstreams, names, workshop, faults)
         for index, route in enumerate(config.routes)
@@ -96,7 +96,12 @@ def _build(config: Config, names: Names, version: int, workshop: Workshop, table
     return snapshot, problems
 
 
-def _upstream(name: str, settings: schema.Upstream, zone: str | None, workshop: Workshop, table: Any) -> Upstream:
+def _upstream(name: str, settings: schema.Upstream, config: Config, workshop: Workshop, table: Any) -> Upstream:
+    if settings.tls is None:
+        tls = None
+    else:
+        mesh = config.mesh if settings.service is not None else None
+        tls = upstream_tls(settings.tls) if mesh is None else member_tls(settings.tls, mesh)
     times, keep, limits, retries = settings.timeouts, settings.keepalive, settings.limits, settings.retries
     balance, eject, adaptive = settings.balance, settings.health.eject, limits.adaptive
     upstream = Upstream(
@@ -109,7 +114,7 @@ def _upstream(name: str, settings: schema.Upstream, zone: str | None, workshop: 
             "update": adaptive.update, "measure": adaptive.measure,
         },
         balance=balance.algorithm, key=balance.maglev.key if balance.maglev else "",
-        load=balance.maglev.load if balance.maglev else 125, slow_start=settings.slow_start, zone=zone,
+        load=balance.maglev.load if balance.maglev else 125, slow_start=settings.slow_start, zone=config.zone,
         attempts=retries.attempts, retry_on=retries.on, per_try=retries.per_try or 0, backoff=retries.backoff.base,
         backoff_max=retries.backoff.max, replay=retries.body, honours_key=retries.idempotency_key, budget=retries.budget,
         reserve=retries.reserve, hedge=settings.hedge.after if settings.hedge else 0,
@@ -117,7 +122,7 @@ def _upstream(name: str, settings: schema.Upstream, zone: str | None, workshop: 
         eject={"failures": eject.failures, "ratio": eject.ratio or 0, "minimum": eject.minimum, "base": eject.base,
                "maximum": eject.max, "share": eject.share},
         panic=settings.health.when_all_bad == "panic", table=table, worker=max(workshop.worker, 0),
-        tls=None if settings.tls is None else upstream_tls(settings.tls),
+        tls=tls,
     )
     endpoints = Endpoints(upstream, settings, loud=workshop.worker <= 0)
     if endpoints.moving:

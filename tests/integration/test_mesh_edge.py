@@ -171,6 +171,24 @@ def test_keys_of_an_edge_are_its_owners_alone(control: Control, payments: Sideca
         assert key_pem(control.ca.key) not in (state / "svid.pem").read_bytes()
 
 
+def test_an_edge_does_not_speak_to_a_server_that_is_revoked(control: Control, payments: Sidecar) -> None:
+    with Gateway(write_edge(control)) as edge:
+        assert ask(edge.addresses["public"]) == 200
+        eventually(lambda: control.acked("edge"), "the stream of the admin process")
+        serial = control.issued[[each["service"] for each in map(token_text, control.joined)].index("payments")].serial_number
+        control.revoked["serials"] = [f"{serial:x}"]
+        control.change()
+        eventually(lambda: ask(edge.addresses["public"]) == 503, "the refusal")
+        control.revoked["serials"] = []
+        control.change()
+        eventually(lambda: ask(edge.addresses["public"]) == 200, "the service again")
+
+
+def token_text(joined: dict[str, str]) -> dict[str, str]:
+    """What is in the token of a member that joined."""
+    return dict(json.loads(base64.urlsafe_b64decode(joined["token"] + "===")))
+
+
 # -- the user behind the calls
 
 SIGNED = """policies:
