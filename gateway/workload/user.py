@@ -64,8 +64,9 @@ def travelling(claims: Mapping[str, Any]) -> dict[str, Any]:
         flat = value if isinstance(value, list) else [value]
         if name in REGISTERED or name == PROOF or not all(isinstance(each, (str, int, float, bool)) for each in flat):
             continue
-        room -= len(_dump({name: value}))
-        if room >= 0:
+        cost = len(_dump({name: value}))
+        if cost <= room:
+            room -= cost
             found[name] = value
     return found
 
