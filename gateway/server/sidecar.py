@@ -38,7 +38,7 @@ from gateway.workload.admission import Revoked
 
 log = logging.getLogger("crossway.mesh")
 
-LOOK = 5.0  # seconds between two looks whether the app is there
+LOOK = 2.0  # seconds between two looks whether the app is there
 CONNECT = 1.0  # seconds for one of them
 BACKLOG = 1024
 CHECK = 0.02  # seconds between two looks while draining
@@ -318,6 +318,7 @@ class Sidecar:
             if there != self.app_there:
                 self.app_there = there
                 log.log(logging.INFO if there else logging.WARNING, "the app takes connections" if there else "the app takes no connections")
+                await self.link.beat()
             await asyncio.sleep(LOOK if there else CONNECT)
 
     # -- the end
