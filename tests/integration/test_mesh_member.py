@@ -318,6 +318,27 @@ def test_tokens_that_are_not_taken(control: Control, ledger: Sidecar, origin: Or
     assert json.loads(base64.urlsafe_b64decode(wrong.read_text() + "==="))["secret"] not in str(control.joined)
 
 
+def test_it_joins_when_the_control_plane_comes(control: Control, origin: Origin) -> None:
+    control.stop()
+    with Sidecar(control, "ledger", origin.port, wait=False) as ledger:
+        eventually(lambda: ledger.errors.exists() and ledger.logged("joining the mesh failed"), "a failed attempt")
+        assert ledger.status()["detail"] == "no assignment yet" and ledger.page("/readyz").startswith('{"status": "not ready"')
+        control.start()
+        ledger.ready()
+
+
+def test_a_change_of_one_service_leaves_the_others_connections_alone(control: Control, payments: Sidecar, ledger: Sidecar) -> None:
+    assert call(payments.outbound)[0] == 200
+    before = ledger.status()["live"]["tls"]
+    assert before == 1
+    control.services["fraud"] = {"protocol": "http", "endpoints": []}
+    control.change()
+    control.settled()
+    for _ in range(3):
+        assert call(payments.outbound)[0] == 200
+    assert ledger.status()["live"]["tls"] == before
+
+
 def test_a_service_cannot_play_the_control_plane(control: Control, ledger: Sidecar, origin: Origin) -> None:
     control.stop()
     control.ca.pair = lambda folder, name, *uris, pair=control.ca.pair: pair(folder, name, "spiffe://bank.test/service/ledger")  # type: ignore[method-assign]
