@@ -278,6 +278,7 @@ def _balance(said: Any) -> dict[str, Any]:
         return {"balance": said}
     maglev = said.get("maglev")
     if maglev:
-        load = maglev.get("load")
-        return {"balance": "maglev", "key": maglev["key"], **({} if load is None else {"load": round(share(load) * 100)})}
+        load = maglev.get("load")  # a percentage above 100, as text or as its number
+        percent = {} if load is None else {"load": load if isinstance(load, int) else round(share(load) * 100)}
+        return {"balance": "maglev", "key": maglev["key"], **percent}
     return {"balance": said["algorithm"]}
