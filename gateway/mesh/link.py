@@ -173,7 +173,8 @@ class Link:
         self._whole = False
         self.applied += 1
         try:
-            self.state.write(ASSIGNMENT, fresh.dump())
+            # A disk may take its time, and nobody's request should wait for it. The acknowledgement does: it also says "kept".
+            await asyncio.get_running_loop().run_in_executor(None, self.state.write, ASSIGNMENT, fresh.dump())
         except OSError as error:
             # It is in force; after a restart without the control plane the one before would be.
             log.error("the assignment cannot be written down", extra={"version": fresh.version, "error": error.strerror})

@@ -110,7 +110,8 @@ def build(assignment: Assignment, svid: Svid, around: Surroundings) -> Snapshot:
     heard = parts.get(
         ("heard", digest), lambda: UserStep("user", partial(reader.check, keep=True), TokenCache(CONTEXTS), from_caller=False)
     )
-    inbound = _inbound(body["authorization"], svid, app, around, user)
+    rules = ("rules", digest, canonical(body["authorization"]))
+    inbound = parts.get(rules, lambda: _inbound(body["authorization"], svid, app, around, user))
     services = {name: settings for name, settings in body["services"].items() if spoken(name, settings)}
     for name, settings in services.items():
         try:

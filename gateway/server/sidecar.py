@@ -133,6 +133,7 @@ class Sidecar:
         for number in (signal.SIGTERM, signal.SIGINT):
             self.loop.add_signal_handler(number, self._stop)
         self.loop.add_signal_handler(signal.SIGUSR1, logs.reopen)
+        self.loop.add_signal_handler(signal.SIGHUP, lambda: log.info("nothing to reload: the control plane says what there is to do"))
         self.bind()
         if self.setup.admin is not None:
             try:

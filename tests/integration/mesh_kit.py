@@ -30,6 +30,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, utils
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from websockets.exceptions import InvalidState
 from websockets.frames import Opcode
 from websockets.server import ServerProtocol
 
@@ -182,7 +183,8 @@ class Control:
                 message = {"type": "delta", "version": body["version"], "base": before["version"], "changes": changes}
             else:
                 message = {"type": "assignment", "version": body["version"], "assignment": body}
-            self._send(stream, service, body, message)
+            with contextlib.suppress(InvalidState):  # it is closing: the member comes again, and hears the whole
+                self._send(stream, service, body, message)
 
     def _send(self, stream: Any, service: str, body: dict[str, Any], message: dict[str, Any]) -> None:
         self._sent[stream] = (service, body)
