@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from gateway.config.web import parse_address
@@ -124,11 +124,11 @@ class Registry:
             return True
         return now - replicas.get(replica, 0.0) < self.heartbeat
 
-    def endpoints(self) -> dict[str, list[dict[str, Any]]]:
-        """Return the endpoints of each service that has any, in a fixed order."""
+    def endpoints(self, revoked: Collection[str] = ()) -> dict[str, list[dict[str, Any]]]:
+        """Return the endpoints of each service that has any, in a fixed order; none whose certificate's serial is `revoked`."""
         found: dict[str, list[dict[str, Any]]] = {}
         for row in self.rows:
-            if row["present"] and row["healthy"] and not row["draining"] and row["inbound"]:
+            if row["present"] and row["healthy"] and not row["draining"] and row["inbound"] and row["serial"] not in revoked:
                 each = {"address": row["inbound"], "weight": 1, "zone": row["zone"], "labels": json.loads(row["labels"])}
                 found.setdefault(row["service"], []).append(each)
         return found
