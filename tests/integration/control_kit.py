@@ -233,6 +233,7 @@ class Member:
                         services = {**self.held["services"], **message["changes"].get("services", {})}
                         self.held = {**self.held, **message["changes"], "services": {name: each for name, each in services.items() if each is not None}}
                     verify_signature(self.held, message["signature"], self.bundle)
+                    self.bundle = self.held["bundle"]
                     answer = {"type": "ack", "version": message["version"]}
                 self.messages.append(message)
                 socket.send(json.dumps(answer))
