@@ -174,9 +174,9 @@ class ControlPlane:
         if (seen := self._file_time()) != self._seen["file"]:
             self._seen["file"] = seen
             await self.reload()
-        if (seen := self.ca.fingerprint()) != self._seen["ca"]:
+        if (print_now := self.ca.fingerprint()) != self._seen["ca"]:
             self.ca.load()
-            self._seen["ca"] = seen
+            self._seen["ca"] = print_now
             self._take_authority()
             self.signer = Signer(self.ca)
             log.info("the authority has changed", extra={"generation": self.ca.active_number, "bundle": list(self.ca.generations)})

@@ -123,7 +123,7 @@ def _name(sock: socket.socket) -> str:
 
 def _server(app: Any, http: type[BoundedProtocol], ws: str, context: ssl.SSLContext | None) -> Server:
     config = uvicorn.Config(
-        app, http=http, ws=ws, lifespan="off", log_config=None, access_log=False, server_header=False, proxy_headers=False,  # type: ignore[arg-type]
+        app, http=http, ws=ws, lifespan="off", log_config=None, access_log=False, server_header=False, proxy_headers=False,
         limit_concurrency=CONNECTIONS, timeout_keep_alive=IDLE, timeout_graceful_shutdown=LEAVE, ws_max_size=MESSAGE_MAX, ws_per_message_deflate=False,
         ws_ping_interval=None,
     )  # fmt: skip

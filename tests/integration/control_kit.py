@@ -9,6 +9,7 @@ import base64
 import contextlib
 import hashlib
 import http.client
+import itertools
 import json
 import re
 import signal
@@ -260,7 +261,7 @@ def verify_signature(body: dict[str, Any], signature: str, bundle: str) -> None:
     assert said["alg"] == "ES256"
     chain = [x509.load_der_x509_certificate(base64.b64decode(each)) for each in said["x5c"]]
     roots = x509.load_pem_x509_certificates(bundle.encode())
-    for lower, upper in zip(chain, chain[1:], strict=False):
+    for lower, upper in itertools.pairwise(chain):
         lower.verify_directly_issued_by(upper)
     assert any(_issued(chain[-1], root) or _issued(chain[1], root) for root in roots)
     names = chain[0].extensions.get_extension_for_class(x509.SubjectAlternativeName).value
