@@ -26,6 +26,7 @@ class Peer:
         self.chain = chain
         address = transport.get_extra_info("peername")
         self.address = str(address[0]) if isinstance(address, (tuple, list)) and address else ""
+        self.judged: tuple[object, str | None] = (None, None)  # the roots by which its chain was judged last, and how
 
     @property
     def leaf(self) -> Certificate:
@@ -60,8 +61,10 @@ class Peers:
         """Why a peer is no member; None when it is one."""
         if not peer.chain:
             return "a certificate is required"
-        if fault := chain_fault(peer.chain, self.roots) or svid_fault(peer.leaf):
-            return fault
+        if peer.judged[0] is not self.roots:  # signatures cost most, and change with the roots only
+            peer.judged = self.roots, chain_fault(peer.chain, self.roots) or svid_fault(peer.leaf)
+        if peer.judged[1] is not None:
+            return peer.judged[1]
         if service_of(peer.leaf.uris[0], self.domain) is None:
             return f"{peer.leaf.uris[0]} is of no service of {self.domain}"
         if peer.serial in self.deny.serials or peer.leaf.uris[0] in self.deny.identities:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import signal
 import socket
 import ssl
@@ -177,6 +178,9 @@ async def _until(leaving: asyncio.Event, plane: ControlPlane, sockets: list[sock
 
 def run(path: Path, level: str) -> None:
     """Be the control plane until a signal. Raises ConfigError, CaError, StoreError or CannotStart when it cannot begin."""
+    # Every member holds a connection; many systems give a process 1,024 unless it asks.
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     logs.set_up(level=level)
     logs.name_process("control")
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # it tells of its own start and end, and of every client that left
