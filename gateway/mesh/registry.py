@@ -19,6 +19,7 @@ from gateway.mesh.store import Row, Store, Value
 INSTANCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,62}")
 LABELS, LABEL_VALUE = 32, 128
+NOWHERE = ("0.0.0.0:0", "[::]:0")  # of a member that nobody calls, such as an edge
 COMEBACK = 30.0  # seconds that members have after a start: longer than any of their pauses
 KEPT = 7 * 86400  # seconds that an instance without a certificate is remembered
 
@@ -144,7 +145,10 @@ class Registry:
 
 def read_place(said: dict[str, Any]) -> tuple[str | None, dict[str, str], str | None]:
     """Return (inbound, labels, zone) of what an instance says. Raises BadInstance."""
-    inbound, labels, zone = said.get("inbound") or None, said.get("labels") or {}, said.get("zone") or None
+    inbound, labels, zone = said.get("inbound"), said.get("labels"), said.get("zone")
+    labels = {} if labels is None else labels
+    if inbound in NOWHERE:
+        inbound = None
     if inbound is not None:
         try:
             address = parse_address(inbound)
