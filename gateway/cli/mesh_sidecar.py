@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import re
+import sys
 
 from gateway.cli import Subparsers
 
@@ -22,6 +23,9 @@ def register(subparsers: Subparsers) -> None:
     parser.add_argument("--control", required=True, metavar="URL", help="the control plane, https://host:port")
     parser.add_argument("--state", required=True, metavar="FOLDER", help="certificate, key and last assignment; made when it is not there")
     parser.add_argument("--token", metavar="FILE", help="a token of `crossway mesh token`, needed the first time")
+    parser.add_argument("--join-cert", metavar="FILE", help="instead of a token: a certificate of the bank's PKI that may join as this service")
+    parser.add_argument("--join-key", metavar="FILE", help="its key; default: in the file of --join-cert")
+    parser.add_argument("--control-ca", metavar="FILE", help="the root of the mesh, for --join-cert")
     parser.add_argument("--local", action="append", default=[], type=_local, metavar="SERVICE=HOST:PORT", help="a port of its own for one service; may be repeated")
     parser.add_argument("--admin", type=_loopback, metavar="HOST:PORT", help="/livez, /readyz, /metrics and /status, on loopback")
     parser.add_argument("--advertise", type=_address, metavar="HOST:PORT", help="how others reach --inbound, when that is another address")
@@ -80,6 +84,9 @@ def _seconds(text: str) -> float:
 
 
 def run(parsed: argparse.Namespace) -> int:
+    if (parsed.join_cert is None) != (parsed.control_ca is None) or (parsed.join_key is not None and parsed.join_cert is None):
+        print("crossway: --join-cert and --control-ca belong together: who we are, and who the control plane is", file=sys.stderr)
+        return 2
     from gateway.server import log as logs
     from gateway.server.sidecar import Setup, address
     from gateway.server.sidecar import run as sidecar
@@ -89,6 +96,7 @@ def run(parsed: argparse.Namespace) -> int:
         Setup(
             service=parsed.service, app=parsed.app, inbound=parsed.inbound, outbound=parsed.outbound, control=parsed.control,
             state=parsed.state, token=parsed.token, ports=dict(parsed.local), admin=parsed.admin, zone=parsed.zone,
+            pair=None if parsed.join_cert is None else (parsed.join_cert, parsed.join_key or parsed.join_cert), control_ca=parsed.control_ca,
             labels=dict(parsed.label), advertise=None if parsed.advertise is None else address(*parsed.advertise),
             intercept=parsed.intercept, drain_delay=parsed.drain_delay, drain_deadline=parsed.drain_deadline,
         )

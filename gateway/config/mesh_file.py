@@ -16,7 +16,7 @@ from gateway.config.base import Model, listed, needed, part, setting
 from gateway.config.conditions import Condition
 from gateway.config.resilience import BalanceSettings, RetrySettings
 from gateway.config.source import Document
-from gateway.config.values import Deadline, FilePath, Int, RateText, Text, base_of, described, fault, text_of
+from gateway.config.values import Deadline, FilePath, RateText, Text, base_of, described, fault, text_of
 from gateway.config.web import BindText, FieldName, Method, Prefix
 
 EVERYBODY = "*"

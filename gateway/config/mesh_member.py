@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 from urllib.parse import urlsplit
 
+from pydantic import model_validator
 from pydantic.functional_validators import BeforeValidator
 from pydantic.json_schema import WithJsonSchema
 
 from gateway._speedups.certificates import TlsError, parse_certificates
 from gateway.config.base import Model, needed, setting
+from gateway.config.tls import Pair
 from gateway.config.values import FilePath, Name, fault, text_of
 
 SVID, BUNDLE, ENDPOINTS, REVOKED = "svid.pem", "bundle.pem", "endpoints", "revoked.json"  # below the state folder, written by gateway.mesh
@@ -47,6 +49,17 @@ class Mesh(Model):
     ] = needed("the mesh's control plane")
     state: FilePath = needed("folder of the certificate, its key and what the control plane said last; made when it is not there")
     token: FilePath | None = setting(None, "a token of `crossway mesh token`, needed the first time")
+    certificate: Pair | None = setting(None, "instead of a token: a certificate of the bank's PKI that may join as this service")
+    control_ca: FilePath | None = setting(None, "the root of the mesh, for `certificate`")
+
+    @model_validator(mode="after")
+    def _one_way_in(self) -> Self:
+        if (self.certificate is None) != (self.control_ca is None):
+            missing = "control_ca" if self.control_ca is None else "certificate"
+            raise fault(f"`certificate` and `control_ca` belong together: `{missing}` is missing", "who we are, and who the control plane is")
+        if self.certificate is not None and self.token is not None:
+            raise fault("both `token` and `certificate`", "keep one of them", at=("token",))
+        return self
 
     @property
     def svid(self) -> Path:

@@ -163,7 +163,10 @@ def accept(state: State, answer: dict[str, Any], private: bytes, service: str) -
 
 
 def join(state: State, job: dict[str, Any]) -> dict[str, Any]:
-    """Spend the token for the first certificate."""
+    """Get the first certificate, for a token or for a certificate of the bank's own PKI."""
+    said = {key: job[key] for key in ("instance", "inbound", "labels", "zone")}
+    if job.get("pair") is not None:
+        return _join_by_pair(state, job, said)
     token = read_token(job["token"])
     if token.service != job["service"]:
         raise EnrolError(f"the token is for {token.service}, not {job['service']}", True)
@@ -172,8 +175,22 @@ def join(state: State, job: dict[str, Any]) -> dict[str, Any]:
     host, port = address_of(job["control"])
     root = pinned_root(host, port, token.control_ca)
     request, private = make_request(job["service"])
-    said = {key: job[key] for key in ("instance", "inbound", "labels", "zone")}
     answer = ask(host, port, "/v1/join", control_context(root), {"token": token.text, "csr": request, **said})
+    return accept(state, answer, private, job["service"])
+
+
+def _join_by_pair(state: State, job: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
+    """Show a certificate that the control plane's file allows to join as this service; its root is a file of ours."""
+    host, port = address_of(job["control"])
+    certificate, key = job["pair"]
+    try:
+        with open(job["control_ca"], encoding="ascii") as file:
+            context = control_context(file.read(MOST))
+        context.load_cert_chain(certificate, key)
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        raise EnrolError(f"the certificate to join with, or the control plane's root, cannot be used: {error}", True) from None
+    request, private = make_request(job["service"])
+    answer = ask(host, port, "/v1/join", context, {"service": job["service"], "csr": request, **said})
     return accept(state, answer, private, job["service"])
 
 

@@ -96,9 +96,9 @@ class Identity:
     lasting: bool = False  # the last failure will not pass by itself
     draw: Callable[[], float] = field(default=lambda: random.uniform(-1, 1))
 
-    async def join(self, token: str) -> bool:
-        """Spend a token; False when it did not work, and `error` says why."""
-        return await self._attempt({**self.job, "kind": "join", "token": token})
+    async def join(self, proof: dict[str, Any]) -> bool:
+        """Join by a `token`, or by a `pair` of files under the root in `control_ca`; False when it did not work, and `error` says why."""
+        return await self._attempt({**self.job, **proof, "kind": "join"})
 
     async def keep(self) -> None:
         """Renew for ever."""

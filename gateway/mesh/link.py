@@ -28,6 +28,7 @@ HEARTBEAT = 5.0  # seconds
 FIRST, LONGEST = 0.2, 15.0  # seconds between two attempts to connect, at most; the pause is anything below
 MESSAGE_MAX = 16 << 20  # bytes
 OPEN, CLOSE = 10.0, 2.0  # seconds
+SERVICE_RESTART = 1012  # close code of RFC 6455's registry: we are back in a moment
 
 Apply = Callable[[Assignment], Awaitable[None]]
 
@@ -86,14 +87,18 @@ class Link:
             await asyncio.sleep(random.uniform(0, min(LONGEST, FIRST * 2 ** min(failures, 10))))
 
     async def drain(self) -> None:
-        """Tell the control plane at once that this instance takes no new requests."""
+        """Tell the control plane at once that this instance takes no new requests. That, not the end of the stream, is leaving."""
         self.draining = True
+        await self.beat()
+
+    async def beat(self) -> None:
+        """Say now, not at the next turn, how this instance is."""
         if self._socket is not None:
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(self._beat(self._socket), CLOSE)
 
     async def close(self) -> None:
-        """End the stream in good order: the control plane takes it for leaving."""
+        """End the stream in good order."""
         if self._socket is not None:
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(self._socket.close(), CLOSE)
@@ -102,7 +107,7 @@ class Link:
         """The certificate is another: connect anew with it, so that the control plane sees the identity that is in use."""
         socket = self._socket
         if socket is not None:
-            self.closing = asyncio.get_running_loop().create_task(socket.close())
+            self.closing = asyncio.get_running_loop().create_task(socket.close(SERVICE_RESTART))
 
     async def _follow(self) -> None:
         from websockets.asyncio.client import connect

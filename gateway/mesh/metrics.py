@@ -60,7 +60,7 @@ def labels(reporter: str, source: str, destination: str, domain: str) -> dict[st
     }  # fmt: skip
 
 
-FLAGS = {403: "UAEX", 503: "UF", 504: "UT", 499: "DC"}  # Envoy's words for why, as far as the status tells
+FLAGS = {503: "UF", 504: "UT", 499: "DC"}  # Envoy's words for why, as far as the status tells
 
 
 def istio(memory: Any, labels_of: Callable[[str], dict[str, str] | None]) -> Iterator[str]:

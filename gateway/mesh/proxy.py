@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from gateway._speedups.exchange import Edits, ListenerEntry, RouteEntry, Snapshot, Step
 from gateway._speedups.pool import Endpoint, Upstream
@@ -21,12 +21,14 @@ from gateway._speedups.route_trie import RouteTrie
 from gateway._speedups.tls import TlsListener, TlsUpstream
 from gateway._speedups.token_cache import Principal, TokenCache
 from gateway._speedups.user_context import TellUserStep, UserStep
-from gateway.mesh.assignment import Assignment
+from gateway.mesh.assignment import Assignment, canonical
 from gateway.mesh.authorization import Denials, make_step
 from gateway.mesh.identity import Svid
 from gateway.mesh.units import seconds, share, size
-from gateway.workload.admission import Revoked, admission
+from gateway.workload.admission import Admit, Revoked, admission
 from gateway.workload.user import HEADER, PROOF, Author, Reader
+
+Made = TypeVar("Made")
 
 log = logging.getLogger("crossway.mesh")
 
@@ -64,45 +66,84 @@ class Surroundings:
     seed: int = field(default_factory=lambda: secrets.randbits(63))
     versions: int = 0
     callers: set[str] = field(default_factory=set)
+    kept: dict[Any, Any] = field(default_factory=dict)  # parts of the last snapshot, by all that they were made of
+
+
+class Parts:
+    """Parts of a snapshot: what would be made of the same as in the one before is taken over, with its pools and its caches.
+
+    An endpoint that comes or goes is a new assignment; it must not cost a TLS context for each service, nor what is known of users.
+    """
+
+    def __init__(self, around: Surroundings) -> None:
+        self._around = around
+        self._fresh: dict[Any, Any] = {}
+
+    def get(self, key: Any, make: Callable[[], Made]) -> Made:
+        """Return the part of this key, `make` it if the last snapshot had none."""
+        made: Made = self._around.kept[key] if key in self._around.kept else make()
+        self._fresh[key] = made
+        return made
+
+    def commit(self) -> None:
+        """The snapshot was built: the next one goes by its parts."""
+        self._around.kept = self._fresh
 
 
 def build(assignment: Assignment, svid: Svid, around: Surroundings) -> Snapshot:
     """Return the snapshot of an assignment. Raises ValueError, KeyError, TypeError or TlsError for what cannot be made."""
     around.versions += 1
+    parts = Parts(around)
     body = assignment.body
     revoked = Revoked(body.get("revoked") or {})
-    digest = hashlib.sha256(assignment.bundle + svid.leaf.der + repr(sorted(revoked.serials | revoked.identities)).encode()).digest()
+    firsts = frozenset(f"spiffe://{svid.domain}/service/{name}" for name in body.get("user_authors", USER_AUTHORS))
+    rests = repr((sorted(revoked.serials), sorted(revoked.identities), sorted(firsts))).encode()
+    digest = hashlib.sha256(b"".join(each.der for each in (svid.leaf, *svid.roots)) + rests).digest()
     admit = admission(svid.domain, revoked)
-    app = Upstream(
+    app = parts.get("app", lambda: Upstream(
         "app", [Endpoint(around.app)], **APP_TIMES, host="preserve", table=around.memory.upstreams, attempts=1,
         retry_on=("connect-failure",),
-    )  # fmt: skip
+    ))  # fmt: skip
     upstreams, routes = {"app": app}, []
-    firsts = frozenset(f"spiffe://{svid.domain}/service/{name}" for name in body.get("user_authors", USER_AUTHORS))
     reader = Reader(svid.identity, svid.roots, firsts, admit, around.seed)
-    inbound = _inbound(body["authorization"], svid, app, around, UserStep("user", reader.check, TokenCache(CONTEXTS), from_caller=True))
-    heard = UserStep("user", partial(reader.check, keep=True), TokenCache(CONTEXTS), from_caller=False)
+    user = parts.get(("user", digest), lambda: UserStep("user", reader.check, TokenCache(CONTEXTS), from_caller=True))
+    heard = parts.get(
+        ("heard", digest), lambda: UserStep("user", partial(reader.check, keep=True), TokenCache(CONTEXTS), from_caller=False)
+    )
+    inbound = _inbound(body["authorization"], svid, app, around, user)
     services = {name: settings for name, settings in body["services"].items() if spoken(name, settings)}
     for name, settings in services.items():
         try:
-            tls = TlsUpstream(
-                digest=hashlib.sha256(digest + name.encode()).digest(), authorities=svid.roots, chain=svid.chain, key=svid.key,
-                sans=[f"spiffe://{svid.domain}/service/{name}"], admit=admit,
-            )  # fmt: skip
-            upstreams[f"service:{name}"] = upstream_of(name, settings, tls, around)
+            tls = parts.get(("tls", name, digest), partial(_tls, name, svid, digest, admit))
+            made = ("service", name, digest, canonical(settings))
+            upstreams[f"service:{name}"] = parts.get(made, partial(upstream_of, name, settings, tls, around))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"service {name}: {error}") from None
     for name in services:
-        told = TellUserStep("tell-user", partial(_tell, Author(svid.chain, svid.key), f"spiffe://{svid.domain}/service/{name}"))
+        told = parts.get(("tell", name, digest), partial(_teller, svid, name))
         routes.append(_outbound(name, upstreams[f"service:{name}"], around, (heard, told)))
     listeners = _listeners(
         inbound, routes, services, svid.domain, around,
-        TlsListener(INBOUND, [(svid.chain, svid.key, None)], digest=digest, authorities=svid.roots, client_auth="required",
-                    tickets=False, admit=admit),
+        parts.get(("inbound", digest), lambda: TlsListener(
+            INBOUND, [(svid.chain, svid.key, None)], digest=digest, authorities=svid.roots, client_auth="required", tickets=False,
+            admit=admit,
+        )),
     )  # fmt: skip
+    parts.commit()
     snapshot = Snapshot(around.versions, f"{assignment.version}", listeners, upstreams, [inbound, *routes])
     snapshot.identity_names = (CALLER, HEADER)
     return snapshot
+
+
+def _tls(name: str, svid: Svid, digest: bytes, admit: Admit) -> TlsUpstream:
+    return TlsUpstream(
+        digest=hashlib.sha256(digest + name.encode()).digest(), authorities=svid.roots, chain=svid.chain, key=svid.key,
+        sans=[f"spiffe://{svid.domain}/service/{name}"], admit=admit,
+    )  # fmt: skip
+
+
+def _teller(svid: Svid, name: str) -> TellUserStep:
+    return TellUserStep("tell-user", partial(_tell, Author(svid.chain, svid.key), f"spiffe://{svid.domain}/service/{name}"))
 
 
 def _tell(author: Author, audience: str, user: Principal) -> tuple[bytes, int]:
@@ -237,6 +278,7 @@ def _balance(said: Any) -> dict[str, Any]:
         return {"balance": said}
     maglev = said.get("maglev")
     if maglev:
-        load = maglev.get("load")
-        return {"balance": "maglev", "key": maglev["key"], **({} if load is None else {"load": round(share(load) * 100)})}
+        load = maglev.get("load")  # a percentage above 100, as text or as its number
+        percent = {} if load is None else {"load": load if isinstance(load, int) else round(share(load) * 100)}
+        return {"balance": "maglev", "key": maglev["key"], **percent}
     return {"balance": said["algorithm"]}

@@ -43,15 +43,23 @@ def job_of(mesh: Mesh, state: State, zone: str | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _proof(mesh: Mesh) -> dict[str, Any]:
+    """What to join with."""
+    if mesh.certificate is not None:
+        return {"pair": [str(mesh.certificate.cert), str(mesh.certificate.key)], "control_ca": str(mesh.control_ca)}
+    assert mesh.token is not None
+    return {"token": mesh.token.read_text("ascii")}
+
+
 def prepare(mesh: Mesh, zone: str | None) -> None:
     """Join if there is no valid certificate, and have a file of endpoints for every service. Raises MemberError."""
     try:
         state = State(mesh.state)
         held = load(state)
         if held is None or held.leaf.not_after <= time.time():
-            if mesh.token is None:
+            if mesh.token is None and mesh.certificate is None:
                 raise MemberError(f"{mesh.state} holds no valid certificate: name a token of `crossway mesh token {mesh.service}` in mesh.token")
-            outcome = join(state, {**job_of(mesh, state, zone), "token": mesh.token.read_text("ascii")})
+            outcome = join(state, {**job_of(mesh, state, zone), **_proof(mesh)})
             log.info("joined the mesh", extra=outcome)
             held = load(state)
         assert held is not None

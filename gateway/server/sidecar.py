@@ -26,7 +26,7 @@ from gateway._speedups.engine import Engine
 from gateway.mesh import metrics
 from gateway.mesh.assignment import Assignment, Refused
 from gateway.mesh.enrol import EnrolError, address_of, read_token
-from gateway.mesh.identity import PATIENCE, Identity, Svid, load, pause
+from gateway.mesh.identity import Identity, Svid, load, pause
 from gateway.mesh.link import Link, read_assignment
 from gateway.mesh.proxy import INBOUND, OUTBOUND, Surroundings, build
 from gateway.mesh.state import BUNDLE, State, StateError
@@ -38,7 +38,7 @@ from gateway.workload.admission import Revoked
 
 log = logging.getLogger("crossway.mesh")
 
-LOOK = 5.0  # seconds between two looks whether the app is there
+LOOK = 2.0  # seconds between two looks whether the app is there
 CONNECT = 1.0  # seconds for one of them
 BACKLOG = 1024
 CHECK = 0.02  # seconds between two looks while draining
@@ -59,6 +59,8 @@ class Setup:
     control: str
     state: str
     token: str | None = None  # a file
+    pair: tuple[str, str] | None = None  # instead: files of a certificate of the bank's PKI and its key
+    control_ca: str | None = None  # and of the control plane's root
     ports: dict[str, tuple[str, int]] = field(default_factory=dict)  # service -> a local address of its own
     admin: tuple[str, int] | None = None
     zone: str | None = None
@@ -171,24 +173,31 @@ class Sidecar:
         if held is not None and held.leaf.not_after > time.time():
             self.identity.svid = held
             return
-        if self.setup.token is None:
-            what = "the certificate in it has expired" if held is not None else "there is no certificate in it"
-            raise CannotStart(f"{self.state.folder}: {what}; make a token with `crossway mesh token {self.setup.service}` and give it with --token")
-        try:
-            text = Path(self.setup.token).read_text("ascii")
-            token = read_token(text)
-            address_of(self.setup.control)
-        except (OSError, UnicodeDecodeError) as error:
-            raise CannotStart(f"{self.setup.token}: {error.strerror if isinstance(error, OSError) else 'not a token'}") from None
-        except EnrolError as error:
-            raise CannotStart(f"{self.setup.token}: {error}") from None
-        while not await self.identity.join(text):
+        proof, until = self._proof(held)
+        while not await self.identity.join(proof):
             if self.identity.lasting:
                 raise CannotStart(f"cannot join the mesh: {self.identity.error}")
-            if self.hurry.is_set() or time.time() > token.expires:
+            if self.hurry.is_set() or time.time() > until:
                 raise CannotStart(f"cannot join the mesh before the token ends: {self.identity.error}")
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.hurry.wait(), min(PATIENCE, 10.0, pause(self.identity.failures, self.identity.draw())))
+                await asyncio.wait_for(self.hurry.wait(), min(10.0, pause(self.identity.failures, self.identity.draw())))
+
+    def _proof(self, held: Svid | None) -> tuple[dict[str, Any], float]:
+        """What to join with, and until when that makes sense."""
+        setup = self.setup
+        try:
+            address_of(setup.control)
+            if setup.pair is not None:
+                return {"pair": list(setup.pair), "control_ca": setup.control_ca}, float("inf")
+            if setup.token is None:
+                what = "the certificate in it has expired" if held is not None else "there is no certificate in it"
+                raise CannotStart(f"{self.state.folder}: {what}; make a token with `crossway mesh token {setup.service}` and give it with --token")
+            text = Path(setup.token).read_text("ascii")
+            return {"token": text}, read_token(text).expires
+        except (OSError, UnicodeDecodeError) as error:
+            raise CannotStart(f"{setup.token}: {error.strerror if isinstance(error, OSError) else 'not a token'}") from None
+        except EnrolError as error:
+            raise CannotStart(str(error)) from None
 
     def _from_disk(self) -> None:
         svid = self._svid()
@@ -318,6 +327,7 @@ class Sidecar:
             if there != self.app_there:
                 self.app_there = there
                 log.log(logging.INFO if there else logging.WARNING, "the app takes connections" if there else "the app takes no connections")
+                await self.link.beat()
             await asyncio.sleep(LOOK if there else CONNECT)
 
     # -- the end

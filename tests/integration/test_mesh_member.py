@@ -125,9 +125,9 @@ def test_the_trace_continues_through_both_hops(control: Control, ledger: Sidecar
 class Listening:
     """An app that answers 200 and keeps the heads that it got."""
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         self.heads: list[bytes] = []
-        self.sock = socket.create_server(("127.0.0.1", 0))
+        self.sock = socket.create_server(("127.0.0.1", port))
         self.port = self.sock.getsockname()[1]
         threading.Thread(target=self._run, daemon=True).start()
 
@@ -148,6 +148,18 @@ class Listening:
 
     def __exit__(self, *error: object) -> None:
         self.sock.close()
+
+
+def test_the_registry_hears_at_once_that_the_app_is_gone_and_back(control: Control) -> None:
+    app = Listening()
+    with Sidecar(control, "ledger", app.port) as ledger:
+        eventually(lambda: control.of("ledger", "heartbeat") and control.of("ledger", "heartbeat")[-1]["healthy"], "a healthy heartbeat")
+        app.sock.shutdown(socket.SHUT_RDWR)
+        app.sock.close()
+        eventually(lambda: not control.of("ledger", "heartbeat")[-1]["healthy"], "the word that it is gone")
+        assert not ledger.status()["ready"] and ledger.metric("crossway_mesh_app_up") == 0
+        with Listening(app.port):
+            eventually(lambda: control.of("ledger", "heartbeat")[-1]["healthy"], "the word that it is back")
 
 
 # -- authorization
@@ -297,13 +309,34 @@ def failing(control: Control, service: str, app: int, *more: str, token: Path | 
 def test_tokens_that_are_not_taken(control: Control, ledger: Sidecar, origin: Origin, tmp_path: Path) -> None:
     spent = control.token("payments")
     with Sidecar(control, "payments", origin.port, token=spent) as payments:
-        payments.stop()
+        payments.stop(signal.SIGKILL)
     assert "spent or unknown" in failing(control, "payments", origin.port, token=spent, state="second.state")
     assert "is for ledger, not payments" in failing(control, "payments", origin.port, token=control.token("ledger"), state="third.state")
     assert "has expired" in failing(control, "payments", origin.port, token=control.token("payments", life=-1), state="fourth.state")
     wrong = control.token("payments", root="0" * 64)
     assert "does not hold the root" in failing(control, "payments", origin.port, token=wrong, state="fifth.state")
     assert json.loads(base64.urlsafe_b64decode(wrong.read_text() + "==="))["secret"] not in str(control.joined)
+
+
+def test_it_joins_when_the_control_plane_comes(control: Control, origin: Origin) -> None:
+    control.stop()
+    with Sidecar(control, "ledger", origin.port, wait=False) as ledger:
+        eventually(lambda: ledger.errors.exists() and ledger.logged("joining the mesh failed"), "a failed attempt")
+        assert ledger.status()["detail"] == "no assignment yet" and ledger.page("/readyz").startswith('{"status": "not ready"')
+        control.start()
+        ledger.ready()
+
+
+def test_a_change_of_one_service_leaves_the_others_connections_alone(control: Control, payments: Sidecar, ledger: Sidecar) -> None:
+    assert call(payments.outbound)[0] == 200
+    before = ledger.status()["live"]["tls"]
+    assert before == 1
+    control.services["fraud"] = {"protocol": "http", "endpoints": []}
+    control.change()
+    control.settled()
+    for _ in range(3):
+        assert call(payments.outbound)[0] == 200
+    assert ledger.status()["live"]["tls"] == before
 
 
 def test_a_service_cannot_play_the_control_plane(control: Control, ledger: Sidecar, origin: Origin) -> None:

@@ -13,15 +13,17 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from gateway._speedups.certificates import Certificate, chain_fault, parse_certificates
+from gateway._speedups.tls import TlsUpstream
 from gateway.mesh import identity as life
 from gateway.mesh.assignment import Assignment, OtherBase, Refused, take
 from gateway.mesh.authorization import Denials, conditions, make_rule
 from gateway.mesh.enrol import EnrolError, address_of, read_token
 from gateway.mesh.identity import Identity, due_at, pause
 from gateway.mesh.metrics import hop, line
-from gateway.mesh.proxy import destinations
+from gateway.mesh.proxy import Surroundings, destinations, endpoints_of, upstream_of
 from gateway.mesh.state import State, StateError
 from gateway.mesh.units import seconds, share, size
+from gateway.telemetry.shared import SharedState
 from gateway.workload.admission import Revoked, admission, svid_fault
 from tests.integration.mesh_kit import Ca, key_pem
 
@@ -265,6 +267,25 @@ def test_units() -> None:
         for wrong in ("", "x", None, True, "-1s", "1 week"):
             with pytest.raises(ValueError, match="is no "):
                 parse(wrong)
+
+
+def test_settings_of_a_service_as_its_file_says_them() -> None:
+    table = SharedState(1, 1024)
+    around = Surroundings("127.0.0.1:1", {}, table)
+    tls: Any = TlsUpstream(digest=b"x", verify=False)
+    one = {"address": "10.0.0.1:1", "weight": 2, "zone": None, "labels": {}}
+    for number, said in enumerate((
+        {}, {"retries": 2}, {"retries": {"attempts": 2, "on": ["connect-failure", 503], "budget": "20%", "per_try": "1s", "body": "64KiB"}},
+        {"retries": {"on": ["reset"], "budget": 0.2, "backoff": {"base": 0.01, "max": 0.1}, "reserve": 5, "idempotency_key": True}},
+        {"balance": "round_robin"}, {"balance": {"algorithm": "least_request"}}, {"timeout": "1500ms"},
+        {"balance": {"algorithm": "maglev", "maglev": {"key": "client", "load": 150}}}, {"balance": {"maglev": {"key": "source", "load": "125%"}}},
+    )):  # fmt: skip
+        made = upstream_of(f"s{number}", {"protocol": "http", "endpoints": [one], **said}, tls, around)
+        assert [endpoint.address for endpoint in made.endpoints] == ["10.0.0.1:1"]
+    for wrong in ({"retries": {"moon": 1}}, {"balance": "moon"}, {"timeout": "soon"}, {"moon": 1}):
+        with pytest.raises((ValueError, KeyError)):
+            upstream_of("wrong", {"endpoints": [], **wrong}, tls, around)
+    assert endpoints_of("s", [one, one, {"address": "ledger.internal:1"}])[0].weight == 2 and len(endpoints_of("s", [one, one])) == 1
 
 
 def test_rules_that_are_not_understood_are_no_rules() -> None:
