@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from gateway.config.web import parse_address
@@ -19,6 +19,7 @@ from gateway.mesh.store import Row, Store, Value
 INSTANCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,62}")
 LABELS, LABEL_VALUE = 32, 128
+NOWHERE = ("0.0.0.0:0", "[::]:0")  # of a member that nobody calls, such as an edge
 COMEBACK = 30.0  # seconds that members have after a start: longer than any of their pauses
 KEPT = 7 * 86400  # seconds that an instance without a certificate is remembered
 
@@ -124,11 +125,11 @@ class Registry:
             return True
         return now - replicas.get(replica, 0.0) < self.heartbeat
 
-    def endpoints(self) -> dict[str, list[dict[str, Any]]]:
-        """Return the endpoints of each service that has any, in a fixed order."""
+    def endpoints(self, revoked: Collection[str] = ()) -> dict[str, list[dict[str, Any]]]:
+        """Return the endpoints of each service that has any, in a fixed order; none whose certificate's serial is `revoked`."""
         found: dict[str, list[dict[str, Any]]] = {}
         for row in self.rows:
-            if row["present"] and row["healthy"] and not row["draining"] and row["inbound"]:
+            if row["present"] and row["healthy"] and not row["draining"] and row["inbound"] and row["serial"] not in revoked:
                 each = {"address": row["inbound"], "weight": 1, "zone": row["zone"], "labels": json.loads(row["labels"])}
                 found.setdefault(row["service"], []).append(each)
         return found
@@ -144,7 +145,10 @@ class Registry:
 
 def read_place(said: dict[str, Any]) -> tuple[str | None, dict[str, str], str | None]:
     """Return (inbound, labels, zone) of what an instance says. Raises BadInstance."""
-    inbound, labels, zone = said.get("inbound") or None, said.get("labels") or {}, said.get("zone") or None
+    inbound, labels, zone = said.get("inbound"), said.get("labels"), said.get("zone")
+    labels = {} if labels is None else labels
+    if inbound in NOWHERE:
+        inbound = None
     if inbound is not None:
         try:
             address = parse_address(inbound)
