@@ -9,7 +9,7 @@ FROM python:3.12-slim-bookworm AS builder
 # No versions: the compiler is the base image's distribution's, and never leaves this stage.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends gcc libc6-dev libssl-dev \
+    && apt-get install -y --no-install-recommends gcc libc6-dev libnghttp2-dev libssl-dev \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
 # Dependencies first: this layer is built again only when they change.
@@ -26,6 +26,11 @@ FROM python:3.12-slim-bookworm
 LABEL org.opencontainers.image.title="Crossway" \
       org.opencontainers.image.description="API gateway and service mesh for payment traffic" \
       org.opencontainers.image.version="0.1.0"
+# What the native modules are linked with and the base image may lack.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends libnghttp2-14 \
+    && rm -rf /var/lib/apt/lists/*
 COPY --from=builder /wheels /wheels
 RUN pip install --no-cache-dir --no-index --no-deps /wheels/*.whl \
     && rm -rf /wheels \

@@ -42,7 +42,7 @@ LINK = {
     "debug": [],
     "asan": ["-fsanitize=address,undefined"],
 }[FLAVOUR]
-LIBRARIES = {name: ["ssl", "crypto"] for name in ("certificates", "tls")}
+LIBRARIES = {"certificates": ["ssl", "crypto"], "tls": ["ssl", "crypto"], "http2": ["nghttp2"]}
 CHECKED = FLAVOUR != "release"
 
 only = {name for name in os.environ.get("CROSSWAY_MODULES", "").split(",") if name}

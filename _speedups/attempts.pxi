@@ -101,8 +101,10 @@ cdef int forward(Downstream d) except -1:
     if x.upgrade and not take_place(d):
         return d.reply()
     x.repeatable = not x.upgrade and (is_idempotent(x.head.method) or (upstream.honours_key and x.head.first[F_IDEMPOTENCY_KEY] >= 0))
-    x.keeping = x.repeatable and x.attempts and x.body.mode != BODY_NONE and x.collected is None and \
-        (upstream.retry_on & ~<uint32_t>RETRY_CONNECT) != 0
+    # An HTTP/2 server may refuse a stream unread: whatever the method, that may be sent again.
+    x.keeping = x.body.mode != BODY_NONE and x.collected is None and not x.upgrade and \
+        (upstream.protocol != PROTOCOL_HTTP1 or
+         (x.repeatable and x.attempts and (upstream.retry_on & ~<uint32_t>RETRY_CONNECT) != 0))
     if x.body.mode == BODY_LENGTH and x.body.remaining > upstream.replay_max:
         x.keeping = False
     if x.body.mode != BODY_NONE and x.collected is None and not x.keeping:
@@ -279,7 +281,9 @@ cdef int send_hedge(UpstreamConnection u) except -1:
     n = compose_request(x, u.engine.composed, HEAD_ROOM, u.engine.now)
     x.endpoint = endpoint
     u.sent_at = u.engine.now
-    if n < 0 or u.put(u.engine.composed, n) < 0:
+    if u.stream is not None:
+        dress_stream(u, <Downstream>x.connection)
+    if n < 0 or u.put_message(u.engine.composed, n, True) < 0:
         drop_hedge(x, OUTCOME_RESET)
     return 0
 
@@ -317,9 +321,13 @@ cdef bint orphan(Downstream d) except -1:
     x.keep_alive = False
     d.orphaned = True
     d.engine.orphans.add(d)
-    d.engine.unregister(d)
-    d.engine.connections -= 1
-    d.engine.slot.counters[C_CONNECTIONS_CLOSED] += 1
+    if d.stream is None:
+        d.engine.unregister(d)
+        d.engine.connections -= 1
+        d.engine.slot.counters[C_CONNECTIONS_CLOSED] += 1
+    elif d.stream.session is not None and d.stream.counted:
+        d.stream.counted = False                    # its work goes on: it keeps its place on the connection
+        d.held = d.stream.session
     d.hang_up()
     buffer_release(&d.out)
     if (<UpstreamConnection>x.upstream_connection).state == U_BODY:
@@ -336,5 +344,7 @@ cdef void bury(Downstream d):
     d.engine.unlink_timer(d)
     d.engine.orphans.discard(d)
     d.state = D_CLOSED
+    if d.held is not None:
+        give_stream(d)
     buffer_release(&d.inb)
     buffer_release(&d.out)

@@ -11,9 +11,11 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy
 from gateway._speedups.exchange cimport BODY_CHUNKED, BODY_CLOSE, BODY_LENGTH, BODY_NONE, Edits, Exchange
+from gateway._speedups.grpc cimport grpc_code, is_grpc
+from gateway._speedups.grpc_web cimport WEB_TYPE_MAX, web_answer_type, web_request_type
 from gateway._speedups.headers cimport *
 from gateway._speedups.pool cimport HOST_LITERAL, HOST_PRESERVE
-from gateway._speedups.wire cimport cw_fold_name, cw_hex, cw_put_decimal
+from gateway._speedups.wire cimport cw_fold_name, cw_hex, cw_put_decimal, cw_reason
 
 cdef extern from "<sys/random.h>" nogil:
     ssize_t getrandom(void* out, size_t n, unsigned int flags)
@@ -32,25 +34,6 @@ cdef extern from *:
     static inline void cw_hex_bytes(char *out, uint64_t v, int digits) {
         for (int i = digits - 1; i >= 0; i--) { out[i] = cw_hexdigits[v & 15]; v >>= 4; }
     }
-    static const char *cw_reason(int status) {
-        switch (status) {
-            case 200: return "OK"; case 201: return "Created"; case 202: return "Accepted"; case 204: return "No Content";
-            case 301: return "Moved Permanently"; case 302: return "Found"; case 303: return "See Other";
-            case 304: return "Not Modified"; case 307: return "Temporary Redirect"; case 308: return "Permanent Redirect";
-            case 400: return "Bad Request"; case 401: return "Unauthorized"; case 402: return "Payment Required";
-            case 403: return "Forbidden"; case 404: return "Not Found"; case 405: return "Method Not Allowed";
-            case 406: return "Not Acceptable"; case 408: return "Request Timeout"; case 409: return "Conflict";
-            case 410: return "Gone"; case 411: return "Length Required"; case 412: return "Precondition Failed";
-            case 413: return "Content Too Large"; case 414: return "URI Too Long"; case 415: return "Unsupported Media Type";
-            case 417: return "Expectation Failed"; case 421: return "Misdirected Request";
-            case 422: return "Unprocessable Content"; case 425: return "Too Early"; case 426: return "Upgrade Required"; case 428: return "Precondition Required";
-            case 429: return "Too Many Requests"; case 431: return "Request Header Fields Too Large";
-            case 451: return "Unavailable For Legal Reasons"; case 500: return "Internal Server Error";
-            case 501: return "Not Implemented"; case 502: return "Bad Gateway"; case 503: return "Service Unavailable";
-            case 504: return "Gateway Timeout"; case 505: return "HTTP Version Not Supported";
-            default: return "Status";
-        }
-    }
     typedef struct { char *at; char *end; int short_; } cw_out;
     static inline void cw_put(cw_out *o, const char *p, size_t n) {
         if ((size_t)(o->end - o->at) < n) { o->short_ = 1; return; }
@@ -62,7 +45,6 @@ cdef extern from *:
     uint64_t cw_random_state[4]
     uint64_t cw_random() nogil
     void cw_hex_bytes(char* out, uint64_t v, int digits) nogil
-    const char* cw_reason(int status) nogil
     size_t strlen(const char* s) nogil
     ctypedef struct cw_out:
         char* at
@@ -360,7 +342,7 @@ cdef void put_identity(cw_out* o, Exchange x, int without):
         cw_put(o, x.trace, 55)
         cw_lit(o, b"\r\n")
     if not without & OWN_VIA:
-        cw_lit(o, b"via: 1.1 crossway\r\n")
+        cw_lit_name(o, b"via: 2 crossway\r\n" if x.http2 else b"via: 1.1 crossway\r\n")
 
 
 cdef void put_forwarded(cw_out* o, Exchange x, const char* host):
@@ -397,16 +379,11 @@ cdef inline bint is_v6(Exchange x) noexcept:
     return False
 
 
-cdef bint is_grpc(const Head* head) noexcept nogil:
-    cdef int i = head.first[F_CONTENT_TYPE]
-    return i >= 0 and head.fields[i].value_len >= 16 and memcmp(head.base + head.fields[i].value, b"application/grpc", 16) == 0
-
-
 cdef void put_deadline(cw_out* o, Exchange x, int64_t now) noexcept:
     """How long the next hop may take, and how often it may try again: so that layers do not wait and retry on top of each other."""
     cdef int64_t left = (x.total_at - now) // 1000
     if x.total_at:
-        if is_grpc(x.head):
+        if x.web is not None or is_grpc(x.head):
             cw_lit(o, b"grpc-timeout: ")
             put_number(o, left if left > 0 else 0)
             cw_lit(o, b"m\r\n")
@@ -415,6 +392,21 @@ cdef void put_deadline(cw_out* o, Exchange x, int64_t now) noexcept:
         cw_lit(o, b"\r\n")
     cw_lit(o, b"x-crossway-attempts-left: ")
     put_number(o, x.attempts - x.tries if x.attempts > x.tries else 0)
+    cw_lit(o, b"\r\n")
+
+
+cdef void put_web_type(cw_out* o, Exchange x, const Head* answer) noexcept:
+    """The content type of a translated message: of the request when `answer` is NULL."""
+    cdef const Head* head = x.head if answer == NULL else answer
+    cdef int i = head.first[F_CONTENT_TYPE]
+    cdef const char* value = b""
+    cdef uint32_t size = 0
+    cdef char made[WEB_TYPE_MAX]
+    if i >= 0:
+        value, size = head.base + head.fields[i].value, head.fields[i].value_len
+    size = web_request_type(value, size, made) if answer == NULL else web_answer_type(x.web.wants_text, value, size, made)
+    cw_lit(o, b"content-type: ")
+    cw_put(o, made, size)
     cw_lit(o, b"\r\n")
 
 
@@ -434,7 +426,9 @@ cdef int compose_request(Exchange x, char* out, int room, int64_t now) except -2
             head.fields[i].flags |= FIELD_DROP
         elif (head.fields[i].id == F_TRACESTATE and not traced) or (head.fields[i].id == F_BAGGAGE and not x.trusted):
             head.fields[i].flags |= FIELD_DROP
-        elif head.fields[i].id == F_GRPC_TIMEOUT and x.total_at and is_grpc(head):
+        elif head.fields[i].id == F_GRPC_TIMEOUT and x.total_at and (x.web is not None or is_grpc(head)):
+            head.fields[i].flags |= FIELD_DROP
+        elif x.web is not None and head.fields[i].id == F_CONTENT_TYPE:
             head.fields[i].flags |= FIELD_DROP
         elif head.fields[i].id == F_AUTHORIZATION and x.route.strip_authorization:
             head.fields[i].flags |= FIELD_DROP
@@ -459,6 +453,8 @@ cdef int compose_request(Exchange x, char* out, int room, int64_t now) except -2
         put_principal(&o, x.certificate.fields(), x.route.request_edits, x.request_removed)
     if x.principal is not None:
         put_principal(&o, x.principal.headers, x.route.request_edits, x.request_removed)
+    if x.web is not None:
+        put_web_type(&o, x, NULL)
     put_edits(&o, x.route.request_edits, x.request_set)
     if x.collected is not None and x.body.out != BODY_NONE:
         # Whatever its framing was: all of it is here, and goes out in one piece.
@@ -491,6 +487,14 @@ cdef void put_status(cw_out* o, int status) noexcept nogil:
     cw_lit(o, b"\r\n")
 
 
+cdef void put_received_status(cw_out* o, const Head* head) noexcept nogil:
+    cw_lit(o, b"HTTP/1.1 ")
+    put_number(o, head.status)
+    cw_lit(o, b" ")
+    cw_put(o, head.base + head.reason_at, head.reason_len)
+    cw_lit(o, b"\r\n")
+
+
 cdef int compose_answer(Exchange x, Head* head, char* out, int room) except -2:
     cdef cw_out o
     o.at = out
@@ -501,13 +505,13 @@ cdef int compose_answer(Exchange x, Head* head, char* out, int room) except -2:
         drop_named(head, (b"x-request-id",))
     if head.first[F_CROSSWAY_ATTEMPTS] >= 0 and not x.trusted:
         drop_named(head, (b"x-crossway-attempts-left",))
+    if x.web is not None and x.web.translating:
+        drop_named(head, (b"content-type",))
     drop_edited(head, x.route.response_edits, x.response_removed)
-    cw_lit(&o, b"HTTP/1.1 ")
-    put_number(&o, head.status)
-    cw_lit(&o, b" ")
-    cw_put(&o, head.base + head.reason_at, head.reason_len)
-    cw_lit(&o, b"\r\n")
+    put_received_status(&o, head)
     put_fields(&o, head)
+    if x.web is not None and x.web.translating:
+        put_web_type(&o, x, head)
     cw_lit(&o, b"x-request-id: ")
     cw_put(&o, x.request_id, 36)
     cw_lit(&o, b"\r\n")
@@ -558,11 +562,7 @@ cdef int compose_informational(Head* head, char* out, int room) noexcept:
     o.end = out + room
     o.short_ = False
     head_mark_hop_by_hop(head)
-    cw_lit(&o, b"HTTP/1.1 ")
-    put_number(&o, head.status)
-    cw_lit(&o, b" ")
-    cw_put(&o, head.base + head.reason_at, head.reason_len)
-    cw_lit(&o, b"\r\n")
+    put_received_status(&o, head)
     put_fields(&o, head)
     cw_lit(&o, b"\r\n")
     return -1 if o.short_ else <int>(o.at - out)
@@ -575,6 +575,34 @@ cdef bytes problem(Exchange x):
             b',"detail":"' + x.detail + b'","request_id":"' + x.request_id[:36] + b'"}\n')
 
 
+cdef int grpc_reply(Exchange x, cw_out* o, bint keep_alive) except -2:
+    """A refusal as gRPC has it: a head that is all of the answer ("Trailers-Only"). `detail` holds no %, so it is encoded already."""
+    cdef char* from_ = o.at
+    put_status(o, 200)
+    if x.web is None:
+        cw_lit(o, b"content-type: application/grpc\r\ngrpc-status: ")
+    else:                                       # over HTTP/1.1 as well, where the end is to be said
+        cw_lit_name(o, b"content-type: application/grpc-web-text+proto" if x.web.wants_text else
+                    b"content-type: application/grpc-web+proto")
+        cw_lit(o, b"\r\ncontent-length: 0\r\n")
+        if not keep_alive:
+            cw_lit(o, b"connection: close\r\n")
+        cw_lit(o, b"grpc-status: ")
+    put_number(o, grpc_code(x.status))
+    cw_lit(o, b"\r\ngrpc-message: ")
+    if x.reply_body is None:
+        put_bytes(o, x.detail)
+    else:
+        cw_lit_name(o, cw_reason(x.status))
+    cw_lit(o, b"\r\nx-request-id: ")
+    cw_put(o, x.request_id, 36)
+    cw_lit(o, b"\r\n")
+    put_bytes(o, x.reply_headers)
+    put_bytes(o, x.answer_headers)
+    cw_lit(o, b"\r\n")
+    return -1 if o.short_ else <int>(o.at - from_)
+
+
 cdef int compose_reply(Exchange x, char* out, int room, bint keep_alive) except -2:
     cdef cw_out o
     cdef bytes body = x.reply_body
@@ -582,6 +610,8 @@ cdef int compose_reply(Exchange x, char* out, int room, bint keep_alive) except 
     o.at = out
     o.end = out + room
     o.short_ = False
+    if (x.grpc or x.web is not None) and x.status >= 400:
+        return grpc_reply(x, &o, keep_alive)
     if body is None:
         body = problem(x)
     put_status(&o, x.status)

@@ -12,6 +12,7 @@ cdef bytes plain_on_tls():
 cdef bytes PLAIN_ON_TLS = plain_on_tls()
 
 
+@cython.freelist(256)
 cdef class Downstream(Connection):
     """A client's connection."""
 
@@ -235,6 +236,9 @@ cdef class Downstream(Connection):
         if self.tls.resumed:
             engine.slot.counters[C_TLS_RESUMED] += 1
         self.state = D_IDLE
+        self.outer = self.tls
+        if self.tls.alpn == ALPN_HTTP2:
+            return become_link(self)
         self.readable = True                        # the first request may have come along
         engine.set_timer(self, T_KEEPALIVE, engine.now + self.listener.head_us)
         return self.advance()
@@ -330,6 +334,10 @@ cdef class Downstream(Connection):
             result = self.take_proxy_header()
             if result <= 0:
                 return -result
+        if self.x is None and self.requests == 0 and self.listener.http2 is not None and self.listener.http2.clear and self.tls is None:
+            result = speaks_http2(&self.inb)
+            if result:
+                return become_link(self) if result > 0 else 0
         if self.x is None:
             # RFC 9112 2.2: an empty line or two before a request line is passed over.
             while self.inb.end - self.inb.start >= 2 and self.blanks < 2 and \
@@ -417,6 +425,14 @@ cdef class Downstream(Connection):
             x.body.done = head.content_length == 0
         else:
             x.body.done = True
+        if self.stream is not None:
+            x.keep_alive = True
+            x.http2 = True
+            x.grpc = is_grpc(head)
+            if head.content_length < 0 and not self.stream.connects and not self.stream.ended:
+                x.body.mode = BODY_CLOSE            # until the stream ends
+                x.body.out = BODY_CHUNKED
+                x.body.done = False
         self.identify()
         if head.path_plain or head.path_len == 0:
             x.path_len = head.path_len if head.path_len else 1
@@ -457,13 +473,31 @@ cdef class Downstream(Connection):
             x.refuse(405, b"method-not-allowed", b"the resource does not offer this method")
             x.reply_headers = b"allow: " + self.listener.trie.allow(&x.match) + b"\r\n"
             return self.reply()
+        if x.route.grpc_web:
+            take_web(x)
         if x.body.mode == BODY_LENGTH and x.body.remaining > x.body_limit():
             return self.refuse(413, b"body-too-large", b"the request body is larger than the limit")
         if x.route.total_us:
             x.total_at = self.engine.now + x.route.total_us
+        if (x.grpc or x.web is not None) and head.first[F_GRPC_TIMEOUT] >= 0 and self.limit_grpc():
+            return 0
         if head.upgrade and x.route.tunnels is not None and not take_handshake(x):
             return self.reply()
+        if self.stream is not None and self.stream.connects and not x.upgrade:
+            x.side = SIDE_DOWNSTREAM
+            return self.refuse(501, b"no-tunnel", b"no WebSockets are offered here")
         return self.run_steps()
+
+    cdef int limit_grpc(self) except -1:
+        """The client's own deadline, when it is the shorter one. 1 when it is no time at all: answered."""
+        cdef int64_t us = grpc_timeout(self.x.head)
+        if us == -2:
+            self.x.side = SIDE_DOWNSTREAM
+            self.refuse(400, b"bad-deadline", b"grpc-timeout is not up to eight digits and one of H M S m u n")
+            return 1
+        if self.x.total_at == 0 or self.x.started + us < self.x.total_at:
+            self.x.total_at = self.x.started + us
+        return 0
 
     cdef bint preflight(self, const char* host, uint32_t n) except -1:
         """A CORS preflight (Fetch 4.8) is answered by the route that the method to come would reach."""
@@ -492,9 +526,9 @@ cdef class Downstream(Connection):
         cdef Head* head = x.head
         cdef int i
         x.trusted = self.peer_trusted
-        x.secure = self.tls is not None
+        x.secure = self.outer is not None
         if x.secure:
-            x.certificate = self.tls.certificate
+            x.certificate = self.outer.certificate
         memcpy(x.client, self.address, 16)
         memcpy(x.client_text, self.text, 48)
         x.client_len = self.text_len
@@ -587,7 +621,8 @@ cdef class Downstream(Connection):
         if x.body.mode == BODY_LENGTH and x.body.remaining > x.parked.body_limit:
             return self.refuse(413, b"body-too-large", b"the request body is larger than the policy's limit")
         x.collecting = True
-        if x.head.expect and self.inb.end - self.inb.start == x.body_at and self.put(b"HTTP/1.1 100 Continue\r\n\r\n", 25) < 0:
+        if x.head.expect and self.inb.end - self.inb.start == x.body_at and \
+                self.put_message(b"HTTP/1.1 100 Continue\r\n\r\n", 25, False) < 0:
             return self.gone()
         self.arm(T_BODY, self.listener.body_us)
         return 0
@@ -644,7 +679,7 @@ cdef class Downstream(Connection):
             x.refuse(500, b"answer-too-large", b"a policy's answer is too large")
             n = compose_reply(x, self.engine.composed, COMPOSED, x.keep_alive)
         self.engine.slot.counters[C_RESPONSES_LOCAL] += 1
-        if self.put(self.engine.composed, n) < 0:
+        if self.put_message(self.engine.composed, n, True) < 0:
             return self.gone()
         self.engine.slot.counters[C_BYTES_OUT] += n
         return self.answered()
@@ -678,12 +713,13 @@ cdef class Downstream(Connection):
                 if n == -EAGAIN:
                     self.readable = False
                     return 0
-                if n <= 0:
+                if n <= 0 and not (n == 0 and x.body.mode == BODY_CLOSE):
                     return self.truncated()
                 if self.drained(n, want):
                     self.readable = False
                 x.replayable = False
-                self.engine.slot.counters[C_BYTES_IN] += n
+                if self.stream is None:
+                    self.engine.slot.counters[C_BYTES_IN] += n
                 if self.take_payload(self.engine.scratch, <uint32_t>n, &used):
                     return 1
                 if used < n:
@@ -716,6 +752,9 @@ cdef class Downstream(Connection):
             x.body.remaining -= payload
             used[0] = <uint32_t>payload
             x.body.done = x.body.remaining == 0
+        elif x.body.mode == BODY_CLOSE:
+            payload = used[0] = n
+            x.body.done = self.stream.complete()
         else:
             payload = chunked_decode(&x.body.chunked, data, n, used)
             x.replayable = False
@@ -741,7 +780,14 @@ cdef class Downstream(Connection):
             self.engine.slot.counters[C_UPSTREAM_BYTES_OUT] += payload
             if x.keeping:
                 x.keep(data, <uint32_t>payload)
-            if x.body.out == BODY_CHUNKED:
+            if upstream.stream is not None:
+                upstream.stream.last = x.body.done
+                if x.body.done and self.stream is not None:
+                    pass_trailers(self.stream, upstream.stream, x.route.request_edits, x.snapshot.identity_names)
+                result = upstream.put(data, <uint32_t>payload)
+                if result == 0 and x.body.done:
+                    upstream.finish()
+            elif x.body.out == BODY_CHUNKED:
                 result = upstream.put_chunk(data, <uint32_t>payload)
                 if result == 0 and x.body.done:
                     result = upstream.put(b"0\r\n\r\n", 5)
@@ -841,12 +887,29 @@ cdef class Downstream(Connection):
             self.state = D_FLUSH
             self.arm(T_WRITE, self.listener.write_us)
             return 0
-        if self.closing or (self.engine.draining and self.inb.end == self.inb.start):
+        if self.stream is not None:
+            return self.stream_over()
+        if self.closing or ((self.engine.draining or self.listener.leaving) and self.inb.end == self.inb.start):
             return self.leave()
         self.state = D_IDLE
         if self.inb.end == self.inb.start:
             buffer_release(&self.inb)
         self.arm(T_KEEPALIVE, self.listener.keepalive_us)
+        return 0
+
+    cdef int take_stream(self) except -1:
+        """A request of an HTTP/2 connection: its head is here, as text."""
+        self.begin_unparsed()
+        if self.stream.too_long:
+            self.parse_failed(E_TOO_LONG)
+        elif self.parse_head() == 0:
+            self.abort(True)                        # text that ends before its head does: not ours
+        return self.advance()
+
+    cdef int stream_over(self) except -1:
+        """The answer is with its connection: so ends this stream's part."""
+        self.finish()
+        self.close()
         return 0
 
     cdef int leave(self) except -1:
@@ -885,7 +948,10 @@ cdef class Downstream(Connection):
     cdef int abort(self, bint reset) except -1:
         """Ends the exchange without a (complete) answer. With `reset` the client sees a reset, never a clean end."""
         cdef Exchange x = self.x
+        cdef bint grpc = x is not None and x.grpc and x.answer_started
         if x is not None:
+            if grpc:
+                self.closing = x.total_at and self.engine.now >= x.total_at
             self.drop_upstream()
             if x.status == 0:
                 x.status = 499                      # nginx's code for a client that left; only seen in records
@@ -894,12 +960,22 @@ cdef class Downstream(Connection):
         if self.orphaned:
             bury(self)
             return 0
-        if reset and self.fd >= 0:
+        if reset and self.fd >= 0 and not (grpc and self.end_grpc()):
             self.cut_short()
         elif self.tls is not None:
             self.tls.broken = True                  # nobody may take what he got for all of it
         self.close()
         return 0
+
+    cdef bint end_grpc(self) noexcept:
+        """A gRPC answer under way fails as gRPC has it, by its trailers: no client takes that for an answer."""
+        cdef bytes lines = b"grpc-status: 4\r\ngrpc-message: the time for this call is over\r\n" if self.closing else \
+            b"grpc-status: 14\r\ngrpc-message: the upstream's answer stopped\r\n"
+        if self.out.end > self.out.start or self.stream.done or self.stream.reset or \
+                buffer_append(&self.stream.closing_lines, lines, <uint32_t>len(lines)) < 0:
+            return False
+        self.stream.end()
+        return True
 
     cdef void finish_exchange(self):
         """Records the exchange and gives it back."""
@@ -961,8 +1037,9 @@ cdef class Downstream(Connection):
                 task.cancel()
             self.engine.give_exchange(x)
         self.state = D_CLOSED
-        self.engine.connections -= 1
-        self.engine.slot.counters[C_CONNECTIONS_CLOSED] += 1
+        if self.stream is None:
+            self.engine.connections -= 1
+            self.engine.slot.counters[C_CONNECTIONS_CLOSED] += 1
         Connection.close(self)
 
     def describe(self) -> dict:

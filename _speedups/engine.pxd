@@ -10,6 +10,7 @@ from gateway._speedups.buffers cimport Buffer
 from gateway._speedups.exchange cimport Exchange, ListenerEntry, Snapshot
 from gateway._speedups.headers cimport Head
 from gateway._speedups.histogram cimport WorkerSlot
+from gateway._speedups.http2 cimport Http2Session, Http2Stream
 from gateway._speedups.notices cimport Notices
 from gateway._speedups.pool cimport Endpoint, Upstream
 from gateway._speedups.sockets cimport iovec, sockaddr_storage
@@ -35,6 +36,7 @@ cdef enum:
     T_TUNNEL            # no byte through a tunnel
 
 cdef enum:
+    FD_STREAM = 0x7ffffff0      # in place of a descriptor: a stream of an HTTP/2 connection, open
     TICK_US = 100000    # resolution of deadlines
     WHEEL = 1024        # slots: 102 s a turn; later deadlines take more turns
 
@@ -72,6 +74,7 @@ cdef class Connection:
     cdef bint broken_off            # of a tunnel: writing failed
     cdef bint orphaned              # the client has left; its exchange goes on, and what is written to it is dropped
     cdef Tls tls                    # None: clear text
+    cdef Http2Stream stream         # what it is of an HTTP/2 connection; None: a socket of its own
     cdef Buffer inb                 # received, not consumed
     cdef Buffer out                 # to be sent; empty most of the time
     # Deadline: linked into Engine.wheel by raw pointers. Safe because close() unlinks, and `by_fd` owns the connection until then.
@@ -115,6 +118,12 @@ cdef class Connection:
     # 0, or -errno when the connection is broken. What the kernel does not take at once is kept in `out`.
     cdef int put(self, const char* data, uint32_t n) noexcept
     cdef int put_chunk(self, const char* data, uint32_t n) noexcept
+    # The same for a message's head with what there is of its body behind it; `last`: the message ends with it.
+    @cython.final
+    cdef int put_message(self, const char* data, uint32_t n, bint last) noexcept
+    # What was put last ended the message: HTTP/1.1's framing has said so, a stream is told.
+    @cython.final
+    cdef void finish(self) noexcept
     cdef int flush(self) noexcept
 
 cdef class Downstream(Connection):
@@ -131,7 +140,11 @@ cdef class Downstream(Connection):
     cdef unsigned char address[16]
     cdef char text[48]
     cdef int text_len
+    cdef Tls outer                  # of the connection, whatever lies between
+    cdef Http2Session held          # orphaned: the connection in whose limit it still counts
 
+    cdef int take_stream(self) except -1
+    cdef int stream_over(self) except -1
     cdef int secure(self, uint32_t events) except -1
     cdef int handshake_failed(self) except -1
     cdef int peek_proxy_header(self) except -2
@@ -167,6 +180,8 @@ cdef class Downstream(Connection):
     cdef int answered(self) except -1
     cdef int settle(self) except -1
     cdef int abort(self, bint reset) except -1
+    cdef bint end_grpc(self) noexcept
+    cdef int limit_grpc(self) except -1
     cdef void drop_upstream(self)
     cdef void finish_exchange(self)
     cdef bint waits_for_body(self) noexcept
@@ -191,6 +206,13 @@ cdef class UpstreamConnection(Connection):
     cdef bint recorded              # how the present attempt ended was told to the endpoint
     cdef int64_t sent_at            # monotonic us, of the present attempt
     cdef uint32_t ticket            # its endpoint's
+    # -- of a stream
+    cdef BackLink link
+    cdef uint32_t start_at          # of the body, when the present attempt began: it may be refused unread
+    cdef int64_t start_remaining
+    cdef uint64_t start_bytes
+    cdef bint undecided             # a gRPC answer whose status is in its trailers
+    cdef int64_t took               # us until its head came
 
     cdef void leave_pool(self)
     cdef void take_up(self, Exchange x) noexcept
@@ -214,9 +236,47 @@ cdef class UpstreamConnection(Connection):
     cdef int take_answer(self, char* data, uint32_t n) except -1
     cdef int end_of_answer(self) except -1
     cdef int lost(self, int error) except -1
+    cdef bint owes_trailers(self) noexcept
     cdef int answer_hooked(self, int verdict) except -1
     cdef void release(self)
     cdef int fail(self, int status, bytes slug, bytes detail) except -1
+
+# A socket with HTTP/2 on it. Its exchanges are the streams' owners.
+cdef class Link(Connection):
+    cdef LinkSession h2
+    cdef int pump(self) except -1
+    cdef void count_in(self, ssize_t n) noexcept
+    cdef int push(self) except -1           # sends what waits
+    cdef void moved_on(self) noexcept
+    cdef int over(self) except -1           # the connection is lost or at its end
+    cdef int stirred(self) except -1        # after each event: deadlines, and the end of a connection that is to end
+
+cdef class LinkSession(Http2Session):
+    cdef Link link                          # None once that is closed
+    cdef bint held                          # in Engine.held
+
+cdef class FrontLink(Link):
+    cdef Downstream face                    # what the client's connection was before it was this
+    cdef int take(self, Http2Stream stream) except -1
+    cdef void drain(self)
+    cdef int leave(self) except -1
+    cdef int linger(self) except -1
+
+cdef class BackLink(Link):
+    cdef Endpoint endpoint
+    cdef Upstream upstream
+    cdef int64_t born                       # monotonic us
+    cdef list waiting                       # UpstreamConnections whose streams may be opened once it stands
+    cdef bint stands
+    cdef bint retiring                      # takes no more streams
+    cdef bint resting                       # counted among the idle connections
+    cdef uint32_t served
+    cdef int connected(self, uint32_t events) except -1
+    cdef int secure(self) except -1
+    cdef int serve(self) except -1
+    cdef int refuse(self, int status, bytes slug, bytes detail) except -1
+    cdef bint usable(self, int64_t now) noexcept
+    cdef bint left(self) noexcept
 
 cdef class ListenSocket(Connection):
     cdef readonly str name
@@ -238,6 +298,8 @@ cdef class Engine:
     cdef list spare                 # free exchanges
     cdef set orphans                # Downstreams whose clients have left: owned here until their exchanges end
     cdef set full                   # upstreams with a queue
+    cdef list held                  # sessions with small pieces that wait for the tick
+    cdef list corked                # links with frames to be sent at the end of the batch
     cdef object look_handle
     cdef dict listening             # name -> ListenSocket
     cdef dict handshaking           # Downstream in D_HANDSHAKE, oldest first (values unused)
@@ -284,3 +346,7 @@ cdef class Engine:
     cdef void tell(self, Endpoint endpoint, int event)
     cdef UpstreamConnection obtain(self, Exchange x, Endpoint endpoint, bint fresh)
     cdef UpstreamConnection connect(self, Exchange x, Endpoint endpoint)
+    cdef UpstreamConnection obtain_stream(self, Exchange x, Endpoint endpoint)
+    cdef BackLink link_to(self, Exchange x, Endpoint endpoint)
+    cdef void uncork(self)
+    cdef void force_held(self)

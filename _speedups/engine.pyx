@@ -15,21 +15,25 @@ from cpython.list cimport PyList_GET_SIZE
 from cpython.ref cimport PyObject
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memchr, memcmp, memcpy, memmove, memset
+from libc.string cimport memchr, memcmp, memcpy, memmove, memset, strlen
 from gateway._speedups.buffers cimport *
 from gateway._speedups.compose cimport *
 from gateway._speedups.exchange cimport *
+from gateway._speedups.grpc cimport *
+from gateway._speedups.grpc_web cimport (
+    WEB_NOT, WEB_TEXT, WebCall, web_encode, web_kind, web_reset, web_trailers, web_wants_text)
 from gateway._speedups.headers cimport *
 from gateway._speedups.histogram cimport *
 from gateway._speedups.http1 cimport *
+from gateway._speedups.http2 cimport *
 from gateway._speedups.balance cimport hash_key
 from gateway._speedups.pool cimport *
 from gateway._speedups.proxy_protocol cimport parse_proxy_header
 from gateway._speedups.sockets cimport *
-from gateway._speedups.tls cimport FAILED_GONE, FAILED_PLAIN, Tls, TlsUpstream, tls_live
+from gateway._speedups.tls cimport ALPN_HTTP2, FAILED_GONE, FAILED_PLAIN, Tls, TlsUpstream, tls_live
 from gateway._speedups.token_bucket cimport BucketTable
 from gateway._speedups.upstream_state cimport OUT_NEUTRAL, U_HEDGES, U_QUEUE_TIMEOUTS, classify_status
-from gateway._speedups.wire cimport cw_equals_folded, cw_put_hex
+from gateway._speedups.wire cimport cw_equals_folded, cw_fold_name, cw_put_hex
 
 import logging
 
@@ -47,6 +51,7 @@ cdef enum:
     SPARE_EXCHANGES = 256
     HEAD_MAX = 65536            # of an upstream's answer
     INFORMATIONAL_MAX = 8
+    TROUBLE = -998              # no errno: what was to be sent cannot be
     LINGER_US = 2000000
     LINGER_BYTES = 1048576
     HANDSHAKES = 8              # steps per batch: a signature takes up to a millisecond, and the others have a turn between
@@ -75,20 +80,20 @@ cdef class Connection:
     def __dealloc__(self):
         buffer_release(&self.inb)
         buffer_release(&self.out)
-        if self.fd >= 0:
+        if self.fd >= 0 and self.fd != FD_STREAM:
             cw_close(self.fd)
 
     @cython.final
     cdef ssize_t recv(self, void* data, size_t n) noexcept:
-        if self.tls is None:
-            return cw_recv(self.fd, data, n)
-        return self.tls.recv(data, n)
+        if self.tls is not None:
+            return self.tls.recv(data, n)
+        return cw_recv(self.fd, data, n) if self.stream is None else self.stream.recv(data, n)
 
     @cython.final
     cdef ssize_t send(self, const void* data, size_t n) noexcept:
-        if self.tls is None:
-            return cw_send(self.fd, data, n)
-        return self.tls.send(data, n)
+        if self.tls is not None:
+            return self.tls.send(data, n)
+        return cw_send(self.fd, data, n) if self.stream is None else self.stream.send(data, n)
 
     @cython.final
     cdef ssize_t sendv(self, iovec* pieces, int count) noexcept:
@@ -101,13 +106,15 @@ cdef class Connection:
         # Edge-triggered: more bytes make a new event. Of TLS, records may be left that the kernel has handed over already.
         if self.tls is not None:
             return self.tls.at_rest()
+        if self.stream is not None:
+            return self.stream.at_rest()
         return n < <ssize_t>room and not self.ended
 
     @cython.final
     cdef bint silent(self) noexcept:
-        if self.tls is None:
-            return cw_silent(self.fd)
-        return self.tls.silent()
+        if self.tls is not None:
+            return self.tls.silent()
+        return cw_silent(self.fd) if self.stream is None else self.stream.at_rest()
 
     @cython.final
     cdef bint at_rest(self) noexcept:
@@ -121,6 +128,9 @@ cdef class Connection:
 
     @cython.final
     cdef bint shut(self) noexcept:
+        if self.stream is not None:
+            self.stream.end()
+            return True
         if self.tls is not None and not self.tls.shut():
             return False
         cw_shutdown(self.fd, SHUT_WR)
@@ -128,12 +138,21 @@ cdef class Connection:
 
     @cython.final
     cdef void cut_short(self) noexcept:
+        if self.stream is not None:
+            if self.stream.session is not None:
+                self.stream.give_up(H2_CANCEL if self.stream.session.client else H2_INTERNAL_ERROR)
+            return
         cw_reset_on_close(self.fd)
         if self.tls is not None:
             self.tls.broken = True
 
     @cython.final
     cdef void hang_up(self) noexcept:
+        if self.stream is not None:
+            self.stream.close()
+            self.stream = None
+            self.fd = -1
+            return
         self.tls = None                             # with the descriptor: its number will be another's
         cw_close(self.fd)
         self.fd = -1
@@ -149,6 +168,11 @@ cdef class Connection:
         if self.fd < 0:
             return
         self.engine.unlink_timer(self)
+        if self.stream is not None:
+            self.hang_up()
+            buffer_release(&self.inb)
+            buffer_release(&self.out)
+            return
         self.engine.unregister(self)
         if self.tls is not None:
             if self.out.end == self.out.start:
@@ -178,6 +202,22 @@ cdef class Connection:
                 sent = 0
             self.writable = False
         return -ENOMEM if buffer_append(&self.out, data + sent, n - <uint32_t>sent) < 0 else 0
+
+    @cython.final
+    cdef int put_message(self, const char* data, uint32_t n, bint last) noexcept:
+        cdef int head
+        if self.stream is None:
+            return self.put(data, n)
+        head = self.stream.head(data, n, last)
+        return -EPIPE if head < 0 else self.put(data + head, n - <uint32_t>head)
+
+    @cython.final
+    cdef void finish(self) noexcept:
+        if self.stream is not None:
+            if self.out.end > self.out.start:
+                self.stream.last = True             # with the last of what waits
+            else:
+                self.stream.end()
 
     cdef int put_chunk(self, const char* data, uint32_t n) noexcept:
         """One chunk: size line, data, CRLF; three pieces in one call when nothing waits already."""
@@ -244,8 +284,10 @@ cdef void keep_tail(Buffer* out, const char* data, uint32_t n, ssize_t* sent) no
 
 include "attempts.pxi"
 include "tunnel.pxi"
+include "grpc_web.pxi"
 include "downstream.pxi"
 include "upstream.pxi"
+include "links.pxi"
 
 
 cdef class ListenSocket(Connection):
@@ -317,6 +359,8 @@ cdef class Engine:
         self.spare = []
         self.orphans = set()
         self.full = set()
+        self.corked = []
+        self.held = []
         self.listening = {}
         self.handshaking = {}
         self.complaints = {}
@@ -376,7 +420,9 @@ cdef class Engine:
         for name in list(self.listening):
             self.unlisten(name)
         for connection in list(self.by_fd):
-            if isinstance(connection, Downstream) and (<Downstream>connection).state == D_IDLE:
+            if isinstance(connection, FrontLink):
+                (<FrontLink>connection).drain()
+            elif isinstance(connection, Downstream) and (<Downstream>connection).state == D_IDLE:
                 (<Downstream>connection).wake()
                 (<Downstream>connection).advance()      # a request that is in the socket already is served
                 if (<Downstream>connection).state == D_IDLE and not (<Downstream>connection).queued:
@@ -393,7 +439,9 @@ cdef class Engine:
             listener.leaving = True
         self.unlisten(name)
         for connection in list(self.by_fd):
-            if isinstance(connection, Downstream) and (<Downstream>connection).listener_name == name:
+            if isinstance(connection, FrontLink) and (<FrontLink>connection).face.listener_name == name:
+                (<FrontLink>connection).drain()
+            elif isinstance(connection, Downstream) and (<Downstream>connection).listener_name == name:
                 if (<Downstream>connection).state == D_IDLE:
                     (<Downstream>connection).wake()
                     (<Downstream>connection).advance()      # a request that is in the socket already is served
@@ -403,15 +451,16 @@ cdef class Engine:
 
     def serving(self, str name not None) -> int:
         """Open client connections of one listener."""
-        return sum(1 for each in self.by_fd if isinstance(each, Downstream) and (<Downstream>each).listener_name == name)
+        return sum(1 for each in self.by_fd if (isinstance(each, Downstream) and (<Downstream>each).listener_name == name) or
+                   (isinstance(each, FrontLink) and (<FrontLink>each).face.listener_name == name))
 
     def close_clients(self, judge) -> int:
         """Close at once the connections of clients whose ClientCertificate `judge` condemns; returns how many."""
-        cdef Downstream client
+        cdef Connection client
         condemned = []
         for each in self.by_fd:
-            if isinstance(each, Downstream):
-                client = <Downstream>each
+            if isinstance(each, (Downstream, FrontLink)):
+                client = <Connection>each
                 if client.tls is not None and client.tls.certificate is not None and judge(client.tls.certificate):
                     condemned.append(client)
         for client in condemned:
@@ -426,7 +475,8 @@ cdef class Engine:
     def unfinished(self) -> list:
         """What would be cut now: one dict per open exchange."""
         found = []
-        for connection in [*self.by_fd, *self.orphans]:
+        streams = [stream for link in self.by_fd if isinstance(link, FrontLink) for stream in (<FrontLink>link).owners()]
+        for connection in [*self.by_fd, *streams, *self.orphans]:
             if isinstance(connection, Downstream) and (<Downstream>connection).x is not None:
                 found.append((<Downstream>connection).describe())
         return found
@@ -489,6 +539,8 @@ cdef class Engine:
                     self.run_again()
                 if self.parked:
                     self.run_parked()
+                if self.corked:
+                    self.uncork()
                 if n <= 0 and not self.again and not self.parked:
                     break
                 self.now = cw_monotonic_us()
@@ -508,6 +560,8 @@ cdef class Engine:
             self.poll()                 # bytes that arrived while the process slept come before its deadlines
         self.now = cw_monotonic_us()
         self.expire()
+        if self.held:
+            self.force_held()
         self.go_on()
         self.slot.gauges[G_CONNECTIONS] = self.connections
         self.slot.gauges[G_EXCHANGES] = self.exchanges
@@ -769,7 +823,11 @@ cdef class Engine:
 
     cdef void go_on(self):
         """What came up outside poll() is no event of the epoll descriptor: nothing else would call it."""
-        if (self.again or self.parked) and not self.polling and self.loop is not None:
+        if self.polling:
+            return
+        if self.corked:
+            self.uncork()
+        if (self.again or self.parked) and self.loop is not None:
             self.loop.call_soon(self.poll)
 
     cdef int resume(self, Exchange x, object result, object error) except -1:
@@ -847,6 +905,8 @@ cdef class Engine:
         """A connection to the endpoint: a proven idle one, or a new one on its way. None when there can be none."""
         cdef UpstreamConnection connection
         cdef bint safe = x.head.method == M_GET or x.head.method == M_HEAD or x.head.method == M_OPTIONS
+        if x.upstream.protocol != PROTOCOL_HTTP1:
+            return self.obtain_stream(x, endpoint)
         while not fresh and endpoint.idle:
             connection = <UpstreamConnection>endpoint.idle.pop()
             # What must not be sent twice travels only on a connection that is alive and silent right now.
@@ -860,6 +920,111 @@ cdef class Engine:
             self.slot.counters[C_UPSTREAM_REUSED] += 1
             return connection
         return self.connect(x, endpoint)
+
+    cdef UpstreamConnection obtain_stream(self, Exchange x, Endpoint endpoint):
+        """A stream on a link that has room, or on a new one on its way."""
+        cdef UpstreamConnection connection
+        cdef BackLink link = None, other
+        for other in list(endpoint.links):
+            if not other.usable(self.now):
+                continue
+            # What must not be sent twice travels only on a connection that is alive right now.
+            if other.resting and not is_safe(x.head.method) and other.left():
+                self.slot.counters[C_UPSTREAM_DISCARDED] += 1
+                other.close()
+                continue
+            link = other
+            break
+        if link is None:
+            link = self.link_to(x, endpoint)
+            if link is None:
+                return None
+        connection = UpstreamConnection.__new__(UpstreamConnection)
+        connection.engine = self
+        connection.endpoint = endpoint
+        connection.upstream = x.upstream
+        connection.born = self.now
+        connection.link = link
+        connection.stream = link.h2.make()
+        connection.stream.owner = connection
+        connection.fd = FD_STREAM
+        connection.writable = True
+        if link.stands:
+            connection.state = U_HEAD
+            connection.reused = link.served > 0
+            link.served += 1
+            if link.resting:
+                link.resting = False
+                self.upstreams_idle -= 1
+                link.why = T_NONE
+            self.slot.counters[C_UPSTREAM_REUSED] += 1
+        else:
+            connection.state = U_CONNECTING
+            link.waiting.append(connection)
+        return connection
+
+    cdef BackLink link_to(self, Exchange x, Endpoint endpoint):
+        """A new link to the endpoint; None when there can be none."""
+        cdef BackLink link
+        cdef int fd, result
+        if not x.upstream.open_one():
+            return None
+        fd = cw_socket(endpoint.sockaddr.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
+        if fd < 0:
+            x.upstream.close_one()
+            return None
+        cw_nodelay(fd)
+        result = cw_connect(fd, <sockaddr*>&endpoint.sockaddr, endpoint.length)
+        if result < 0 and errno != EINPROGRESS:
+            cw_close(fd)
+            x.upstream.close_one()
+            self.slot.counters[C_UPSTREAM_CONNECT_FAILURES] += 1
+            return None
+        link = BackLink.__new__(BackLink)
+        link.engine = self
+        link.endpoint = endpoint
+        link.upstream = x.upstream
+        link.born = self.now
+        link.waiting = []
+        link.h2 = LinkSession.__new__(LinkSession)
+        link.h2.link = link
+        link.h2.settings = x.upstream.http2
+        try:
+            self.register(link, fd, WATCH)
+        except OSError as error:                    # closed already; as good as unreachable
+            self.log.error("cannot watch a connection", exc_info=error)
+            x.upstream.close_one()
+            return None
+        self.set_timer(link, T_CONNECT, self.now + x.upstream.connect_us)
+        endpoint.links.append(link)
+        self.upstreams += 1
+        self.slot.counters[C_UPSTREAM_CONNECTS] += 1
+        return link
+
+    cdef void force_held(self):
+        """Pieces that waited for more window have waited long enough."""
+        cdef LinkSession session
+        held, self.held = self.held, []
+        for session in held:
+            session.held = False
+            if session.link is not None:
+                try:
+                    session.force()
+                except BaseException as error:
+                    self.report(session.link, error)
+
+    cdef void uncork(self):
+        """What the links have to say leaves."""
+        cdef Link link
+        corked, self.corked = self.corked, []
+        for link in corked:
+            if link.fd >= 0:
+                try:
+                    link.push()
+                    if link.fd >= 0:
+                        link.stirred()
+                except BaseException as error:
+                    self.report(link, error)
 
     cdef UpstreamConnection connect(self, Exchange x, Endpoint endpoint):
         cdef UpstreamConnection connection

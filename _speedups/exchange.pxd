@@ -8,8 +8,10 @@ use, so that whoever kept a reference (a hook's task) can tell that it is not hi
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from gateway._speedups.buffers cimport Buffer
 from gateway._speedups.certificates cimport ClientCertificate
+from gateway._speedups.grpc_web cimport WebCall
 from gateway._speedups.headers cimport Head
 from gateway._speedups.http1 cimport Chunked, Limits
+from gateway._speedups.http2_settings cimport Http2
 from gateway._speedups.histogram cimport WorkerSlot
 from gateway._speedups.journal cimport Journal
 from gateway._speedups.pool cimport Endpoint, Upstream
@@ -118,6 +120,7 @@ cdef class RouteEntry(Route):
     cdef object cors                    # CorsStep or None
     cdef Shape shape                    # None: one upstream, no mirror
     cdef Tunnels tunnels                # None: Upgrade is stripped
+    cdef bint grpc_web                  # its clients may speak gRPC-Web
 
 cdef class ListenerEntry:
     cdef readonly str name
@@ -131,6 +134,7 @@ cdef class ListenerEntry:
     cdef readonly TlsListener tls       # None: clear text
     cdef public bint leaving            # answers end their connections: this listener drains, others may go on
     cdef readonly object originals      # None, or of connections that the kernel redirected here: (address, port) -> listener
+    cdef readonly Http2 http2           # None: HTTP/1.1 only
 
 cdef class Snapshot:
     cdef readonly int version
@@ -174,6 +178,9 @@ cdef class Exchange:
     cdef int peer_len
     cdef bint trusted                   # the connection comes from a trusted proxy
     cdef bint secure                    # the client's side of the edge spoke TLS
+    cdef bint http2                     # ... and HTTP/2
+    cdef bint grpc                      # ... and gRPC: refusals are told by grpc-status
+    cdef WebCall web                    # the client speaks gRPC-Web; None: it does not
     cdef ClientCertificate certificate  # of the client, verified
     cdef char request_id[36]
     cdef char trace[55]
@@ -211,6 +218,7 @@ cdef class Exchange:
     cdef bint waiting                   # in its upstream's queue
     cdef bint repeatable                # the money rules allow to send it again though it was sent
     cdef bint keeping                   # what streams of the body is kept in `kept`
+    cdef int refusals                   # times that an HTTP/2 server refused it unread
     cdef bint raced                     # sent again once because a pooled connection turned out to be closed
     cdef Buffer kept                    # the body so far, for another attempt
     cdef int informational              # 1xx answers seen

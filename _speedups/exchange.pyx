@@ -132,7 +132,7 @@ cdef class RouteEntry(Route):
                  double head=0, double idle=0, double total=0, Edits request_edits=None, Edits response_edits=None,
                  bytes rewrite_prefix=None, tuple rewrite_path=None, bytes rewrite_host=None, tuple audits=(),
                  tuple response_hooks=(), tuple end_hooks=(), bint strip_authorization=False, cors=None, Shape shape=None,
-                 Tunnels tunnels=None):
+                 Tunnels tunnels=None, bint grpc_web=False):
         cdef int i
         Route.__init__(self, name, index)
         self.upstream = upstream
@@ -164,6 +164,7 @@ cdef class RouteEntry(Route):
         self.cors = cors
         self.shape = shape
         self.tunnels = tunnels
+        self.grpc_web = grpc_web
 
     def __dealloc__(self):
         free(self.step)
@@ -180,7 +181,7 @@ cdef class ListenerEntry:
     def __init__(self, str name, RouteTrie trie not None, *, int head_limit=32768, int target_limit=8192, int fields=100,
                  int64_t body_limit=1048576, double head=10, double body=30, double keepalive=75, double write=30,
                  int requests=10000, int connections=10000, trusted=(), str proxy_protocol="off",
-                 TlsListener tls=None, originals=None):
+                 TlsListener tls=None, Http2 http2=None, originals=None):
         self.name = name
         self.originals = originals
         self.trie = trie
@@ -196,6 +197,7 @@ cdef class ListenerEntry:
         self.connections_max = connections
         self.trusted = Networks(trusted)
         self.tls = tls
+        self.http2 = http2
         self.proxy_protocol = {"off": 0, "optional": 1, "required": 2}[proxy_protocol]
 
 
@@ -284,12 +286,16 @@ cdef class Exchange:
         self.replayable = True
         self.trusted = False
         self.secure = False
+        self.http2 = False
+        self.grpc = False
+        self.web = None
         self.certificate = None
         self.tries = 0
         self.attempts = 0
         self.balance_key = 0
         self.repeatable = False
         self.raced = False
+        self.refusals = 0
         self.upgrade = False
         self.tunnel_from = self.tunnel_until = 0
         if self.keeping or self.kept.cap:

@@ -52,6 +52,7 @@ cdef enum:                      # FieldId
     F_CROSSWAY_DEADLINE         # x-crossway-deadline-ms
     F_CROSSWAY_ATTEMPTS         # x-crossway-attempts-left
     F_GRPC_TIMEOUT
+    F_GRPC_STATUS
     F_KNOWN                     # how many there are
 
 cdef enum:                      # FieldFlag

@@ -21,6 +21,7 @@ cdef extern from *:
         "access-control-request-headers", "forwarded", "x-forwarded-for", "x-forwarded-proto", "x-forwarded-host",
         "x-request-id", "traceparent", "tracestate", "baggage", "x-api-key", "idempotency-key", "user-agent", "via",
         "server", "date", "retry-after", "x-crossway-deadline-ms", "x-crossway-attempts-left", "grpc-timeout",
+        "grpc-status",
     };
     enum { CW_FIELD_COUNT = sizeof(cw_field_names) / sizeof(cw_field_names[0]) };
     /* Candidates by name length (0..31): at most four ids share one; filled once at import. */

@@ -88,9 +88,19 @@ cdef enum:                      # counters; anonymous, so that a member indexes 
     C_TUNNELS_CUT               # ended by us otherwise: the end of a drain
     C_TUNNEL_BYTES_IN           # from clients
     C_TUNNEL_BYTES_OUT
+    C_H2_CONNECTIONS            # of clients
+    C_H2_STREAMS                # opened, on both sides
+    C_H2_REFUSED                # above the limit of a connection
+    C_H2_RESETS_IN              # streams that the other side gave up
+    C_H2_RESETS_OUT
+    C_H2_MALFORMED              # messages that are no HTTP
+    C_H2_FRAMES_EMPTY           # frames that carried nothing
+    C_H2_ERRORS                 # connections ended by GOAWAY with an error
+    C_H2_CALMED                 # those of them for a flood
+    C_UPSTREAM_H2_CONNECTIONS
     C_SERIES_OVERFLOW           # observations that found no free series; written by observe() only
     C_USED                      # how many there are
-    COUNTER_COUNT = 96          # room in the slot
+    COUNTER_COUNT = 128         # room in the slot
 
 cdef enum:                      # gauges
     G_CONNECTIONS = 0

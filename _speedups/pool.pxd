@@ -8,6 +8,7 @@ owed in either direction. Python is called from here: while a snapshot is built,
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from gateway._speedups.balance cimport Balancer, Candidate
+from gateway._speedups.http2_settings cimport Http2
 from gateway._speedups.sockets cimport sockaddr_storage, socklen_t
 from gateway._speedups.tls cimport TlsUpstream
 from gateway._speedups.upstream_state cimport EndpointState, UpstreamState
@@ -31,11 +32,18 @@ cdef enum:
     OUTCOME_RESET
     OUTCOME_TIMEOUT
     OUTCOME_BAD                 # not HTTP
+    OUTCOME_GRPC                # a gRPC answer; its `status` is the grpc-status
 
 cdef enum:
     HOST_PRESERVE = 0
     HOST_TARGET = 1
     HOST_LITERAL = 2
+
+# What is spoken with the endpoints. gRPC is HTTP/2 whose answers are judged by their grpc-status.
+cdef enum:
+    PROTOCOL_HTTP1 = 0
+    PROTOCOL_HTTP2
+    PROTOCOL_GRPC
 
 # What consistent hashing takes for its key.
 cdef enum:
@@ -55,6 +63,8 @@ cdef class Endpoint:
     cdef readonly int weight
     cdef readonly str zone              # None: unknown
     cdef list idle                      # connections, most recent last
+    cdef list links                     # HTTP/2 connections, whatever they carry now
+    cdef uint32_t streams_said          # how many streams its server allowed on a connection, last time; 100 before it has said
     cdef public bint retired            # replaced or gone: nobody will draw from its pool
     cdef Candidate candidate            # the balancer points to it while this is one of its upstream's endpoints
     cdef EndpointState state            # from the moment on that it is one
@@ -96,7 +106,9 @@ cdef class Upstream:
     cdef bint finish_abandoned          # what was sent completely goes on when its client has left
     cdef int host_mode                  # HOST_*
     cdef bytes host_literal
-    cdef readonly TlsUpstream tls       # None: clear text
+    cdef readonly TlsUpstream tls       # None: clear text; HTTP/2 by prior knowledge then
+    cdef int protocol                   # PROTOCOL_*
+    cdef readonly Http2 http2           # None exactly when PROTOCOL_HTTP1
 
     # A place in flight (False: wait or refuse), and giving it back; `good`: the client got an answer that was no failure.
     cdef bint enter(self, int64_t now) noexcept

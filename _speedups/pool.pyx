@@ -31,6 +31,8 @@ cdef dict RETRY_BITS = {"connect-failure": RETRY_CONNECT, "reset": RETRY_RESET, 
                         "500": RETRY_500, "502": RETRY_502, "503": RETRY_503, "504": RETRY_504}
 cdef dict KEY_KINDS = {"": KEY_NONE, "client": KEY_CLIENT, "source": KEY_SOURCE, "header": KEY_HEADER, "cookie": KEY_COOKIE}
 
+cdef dict PROTOCOLS = {"http1": PROTOCOL_HTTP1, "http2": PROTOCOL_HTTP2, "grpc": PROTOCOL_GRPC}
+
 
 cdef class Endpoint:
     """One address of an upstream: `address` is numeric, host:port or [host]:port; `target` is the name that it was found by.
@@ -50,6 +52,8 @@ cdef class Endpoint:
         self.weight = weight
         self.zone = zone
         self.idle = []
+        self.links = []
+        self.streams_said = 100
         encoded = address.encode("ascii")
         candidate_reset(&self.candidate, hash_key(encoded, len(encoded)), weight, 1)
         self.candidate.usable = True
@@ -65,8 +69,10 @@ cdef object succeed(Endpoint endpoint, Endpoint before, Upstream upstream, bint 
         retire(before)
     before.retired = True
     endpoint.idle, before.idle = before.idle, []
-    for connection in endpoint.idle:
+    endpoint.links, before.links = before.links, []
+    for connection in [*endpoint.idle, *endpoint.links]:
         connection.moved(endpoint, upstream)
+    endpoint.streams_said = before.streams_said
     endpoint.candidate.ewma_us = before.candidate.ewma_us
     endpoint.candidate.ewma_at = before.candidate.ewma_at
     endpoint.candidate.penalty_until = before.candidate.penalty_until
@@ -77,7 +83,7 @@ cdef object retire(Endpoint endpoint):
     """Nobody will draw from this pool any more."""
     endpoint.retired = True
     idle, endpoint.idle = endpoint.idle, []
-    for connection in idle:
+    for connection in [*idle, *endpoint.links]:
         connection.discard()
 
 
@@ -100,9 +106,11 @@ cdef class Upstream:
                  str zone=None, int attempts=1, retry_on=("connect-failure",), double per_try=0, double backoff=0.025,
                  double backoff_max=0.25, int64_t replay=65536, bint honours_key=False, double budget=0.2, int reserve=10,
                  double hedge=0, bint finish_abandoned=True, dict eject=None, bint panic=False, table=None, int worker=0,
-                 TlsUpstream tls=None):
+                 TlsUpstream tls=None, str protocol="http1", Http2 http2=None):
         self.name = name
         self.tls = tls
+        self.protocol = PROTOCOLS[protocol]
+        self.http2 = None if self.protocol == PROTOCOL_HTTP1 else Http2() if http2 is None else http2
         self.unresolved = set()
         self.zone = zone
         self.table = private_table() if table is None else table
@@ -198,9 +206,16 @@ cdef class Upstream:
 
     def equivalent(self, Upstream other not None) -> bool:
         """Whether connections made for one can serve the other's requests."""
+        if self.protocol != other.protocol or self.http2 != other.http2:
+            return False
         if self.tls is None or other.tls is None:
             return self.tls is other.tls
         return self.tls.digest == other.tls.digest
+
+    @property
+    def protocol_name(self) -> str:
+        """http1, http2 or grpc."""
+        return ("http1", "http2", "grpc")[self.protocol]
 
     def abandon(self) -> None:
         """The upstream is in no snapshot any more."""
@@ -245,7 +260,7 @@ cdef class Upstream:
     cdef bint has_idle(self) noexcept:
         cdef Endpoint endpoint
         for endpoint in self.endpoints:
-            if endpoint.idle:
+            if endpoint.idle or endpoint.links:
                 return True
         return False
 
@@ -386,6 +401,10 @@ cdef class Upstream:
             out = classify_status(status)
             if out == OUT_OK:
                 sample = SAMPLE_GOOD
+        elif outcome == OUTCOME_GRPC:
+            out = classify_grpc(status)
+            if out == OUT_OK:
+                sample = SAMPLE_GOOD
         elif outcome == OUTCOME_CONNECT:
             out = OUT_CONNECT
         elif outcome == OUTCOME_TIMEOUT:
@@ -393,7 +412,7 @@ cdef class Upstream:
         else:
             out = OUT_RESET
         self.balancer.finished(&endpoint.candidate, now, us if us > 0 else 0, sample, retry_after_us)
-        if self.adaptive and outcome == OUTCOME_ANSWERED:
+        if self.adaptive and (outcome == OUTCOME_ANSWERED or outcome == OUTCOME_GRPC):
             self.state.sampled(now - us, now)
         event = endpoint.state.report(self.state, out, ticket, now)
         if event:

@@ -1,4 +1,4 @@
-"""The parser, the path normaliser, the chunked decoder and a race as Python functions, for tests and fuzzing only.
+"""The parser, the path normaliser, the decoders of bodies and a race as Python functions, for tests and fuzzing only.
 
 Strategy: every input is copied into a malloc block of exactly its size before it is parsed, so that a sanitizer build
 reports a read of one byte too many; nothing of the gateway imports this module.
@@ -11,6 +11,11 @@ with the parser's offsets, so a wrong offset shows as a wrong value, not as a wi
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
+from gateway._speedups.buffers cimport Buffer, buffer_length, buffer_release
+from gateway._speedups.grpc_web cimport (
+    WEB_BAD_BASE64, WEB_BAD_FRAME, WEB_BINARY, WEB_CUT, WEB_TEXT, WEB_TYPE_MAX, WebBody, web_answer_type, web_decode, web_encode,
+    web_finish, web_kind, web_request_type, web_reset, web_trailers, web_wants_text,
+)
 from gateway._speedups.headers cimport FIELD_DROP, FIELD_IDENTITY, Field, Head, head_mark_hop_by_hop, head_reset
 from gateway._speedups.upstream_state cimport UpstreamState
 from gateway._speedups.http1 cimport (
@@ -162,6 +167,59 @@ def decode_chunked(pieces):
         if state.state == CHUNK_DONE:
             break
     return b"".join(payload), consumed, state.state == CHUNK_DONE
+
+
+cdef class WebCodec:
+    """One direction of a gRPC-Web call; raises ValueError with the reason's name."""
+
+    cdef WebBody body
+    cdef Buffer out
+
+    def __cinit__(self, bint text):
+        web_reset(&self.body, text)
+
+    def __dealloc__(self):
+        buffer_release(&self.out)
+
+    cdef bytes taken(self, int result):
+        cdef bytes made = self.out.base[self.out.start:self.out.end] if buffer_length(&self.out) else b""
+        buffer_release(&self.out)               # so that each piece is written to the begin of a block
+        if result < 0:
+            raise ValueError({WEB_BAD_BASE64: "base64", WEB_BAD_FRAME: "frame", WEB_CUT: "cut"}.get(result, "memory"))
+        return made
+
+    def decode(self, data: bytes) -> bytes:
+        cdef Copy copy = Copy(data)
+        return self.taken(web_decode(&self.body, copy.data, copy.length, &self.out))
+
+    def encode(self, data: bytes) -> bytes:
+        cdef Copy copy = Copy(data)
+        return self.taken(web_encode(&self.body, copy.data, copy.length, &self.out))
+
+    def trailers(self, lines: bytes) -> bytes:
+        cdef Copy copy = Copy(lines)
+        return self.taken(web_trailers(&self.body, copy.data, copy.length, &self.out))
+
+    def finish(self) -> None:
+        self.taken(web_finish(&self.body))
+
+
+def web_types(value: bytes):
+    """Return (kind, content type to the service, of a binary answer, of an answer in text) for a client's or a service's type."""
+    cdef Copy copy = Copy(value)
+    cdef char out[WEB_TYPE_MAX]
+    cdef uint32_t suffix, suffix_len
+    cdef int kind = web_kind(copy.data, copy.length, &suffix, &suffix_len)
+    types = [out[:web_request_type(copy.data, copy.length, out)]]
+    types.append(out[:web_answer_type(False, copy.data, copy.length, out)])
+    types.append(out[:web_answer_type(True, copy.data, copy.length, out)])
+    return {WEB_BINARY: "binary", WEB_TEXT: "text"}.get(kind), *types
+
+
+def web_accepts_text(value: bytes) -> bool:
+    """Tell whether an Accept asks for gRPC-Web in text."""
+    cdef Copy copy = Copy(value)
+    return web_wants_text(copy.data, copy.length)
 
 
 def normalise_path(path: bytes) -> bytes:

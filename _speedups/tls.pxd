@@ -89,6 +89,8 @@ cdef class TlsUpstream:
     cdef frozenset sans
     cdef object admit                   # the same for a server's
     cdef bint verify
+    cdef readonly tuple alpn            # names that are offered, in the order of preference
+    cdef bint demands_alpn              # nothing offered is what a server without ALPN would speak
     cdef dict sessions                  # endpoint's address -> list of Session, most recent last
     cdef Tls connect(self, int fd, str address, str host)
 

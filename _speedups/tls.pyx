@@ -425,14 +425,17 @@ cdef class TlsUpstream:
     """How an upstream's connections speak TLS.
 
     sans: names of which the server's certificate must carry one (DNS names, or URIs such as SPIFFE ids) in place of the host
-    name's own check. `digest` names all settings and all that was read.
+    name's own check. `alpn`: the protocols that are offered. Without http/1.1 among them, a server that selects none of them is
+    refused: HTTP/1.1 is what silence means. `digest` names all settings and all that was read.
     """
 
     def __init__(self, *, bytes digest not None, authorities=(), revocations=(), list chain=None, PrivateKey key=None,
-                 str server_name=None, sans=(), str min_version="1.2", bint verify=True, admit=None):
+                 str server_name=None, sans=(), str min_version="1.2", bint verify=True, alpn=("http/1.1",), admit=None):
         cdef Context context = new_context(False, min_version == "1.3", False)
-        protocols = protocol_list(["http/1.1"])
+        protocols = protocol_list(alpn)
         self.digest = digest
+        self.alpn = tuple(alpn)
+        self.demands_alpn = bool(self.alpn) and "http/1.1" not in self.alpn
         self.context = context
         self.server_name = server_name
         self.sans = frozenset(sans)
@@ -444,7 +447,8 @@ cdef class TlsUpstream:
         SSL_CTX_set_verify(context.ctx, SSL_VERIFY_PEER if verify else SSL_VERIFY_NONE, NULL)
         if chain is not None:
             use_pair(context.ctx, chain, key)
-        SSL_CTX_set_alpn_protos(context.ctx, <const unsigned char*>PyBytes_AS_STRING(protocols), <unsigned int>len(protocols))
+        if protocols:
+            SSL_CTX_set_alpn_protos(context.ctx, <const unsigned char*>PyBytes_AS_STRING(protocols), <unsigned int>len(protocols))
         SSL_CTX_set_session_cache_mode(context.ctx, SSL_SESS_CACHE_CLIENT | SSL_SESS_CACHE_NO_INTERNAL)
         SSL_CTX_sess_set_new_cb(context.ctx, on_new_session)
 
@@ -600,6 +604,8 @@ cdef class Tls:
                         why = (<TlsListener>self.settings).admit(self.certificate.leaf)
                         if why is not None:
                             return self.refused(why)
+            elif (<TlsUpstream>self.settings).demands_alpn and not length:
+                return self.refused(f"the server selects none of {', '.join((<TlsUpstream>self.settings).alpn)} (ALPN)")
             elif (<TlsUpstream>self.settings).verify and (<TlsUpstream>self.settings).sans:
                 found = wrap_certificate(peer) if peer != NULL else None
                 if found is None or not (<TlsUpstream>self.settings).sans.intersection([*found.dns, *found.uris, *found.addresses]):

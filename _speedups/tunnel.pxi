@@ -166,7 +166,7 @@ cdef int switch_protocols(UpstreamConnection u, Head* head) except -1:
     engine.tunnels += 1
     engine.slot.counters[C_TUNNELS] += 1
     leave_upstream(engine, x)                       # answered: no longer in flight
-    result = d.put(engine.composed, n)
+    result = d.put_message(engine.composed, n, False)
     engine.slot.counters[C_BYTES_OUT] += n
     if result == 0 and behind:
         result = d.put(u.inb.base + u.inb.start + u.head_length, behind)

@@ -19,6 +19,7 @@ cdef bint empty_line(const char* data, uint32_t seen, uint32_t length) noexcept 
     return False
 
 
+@cython.freelist(256)
 cdef class UpstreamConnection(Connection):
     """A connection to an endpoint."""
 
@@ -89,6 +90,8 @@ cdef class UpstreamConnection(Connection):
         """Joins connection and exchange."""
         self.x = x
         self.recorded = False
+        self.undecided = False
+        self.took = 0
         self.ticket = self.endpoint.ticket
         self.sent_at = self.engine.now
         self.upstream.start(self.endpoint, x.tries > 0)
@@ -99,7 +102,7 @@ cdef class UpstreamConnection(Connection):
         if not self.recorded:
             self.recorded = True
             event = self.upstream.finish(self.endpoint, self.ticket, self.engine.now, outcome, status,
-                                         self.engine.now - self.sent_at, retry_after_us)
+                                         self.took or self.engine.now - self.sent_at, retry_after_us)
             if event:
                 self.engine.tell(self.endpoint, event)
 
@@ -132,6 +135,9 @@ cdef class UpstreamConnection(Connection):
             self.close()
 
     cdef void close(self):
+        if self.stream is not None:
+            part_stream(self)
+            return
         if self.fd >= 0:
             self.engine.upstreams -= 1
             self.upstream.close_one()
@@ -221,16 +227,20 @@ cdef class UpstreamConnection(Connection):
             self.detach()
             self.close()
             return downstream.refuse(500, b"head-too-large", b"the request head is too large after the policies' changes")
+        if self.stream is not None:
+            dress_stream(self, downstream)
         if x.collected is not None:
-            result = self.put(out, n)
+            result = self.put_message(out, n, len(x.collected) == 0)
             if result == 0:
                 x.sent = True                       # the head is out: this request is not sent again
+                if self.stream is not None:
+                    self.stream.last = True
                 result = self.put(x.collected, len(x.collected))
         elif x.kept.end > x.kept.start:
             result = self.put_again(n)
         else:
             n = self.append_body(n)
-            result = self.put(out, n)
+            result = self.put_message(out, n, x.body.done)
         x.upstream_from = cw_monotonic_us()
         self.sent_at = self.engine.now
         self.engine.slot.counters[C_UPSTREAM_BYTES_OUT] += n
@@ -286,7 +296,10 @@ cdef class UpstreamConnection(Connection):
         """composed[0:n) and what is kept of the body behind it, framed as it was. What is missing of it streams on."""
         cdef Exchange x = self.x
         cdef uint32_t there = x.kept.end - x.kept.start
-        cdef int result = self.put(self.engine.composed, n)
+        cdef int result = self.put_message(self.engine.composed, n, False)
+        if self.stream is not None:
+            self.stream.last = x.body.done
+            return self.put(x.kept.base + x.kept.start, there) if result == 0 else result
         if result == 0:
             result = self.put_chunk(x.kept.base + x.kept.start, there) if x.body.out == BODY_CHUNKED else \
                 self.put(x.kept.base + x.kept.start, there)
@@ -403,7 +416,7 @@ cdef class UpstreamConnection(Connection):
         # A 100 that we gave ourselves, or that an old client cannot understand, ends here (RFC 9110 15.2).
         if x.head.minor == 1 and not (head.status == 100 and not (x.head.expect and x.collected is None)):
             n = compose_informational(head, self.engine.composed, HEAD_ROOM)
-            if n > 0 and downstream.put(self.engine.composed, n) < 0:
+            if n > 0 and downstream.put_message(self.engine.composed, n, False) < 0:
                 downstream.gone()
                 return 0
         buffer_consume(&self.inb, length)
@@ -418,11 +431,21 @@ cdef class UpstreamConnection(Connection):
         cdef Exchange x = self.x
         cdef Downstream downstream = <Downstream>x.connection
         cdef int status = head.status
+        cdef int code = -1
         cdef int64_t after = 0, left
         if status == 429 or status == 503:
             after = number_of(head, F_RETRY_AFTER)
             after = min(after, <int64_t>86400) * 1000000 if after > 0 else 0
-        self.record(OUTCOME_ANSWERED, status, after)
+        if status == 200 and x.upstream.protocol == PROTOCOL_GRPC:
+            code = grpc_status_of(head)
+            if code >= 0:                           # refused in its head, which is all of the answer
+                self.record(OUTCOME_GRPC, code, after)
+                status = grpc_as_http(code)
+            else:
+                self.undecided = True
+                self.took = self.engine.now - self.sent_at
+        else:
+            self.record(OUTCOME_ANSWERED, status, after)
         if x.hedge is not None:
             if retry_bit(status) and status != 429:             # the other one may know better
                 if x.hedge is self:
@@ -457,9 +480,18 @@ cdef class UpstreamConnection(Connection):
             x.answer.mode = x.answer.out = BODY_LENGTH
             x.answer.remaining = head.content_length
             x.answer.done = head.content_length == 0
+        elif self.stream is not None and self.stream.complete() and self.inb.end - self.inb.start == <uint32_t>self.head_length:
+            x.answer.done = True                    # a head, and that was all
+            if downstream.stream is None:
+                x.answer.mode = x.answer.out = BODY_LENGTH
+                head.content_length = 0
         else:
             x.answer.mode = BODY_CLOSE
             x.answer.out = BODY_CHUNKED
+        if x.web is not None:
+            begin_web_answer(self, head)
+        if x.answer.out == BODY_CHUNKED and downstream.stream is not None:
+            x.answer.out = BODY_CLOSE               # the stream's end says it
         if x.answer.out == BODY_CHUNKED and x.head.minor == 0:
             x.answer.out = BODY_CLOSE
             x.keep_alive = False
@@ -499,7 +531,7 @@ cdef class UpstreamConnection(Connection):
             take = self.decode_behind(out, &n)
             if take < 0:
                 return 0
-        if downstream.put(out, n) < 0:
+        if downstream.put_message(out, n, x.answer.done and not self.owes_trailers()) < 0:
             downstream.gone()
             return 0
         self.engine.slot.counters[C_BYTES_OUT] += n
@@ -565,12 +597,19 @@ cdef class UpstreamConnection(Connection):
                 self.fail(502, b"upstream-bad-answer", b"the upstream's answer is malformed")
                 return 1
             x.answer.done = x.answer.chunked.state == CHUNK_DONE
+        elif self.stream is not None:
+            x.answer.done = self.stream.complete()
         if used < n:
             self.keep = False                       # bytes behind the answer: nobody asked for them
         x.answer.bytes += payload
         self.engine.slot.counters[C_BYTES_OUT] += payload
-        result = downstream.put_chunk(data, <uint32_t>payload) if x.answer.out == BODY_CHUNKED else \
-            downstream.put(data, <uint32_t>payload)
+        if x.answer.done and downstream.stream is not None:
+            downstream.stream.last = x.web is None and not self.owes_trailers()
+        result = put_answer(self, downstream, data, <uint32_t>payload)
+        if result == TROUBLE:
+            self.engine.slot.counters[C_UPSTREAM_BAD] += 1
+            self.fail(502, b"upstream-bad-answer", b"the upstream's answer is no gRPC")
+            return 1
         if result < 0:
             downstream.gone()
             return 1
@@ -583,9 +622,25 @@ cdef class UpstreamConnection(Connection):
         """The answer is complete: finish it towards the client, keep or close the connection, go on with the client."""
         cdef Exchange x = self.x
         cdef Downstream downstream = <Downstream>x.connection
+        cdef int result
+        if x.web is not None and x.web.framed:
+            result = end_web_answer(self, downstream)
+            if result == TROUBLE:
+                self.engine.slot.counters[C_UPSTREAM_BAD] += 1
+                return self.fail(502, b"upstream-bad-answer", b"the upstream's answer ended in the middle of a message")
+            if result < 0:
+                downstream.gone()
+                return 0
         if x.answer.out == BODY_CHUNKED and not self.terminated and downstream.put(b"0\r\n\r\n", 5) < 0:
             downstream.gone()
             return 0
+        if self.undecided:
+            self.record(OUTCOME_GRPC, max(grpc_status_in(self.stream.trailers.base + self.stream.trailers.start,
+                                                         self.stream.trailers.end - self.stream.trailers.start), GRPC_OK), 0)
+        if downstream.stream is not None:
+            if self.stream is not None and x.web is None:
+                pass_trailers(self.stream, downstream.stream, x.route.response_edits, ())
+            downstream.finish()
         self.terminated = False
         x.upstream_us = cw_monotonic_us() - x.upstream_from
         self.release()
@@ -596,7 +651,7 @@ cdef class UpstreamConnection(Connection):
     cdef void release(self):
         """To the pool, if nothing is owed in either direction, else to its end."""
         cdef Exchange x = self.x
-        cdef bint keep = self.keep and x.body.done and not self.broken and not self.ended and \
+        cdef bint keep = self.stream is None and self.keep and x.body.done and not self.broken and not self.ended and \
             self.out.end == self.out.start and self.inb.end == self.inb.start and not self.endpoint.retired
         cdef UpstreamConnection oldest
         self.detach()
@@ -658,6 +713,9 @@ cdef class UpstreamConnection(Connection):
             self.pump_answer()
         return 0
 
+    cdef bint owes_trailers(self) noexcept:
+        return self.stream is not None and self.stream.trailers.end > self.stream.trailers.start
+
     # -- failures -----------------------------------------------------------------------------------------------------
 
     cdef int lost(self, int error) except -1:
@@ -665,6 +723,8 @@ cdef class UpstreamConnection(Connection):
         cdef Exchange x = self.x
         cdef Downstream downstream = <Downstream>x.connection
         self.ended = True
+        if self.stream is not None and self.stream.refused and refused_stream(self):
+            return downstream.advance()
         if self.state == U_BODY:
             # A reset that a write met first is taken with it: recv() says 0 then, as it does at an honest end.
             if x.answer.mode == BODY_CLOSE and error == 0 and not self.broken:

@@ -122,6 +122,26 @@ cdef extern from *:
         h ^= h >> 33; h *= 0xff51afd7ed558ccdULL; h ^= h >> 33; h *= 0xc4ceb9fe1a85ec53ULL; h ^= h >> 33;
         return h;
     }
+    /* The usual reason phrase of a status (RFC 9110 15). */
+    static inline const char *cw_reason(int status) {
+        switch (status) {
+            case 200: return "OK"; case 201: return "Created"; case 202: return "Accepted"; case 204: return "No Content";
+            case 301: return "Moved Permanently"; case 302: return "Found"; case 303: return "See Other";
+            case 304: return "Not Modified"; case 307: return "Temporary Redirect"; case 308: return "Permanent Redirect";
+            case 400: return "Bad Request"; case 401: return "Unauthorized"; case 402: return "Payment Required";
+            case 403: return "Forbidden"; case 404: return "Not Found"; case 405: return "Method Not Allowed";
+            case 406: return "Not Acceptable"; case 408: return "Request Timeout"; case 409: return "Conflict";
+            case 410: return "Gone"; case 411: return "Length Required"; case 412: return "Precondition Failed";
+            case 413: return "Content Too Large"; case 414: return "URI Too Long"; case 415: return "Unsupported Media Type";
+            case 417: return "Expectation Failed"; case 421: return "Misdirected Request";
+            case 422: return "Unprocessable Content"; case 425: return "Too Early"; case 426: return "Upgrade Required"; case 428: return "Precondition Required";
+            case 429: return "Too Many Requests"; case 431: return "Request Header Fields Too Large";
+            case 451: return "Unavailable For Legal Reasons"; case 500: return "Internal Server Error";
+            case 501: return "Not Implemented"; case 502: return "Bad Gateway"; case 503: return "Service Unavailable";
+            case 504: return "Gateway Timeout"; case 505: return "HTTP Version Not Supported";
+            default: return "Status";
+        }
+    }
     #endif
     """
     enum: CW_TOKEN, CW_VALUE, CW_PLAIN, CW_TARGET, CW_HOST, CW_ALNUM, CW_UNRESERVED, CW_UPPER
@@ -137,3 +157,4 @@ cdef extern from *:
     size_t cw_put_decimal(char* out, uint64_t v) nogil
     size_t cw_put_hex(char* out, uint64_t v) nogil
     uint64_t cw_hash(const char* p, size_t n, uint64_t seed) nogil
+    const char* cw_reason(int status) nogil

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Iterable
 from typing import Any
 
+from gateway._speedups.http2_settings import Http2
 from gateway._speedups.journal import Journal
 from gateway._speedups.pool import Upstream
 from gateway._speedups.route_trie import Route, RouteTrie
@@ -61,6 +62,7 @@ class RouteEntry(Route):
         cors: Step | None = None,
         shape: Shape | None = None,
         tunnels: Tunnels | None = None,
+        grpc_web: bool = False,
     ) -> None: ...
     @property
     def upstream(self) -> Upstream: ...
@@ -90,6 +92,7 @@ class ListenerEntry:
         trusted: Iterable[str] = (),
         proxy_protocol: str = "off",
         tls: TlsListener | None = None,
+        http2: Http2 | None = None,
         originals: dict[tuple[str, int], str] | None = None,
     ) -> None: ...
     leaving: bool
@@ -99,6 +102,8 @@ class ListenerEntry:
     def tls(self) -> TlsListener | None: ...
     @property
     def originals(self) -> dict[tuple[str, int], str] | None: ...
+    @property
+    def http2(self) -> Http2 | None: ...
 
 class Snapshot:
     journals: list[Journal]

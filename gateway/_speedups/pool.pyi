@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+from gateway._speedups.http2_settings import Http2
 from gateway._speedups.tls import TlsUpstream
 from gateway._speedups.upstream_table import UpstreamTable
 
@@ -67,9 +68,15 @@ class Upstream:
         table: UpstreamTable | None = None,
         worker: int = 0,
         tls: TlsUpstream | None = None,
+        protocol: str = "http1",
+        http2: Http2 | None = None,
     ) -> None: ...
     @property
     def tls(self) -> TlsUpstream | None: ...
+    @property
+    def protocol_name(self) -> str: ...
+    @property
+    def http2(self) -> Http2 | None: ...
     def equivalent(self, other: Upstream) -> bool: ...
     @property
     def name(self) -> str: ...

@@ -47,8 +47,11 @@ class TlsUpstream:
         sans: Sequence[str] = (),
         min_version: str = "1.2",
         verify: bool = True,
+        alpn: Sequence[str] = ("http/1.1",),
         admit: Callable[[Certificate], str | None] | None = None,
     ) -> None: ...
+    @property
+    def alpn(self) -> tuple[str, ...]: ...
     def adopt(self, before: TlsUpstream) -> None: ...
 
 class Tls:

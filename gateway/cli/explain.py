@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
-from gateway.cli.routes import conditions_of, policies_of, shares
+from gateway.cli.routes import PROTOCOLS, conditions_of, policies_of, shares
 from gateway.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ PHASE_OF = {
     "python": "validate",
     "headers": "transform",
     "rewrite": "transform",
+    "grpc_web": "transform",
     "fault": "transform",
     "audit": "record",
 }
@@ -177,7 +178,8 @@ def _way(config: Config, route: Route, request: Request, client: str | None, sou
             facts["sticky"] = route.sticky
         elif route.split is not None:
             facts["split"] = [
-                {"upstream": split.upstream, "weight": split.weight, "targets": _targets(config, split.upstream)}
+                {"upstream": split.upstream, "weight": split.weight, "targets": _targets(config, split.upstream),
+                 "protocol": config.upstreams[split.upstream].protocol}
                 for split in route.split
             ]
             if route.sticky is not None:
@@ -185,6 +187,7 @@ def _way(config: Config, route: Route, request: Request, client: str | None, sou
     facts["upstream"] = name
     if name is not None:
         facts["targets"] = _targets(config, name)
+        facts["protocol"] = config.upstreams[name].protocol
     if route.mirror is not None:
         facts["mirror"] = {"upstream": route.mirror.upstream, "percent": route.mirror.percent}
     if route.websocket is not None:
@@ -213,6 +216,8 @@ def pattern(route: Route) -> str:
     """Return a route's match in one line: methods, hosts and path."""
     match = route.match
     hosts = "" if tuple(match.host) == ("*",) else " on " + ", ".join(match.host)
+    if match.grpc is not None:
+        return f"gRPC {match.grpc.service}/{match.grpc.method or '*'}{hosts}"
     where = match.path if match.path is not None else f"prefix {match.prefix}"
     return f"{','.join(match.methods or ()) or 'any method'} {where}{hosts}"
 
@@ -253,7 +258,8 @@ def _way_lines(answer: dict[str, Any]) -> list[str]:
     if "without" in answer:
         lines.append(f"sticky    by {answer['without']}, which this request does not say: it is drawn")
     if answer["upstream"] is not None:
-        lines.append(f"upstream  {answer['upstream']}   ({', '.join(answer['targets'])})")
+        spoken = "" if answer["protocol"] == "http1" else f", {PROTOCOLS[answer['protocol']]}"
+        lines.append(f"upstream  {answer['upstream']}   ({', '.join(answer['targets'])}{spoken})")
     else:
         for text, each in zip(shares(answer["split"]), answer["split"], strict=True):
             lines.append(f"split     {text}   ({', '.join(each['targets'])})")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gateway.config.schema import Route
 
 OK, NOT_LOADED = 0, 2
+PROTOCOLS = {"http1": "HTTP/1.1", "http2": "HTTP/2", "grpc": "gRPC"}
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -62,6 +63,7 @@ def describe(config: Config, route: Route) -> dict[str, Any]:
         "hosts": list(match.host),
         "path": match.path,
         "prefix": match.prefix,
+        "grpc": None if match.grpc is None else {"service": match.grpc.service, "method": match.grpc.method},
         "methods": list(match.methods or ()),
         "headers": {name: condition_text(each) for name, each in match.headers.items()},
         "query": {name: condition_text(each) for name, each in match.query.items()},
@@ -72,6 +74,7 @@ def describe(config: Config, route: Route) -> dict[str, Any]:
         "canary": [{"when": conditions_of(canary.when), "upstream": canary.upstream} for canary in route.canary],
         "mirror": None if route.mirror is None else {"upstream": route.mirror.upstream, "percent": route.mirror.percent},
         "websocket": None if route.websocket is None else {"idle": route.websocket.idle, "tunnels": route.websocket.tunnels},
+        "protocols": {name: config.upstreams[name].protocol for name in route.upstreams},
         "listeners": list(route.listeners or config.listeners),
     }
 
@@ -90,6 +93,9 @@ def shares(split: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _upstream_cell(fact: Mapping[str, Any]) -> str:
     lines = shares(fact["split"]) if fact["split"] else [fact["upstream"]]
+    spoken = {each for each in fact["protocols"].values() if each != "http1"}
+    if spoken:
+        lines[-1] += f" ({' and '.join(sorted(PROTOCOLS[each] for each in spoken))})"
     if fact["sticky"]:
         lines[-1] += f" (sticky by {fact['sticky']})"
     lines += [f"{each['upstream']} if {' and '.join(each['when'])}" for each in fact["canary"]]

@@ -10,6 +10,7 @@ import os
 from difflib import get_close_matches
 from pathlib import Path
 
+from gateway.config.check_http2 import check_http2
 from gateway.config.check_tls import check_tls, file_versions, watched_files
 from gateway.config.cpus import available_cpus
 from gateway.config.hooks import check_hook
@@ -27,7 +28,7 @@ from gateway.errors import Problem
 Place = tuple[Key, ...]
 
 # A second one of these in the same route would contradict the first or do nothing.
-_SINGLE = ("jwt", "api_key", "rewrite", "cors", "limits")
+_SINGLE = ("jwt", "api_key", "rewrite", "cors", "grpc_web", "limits")
 
 
 def findings(config: Config) -> list[Problem]:
@@ -48,6 +49,7 @@ def findings(config: Config) -> list[Problem]:
     check_redis(config.redis, _all_policies(config), document)
     for number, route in enumerate(config.routes):
         _route(config, number, route, document)
+    check_http2(config)
     check_overlaps(config)
     _unused(config, document)
     found, document.problems = document.problems, []

@@ -38,7 +38,6 @@ Made = TypeVar("Made")
 FileVersion = list[int] | None  # inode, size, time of change in nanoseconds
 
 SOON = 21 * 86400  # seconds before the end of a certificate from which on it is told
-NOT_BUILT = "is not in this version yet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +58,6 @@ def check_tls(config: Config, document: Document) -> list[CertificateInfo]:
             _listener(listener.tls, ("listeners", name, "tls"), f"listener {name}", files)
     for name, upstream in config.upstreams.items():
         place: Place = ("upstreams", name)
-        if upstream.protocol != "http1":
-            document.report(
-                (*place, "protocol"),
-                f"`protocol: {upstream.protocol}` {NOT_BUILT}",
-                "write `protocol: http1`, or leave it out; the upstream must speak HTTP/1.1",
-            )
         if upstream.tls is not None:
             _upstream(upstream.tls, (*place, "tls"), f"upstream {name}", files, upstream.service is not None)
     return files.used
@@ -159,8 +152,6 @@ class _Files:
 
 
 def _listener(tls: ListenerTls, place: Place, owner: str, files: _Files) -> None:
-    if "h2" in tls.alpn:
-        files.document.report((*place, "alpn"), f"`h2` {NOT_BUILT}", "offer http/1.1 alone")
     for index, pair in enumerate(tls.certificates):
         at: Place = (*place, "certificates", index)
         chain = files.pair(pair, at, owner)

@@ -18,6 +18,7 @@ from pydantic_core import CoreSchema
 
 from gateway.config.base import Model, Shorthand, listed, needed, part, setting
 from gateway.config.conditions import Share, When
+from gateway.config.grpc import GrpcWeb, widen_grpc_web
 from gateway.config.identity import ALGORITHMS, ApiKey, ApiKeyEntry, Jwt, Scope, TokenCache
 from gateway.config.limits import Quota, RateLimit
 from gateway.config.values import (
@@ -284,6 +285,7 @@ Settings = (
     | Headers
     | Rewrite
     | Cors
+    | GrpcWeb
     | Fault
     | Audit
     | Python
@@ -303,6 +305,7 @@ KINDS = (
     "headers",
     "rewrite",
     "cors",
+    "grpc_web",
     "fault",
     "audit",
     "python",
@@ -325,6 +328,9 @@ class Policy(Model):
     headers: Headers | None = setting(None, "edit headers")
     rewrite: Rewrite | None = setting(None, "rewrite path or host")
     cors: Cors | None = setting(None, "cross-origin resource sharing")
+    grpc_web: Annotated[
+        GrpcWeb | None, Shorthand(widen_grpc_web, {"type": "boolean", "x-is": "`true`"})
+    ] = setting(None, "translate gRPC-Web for gRPC services; `true`: with the defaults")
     fault: Fault | None = setting(None, "delay or answer requests on purpose")
     audit: Audit | None = setting(None, "record each call")
     python: Python | None = setting(None, "call your own class")
@@ -375,7 +381,7 @@ class PolicyUse(Model):
 PolicyRef = Annotated[PolicyUse, Shorthand(_widen_use, None)]
 
 __all__ = [
-    "ALGORITHMS", "AUDIT_FIELDS", "KINDS", "ApiKey", "ApiKeyEntry", "Audit", "Cors", "Fault", "HeaderEdits", "Headers",
+    "ALGORITHMS", "AUDIT_FIELDS", "KINDS", "ApiKey", "ApiKeyEntry", "Audit", "Cors", "Fault", "GrpcWeb", "HeaderEdits", "Headers",
     "Ip", "Jwt", "LimitsPolicy", "Policy", "PolicyRef", "PolicyUse", "Python", "Quota", "Rate", "RateLimit", "Rewrite",
     "Scalar", "Scopes", "SecretStr", "Settings", "TokenCache",
 ]  # fmt: skip

@@ -17,9 +17,11 @@ from pydantic.json_schema import WithJsonSchema
 
 from gateway.config.base import Model, Shorthand, listed, needed, part, setting
 from gateway.config.check_tls import CertificateInfo, FileVersion
-from gateway.config.conditions import Condition
+from gateway.config.conditions import Condition, ValueMatch
 from gateway.config.discovery import Discovery
+from gateway.config.grpc import CONTENT_TYPE, GrpcMatch
 from gateway.config.health import Health
+from gateway.config.http2 import ListenerHttp2, UpstreamHttp2, widen_http2
 from gateway.config.mesh_member import Mesh, written_out
 from gateway.config.policies import Policy, PolicyRef
 from gateway.config.redis import Redis
@@ -128,7 +130,31 @@ class Listener(Model):
         "off", "PROXY protocol v1 or v2 before the first request"
     )
     tls: ListenerTls | None = setting(None, "TLS towards the clients; default: clear text")
+    http2: Annotated[
+        ListenerHttp2 | None, Shorthand(widen_http2, {"type": "boolean", "x-is": "`true` or `false`"})
+    ] = setting(True, "HTTP/2: `true` with the defaults, `false` for HTTP/1.1 only, or settings")
     backlog: Int = Field(default=1024, ge=1, le=65535, description="connections that the kernel queues")
+
+    @model_validator(mode="after")
+    def _versions(self) -> Self:
+        if self.http2 is None and self.tls is not None and "alpn" in self.tls.model_fields_set and "h2" in self.tls.alpn:
+            raise fault(
+                "`h2` is offered on a listener with `http2: false`", "remove h2 here, or remove `http2: false`", at=("tls", "alpn")
+            )
+        return self
+
+    @property
+    def alpn(self) -> tuple[str, ...]:
+        """Return the protocols that are offered above TLS."""
+        offered = self.tls.alpn if self.tls is not None else ()
+        return tuple(name for name in offered if name != "h2" or self.http2 is not None)
+
+    @property
+    def spoken_http2(self) -> ListenerHttp2 | None:
+        """Return the settings of HTTP/2, or None when no client can come to speak it."""
+        if self.http2 is None or ("h2" in self.alpn if self.tls is not None else self.http2.clear):
+            return self.http2
+        return None
 
 
 def _widen_endpoint(raw: Any) -> Any:
@@ -201,7 +227,10 @@ class Upstream(Model):
     tls: Annotated[
         UpstreamTls | None, Shorthand(widen_upstream_tls, {"type": "boolean", "x-is": "`true`"})
     ] = setting(None, "TLS towards the endpoints; `true`: verified by this machine's authorities; default: clear text")
-    protocol: Literal["http1", "http2", "grpc"] = setting("http1", "what the endpoints speak; only http1 in this version")
+    protocol: Literal["http1", "http2", "grpc"] = setting(
+        "http1", "what the endpoints speak: HTTP/1.1, HTTP/2, or gRPC, which is HTTP/2 whose grpc-status counts as the answer's status"
+    )
+    http2: UpstreamHttp2 | None = setting(None, "HTTP/2 connections, with `protocol: http2` or `grpc`; default: the defaults below")
     resolve: Deadline = setting("30s", "how long a name's addresses are used at most; the record's TTL if that is shorter")
     health: Health = part(Health, "how it is noticed that an endpoint does not serve")
     balance: BalanceSettings = part(Balance, "how the next endpoint is chosen")
@@ -226,7 +255,18 @@ class Upstream(Model):
                 at=("targets",),
             )
         check_targets(self.targets, ("targets",))
+        if self.http2 is not None and self.protocol == "http1":
+            raise fault(
+                "settings of HTTP/2 for an upstream that is spoken to in HTTP/1.1",
+                "add `protocol: http2` (or grpc), or remove them",
+                at=("http2",),
+            )
         return self
+
+    @property
+    def spoken_http2(self) -> UpstreamHttp2 | None:
+        """Return the settings of HTTP/2, or None when HTTP/1.1 is spoken."""
+        return None if self.protocol == "http1" else self.http2 or UpstreamHttp2()
 
 
 class Match(Model):
@@ -237,6 +277,9 @@ class Match(Model):
     )
     path: Template | None = setting(None, "a path template: /v1/payments/{id}")
     prefix: Prefix | None = setting(None, "a path and everything below it, on segment boundaries")
+    grpc: GrpcMatch | None = setting(
+        None, "calls of a gRPC service, instead of `path`, `prefix` and `methods`: {service: bank.v1.Payments, method: Transfer}"
+    )
     methods: Annotated[tuple[Method, ...], listed("method"), Field(min_length=1)] | None = setting(
         None, "methods; default: any"
     )
@@ -247,11 +290,13 @@ class Match(Model):
 
     @model_validator(mode="after")
     def _one(self) -> Self:
+        if self.grpc is not None:
+            self._calls(self.grpc)
         if self.path is not None and self.prefix is not None:
             raise fault("both `path` and `prefix`", "keep one of them", at=("prefix",))
         if self.path is None and self.prefix is None:
             raise fault(
-                "neither `path` nor `prefix`",
+                "neither `path` nor `prefix` nor `grpc`",
                 "add `path: /v1/payments/{id}` or `prefix: /v1`; `prefix: /` matches everything",
             )
         for name in ("host", "methods"):
@@ -261,6 +306,20 @@ class Match(Model):
         if "host" in self.headers:
             raise fault("the header host is matched by `host`", "write `host: api.bank.test`", at=("headers", "host"))
         return self
+
+    def _calls(self, grpc: GrpcMatch) -> None:
+        """Say in a path, a method and a header what `grpc` says: all who read routes look at these."""
+        for name in ("path", "prefix", "methods"):
+            if getattr(self, name) is not None:
+                raise fault(f"both `grpc` and `{name}`", "a call is a POST to /SERVICE/METHOD: keep `grpc` alone", at=(name,))
+        if "content-type" in self.headers:
+            raise fault(
+                "both `grpc` and a condition on the content type",
+                f"`grpc` demands {CONTENT_TYPE} by itself: remove it",
+                at=("headers", "content-type"),
+            )
+        kind = {"content-type": ValueMatch(prefix=CONTENT_TYPE)}
+        self.__dict__.update(path=grpc.path, methods=("POST",), headers={**self.headers, **kind})
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -397,6 +456,15 @@ class Config(Model):
                 whole[name] = written_out(name, raw, data.get("mesh"), base_of(info))
                 info.context["models"][id(raw)] = Upstream
         return {**data, "upstreams": whole}
+
+    @model_validator(mode="after")
+    def _preflights(self) -> Self:
+        """A browser asks for leave with a request that has no content type: a route that answers it cannot demand one."""
+        for route in self.routes:
+            policies = [use.inline or self.policies.get(use.use or "") for use in route.policies]
+            if route.match.grpc is not None and any(policy is not None and policy.kind == "cors" for policy in policies):
+                route.match.headers.pop("content-type", None)
+        return self
 
     _document: Document | None = PrivateAttr(default=None)
     _digest: str = PrivateAttr(default="")

@@ -70,7 +70,7 @@ class ListenerTls(Model):
     )
     min_version: MinVersion = setting("1.2", "oldest version of TLS")
     alpn: Annotated[tuple[Literal["http/1.1", "h2"], ...], listed("protocol"), Field(min_length=1)] = setting(
-        ["http/1.1"], "protocols that are offered"
+        ["h2", "http/1.1"], "protocols that are offered, the preferred one first; without h2 when the listener says `http2: false`"
     )
     handshake: Deadline = setting("10s", "for the handshake, PROXY header included")
     handshakes: Int = Field(

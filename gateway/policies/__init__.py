@@ -18,7 +18,7 @@ from gateway.policies.identify import compile_api_key, compile_jwt
 from gateway.policies.limit import compile_limits, compile_quota, compile_rate_limit
 from gateway.policies.python import compile_python
 from gateway.policies.record import close_journals, compile_audit
-from gateway.policies.transform import compile_cors, compile_headers, compile_rewrite
+from gateway.policies.transform import compile_cors, compile_grpc_web, compile_headers, compile_rewrite
 
 COMPILERS: dict[str, Callable[[Any, Use, RouteParts], None]] = {
     "jwt": compile_jwt,
@@ -32,6 +32,7 @@ COMPILERS: dict[str, Callable[[Any, Use, RouteParts], None]] = {
     "headers": compile_headers,
     "rewrite": compile_rewrite,
     "cors": compile_cors,
+    "grpc_web": compile_grpc_web,
     "fault": compile_fault,
     "audit": compile_audit,
     "python": compile_python,

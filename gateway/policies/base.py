@@ -46,6 +46,7 @@ class RouteParts:
     response_hooks: list[Step] = field(default_factory=list)
     end_hooks: list[Step] = field(default_factory=list)
     cors: Step | None = None
+    grpc_web: bool = False                              # known before any policy is compiled
     strip_authorization: bool = False
 
 

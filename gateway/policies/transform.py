@@ -1,12 +1,14 @@
-"""headers, rewrite and cors: what is changed on the way.
+"""headers, rewrite, cors and grpc_web: what is changed on the way.
 
 Strategy: edits become bytes when the snapshot is compiled; the composer copies them.
 """
 
 import re
+from collections.abc import Iterable
 
+from gateway._speedups.grpc_web_step import GrpcWebStep
 from gateway._speedups.steps import CorsStep
-from gateway.config.policies import Cors, HeaderEdits, Headers, Rewrite
+from gateway.config.policies import Cors, GrpcWeb, HeaderEdits, Headers, Rewrite
 from gateway.policies.base import RouteParts, Use
 
 
@@ -49,10 +51,25 @@ CORS_ANSWER = (
 )
 
 
+# What every client of gRPC-Web sends, and what it must be able to read when there is no body.
+WEB_HEADERS = ("content-type", "x-grpc-web", "x-user-agent", "grpc-timeout")
+WEB_EXPOSED = ("grpc-status", "grpc-message")
+
+
+def _with(names: Iterable[str], more: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys([*names, *more]))
+
+
 def compile_cors(settings: Cors, use: Use, parts: RouteParts) -> None:
+    headers, expose = settings.headers, settings.expose
+    if parts.grpc_web:
+        headers, expose = _with(headers, WEB_HEADERS), _with(expose, WEB_EXPOSED)
     parts.cors = CorsStep(
-        use.name, settings.origins, settings.methods, settings.headers, settings.expose, settings.credentials,
-        int(settings.max_age),
+        use.name, settings.origins, settings.methods, headers, expose, settings.credentials, int(settings.max_age)
     )
     parts.response_remove.extend(CORS_ANSWER)
     parts.steps.insert(0, parts.cors)           # first of its phase: refusals by the others are marked as well
+
+
+def compile_grpc_web(settings: GrpcWeb, use: Use, parts: RouteParts) -> None:
+    parts.steps.append(GrpcWebStep(use.name, settings.request))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from gateway._speedups.certificates import PEM_MAX, Certificate, PrivateKey, parse_certificates, parse_key
 from gateway._speedups.exchange import ListenerEntry, RouteEntry, Shape, Snapshot, Step, Tunnels
+from gateway._speedups.http2_settings import Http2
 from gateway._speedups.pool import Upstream
 from gateway._speedups.route_trie import Route, RouteTrie
 from gateway._speedups.user_context import TellUserStep
@@ -101,9 +102,10 @@ def _upstream(name: str, settings: schema.Upstream, config: Config, workshop: Wo
         tls = None
     else:
         mesh = config.mesh if settings.service is not None else None
-        tls = upstream_tls(settings.tls) if mesh is None else member_tls(settings.tls, mesh)
+        alpn = ("http/1.1",) if settings.protocol == "http1" else ("h2",)
+        tls = upstream_tls(settings.tls, alpn) if mesh is None else member_tls(settings.tls, mesh, alpn)
     times, keep, limits, retries = settings.timeouts, settings.keepalive, settings.limits, settings.retries
-    balance, eject, adaptive = settings.balance, settings.health.eject, limits.adaptive
+    balance, eject, adaptive, http2 = settings.balance, settings.health.eject, limits.adaptive, settings.spoken_http2
     upstream = Upstream(
         name, [], connect=times.connect, head=times.head, idle=times.idle, total=times.total,
         keep_connections=keep.connections, keep_idle=keep.idle, keep_age=keep.age, host=settings.host,
@@ -123,6 +125,9 @@ def _upstream(name: str, settings: schema.Upstream, config: Config, workshop: Wo
                "maximum": eject.max, "share": eject.share},
         panic=settings.health.when_all_bad == "panic", table=table, worker=max(workshop.worker, 0),
         tls=tls,
+        protocol=settings.protocol, http2=None if http2 is None else Http2(
+            streams=http2.streams, window=http2.window, connection_window=http2.connection_window
+        ),
     )
     endpoints = Endpoints(upstream, settings, loud=workshop.worker <= 0)
     if endpoints.moving:
@@ -145,9 +150,21 @@ def _listeners(config: Config, routes: Sequence[RouteEntry | None], faults: Faul
                 body_limit=limits.body, head=times.head, body=times.body, keepalive=times.keepalive, write=times.write,
                 requests=limits.requests, connections=limits.connections,
                 trusted=[str(network) for network in settings.trusted_proxies], proxy_protocol=settings.proxy_protocol,
-                tls=None if settings.tls is None else listener_tls(name, settings.tls),
+                tls=None if settings.tls is None else listener_tls(name, settings.tls, settings.alpn),
+                http2=_http2(settings),
             )
     return listeners
+
+
+def _http2(settings: schema.Listener) -> Http2 | None:
+    """Return the limits of HTTP/2 on a listener, or None when no client can come to speak it."""
+    http2 = settings.spoken_http2
+    if http2 is None:
+        return None
+    return Http2(
+        streams=http2.streams, window=http2.window, connection_window=http2.connection_window, resets=http2.resets,
+        frames=http2.frames, clear=http2.clear and settings.tls is None,
+    )  # fmt: skip
 
 
 def _trie(config: Config, routes: Sequence[RouteEntry | None], offered: Sequence[int], faults: Faults) -> RouteTrie:
@@ -209,8 +226,9 @@ def _route(
 ) -> RouteEntry | None:
     """Return the compiled route, or None when one of its upstreams or a policy is at fault."""
     metric = names.add(route.name)
-    parts = RouteParts()
-    for name, policy, place in _uses(index, config):
+    uses = list(_uses(index, config))
+    parts = RouteParts(grpc_web=any(policy.kind == "grpc_web" for _, policy, _ in uses))
+    for name, policy, place in uses:
         use = Use(name, route.name, route.match.parameters, workshop, place)
         with faults.at(place, f"the {policy.kind} policy cannot be used", foreign=policy.kind == "python"):
             COMPILERS[policy.kind](policy.settings, use, parts)
@@ -233,6 +251,7 @@ def _route(
             rewrite_prefix=parts.rewrite_prefix, rewrite_path=parts.rewrite_path, rewrite_host=parts.rewrite_host,
             audits=tuple(parts.audits), response_hooks=tuple(parts.response_hooks), end_hooks=tuple(parts.end_hooks),
             strip_authorization=parts.strip_authorization, cors=parts.cors, shape=shape, tunnels=tunnels,
+            grpc_web=parts.grpc_web,
         )
 
     with faults.at(("routes", index), f"route '{route.name}' cannot be used"):

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from gateway._speedups.certificates import (
@@ -63,8 +64,8 @@ def _authorities(content: bytes) -> list[Certificate]:
     return parse_certificates(content, strict=False)
 
 
-def listener_tls(name: str, tls: ListenerTls) -> TlsListener:
-    """Return what a listener's handshakes run on. Raises TlsError or OSError."""
+def listener_tls(name: str, tls: ListenerTls, alpn: Sequence[str]) -> TlsListener:
+    """Return what a listener's handshakes run on; it offers the protocols of `alpn`. Raises TlsError or OSError."""
     # What a resumed session rests on. A staple or a deadline that changes takes nobody's session away.
     reader = _Reader(f"{tls.min_version} {tls.client_auth}")
     pairs = [reader.pair(pair) for pair in tls.certificates]
@@ -72,25 +73,27 @@ def listener_tls(name: str, tls: ListenerTls) -> TlsListener:
     staples = [None if pair.ocsp is None else OcspResponse(read_file(pair.ocsp, PEM_MAX)) for pair in tls.certificates]
     return TlsListener(
         name, [(*pair, staple) for pair, staple in zip(pairs, staples, strict=True)], digest=reader.digest(), authorities=authorities, revocations=revocations, client_auth=tls.client_auth,
-        min_version=tls.min_version, alpn=tls.alpn, handshake=tls.handshake, handshakes=tls.handshakes, ktls=tls.ktls,
+        min_version=tls.min_version, alpn=alpn, handshake=tls.handshake, handshakes=tls.handshakes, ktls=tls.ktls,
         tickets=tls.tickets.enabled, forward_certificate=tls.forward_client_certificate,
     )  # fmt: skip
 
 
-def member_tls(tls: UpstreamTls, mesh: Mesh) -> TlsUpstream:
+def member_tls(tls: UpstreamTls, mesh: Mesh, alpn: tuple[str, ...] = ("http/1.1",)) -> TlsUpstream:
     """The same for a service of the mesh, whose certificate keeps the rules of members and is not on the deny list."""
     domain, said = mesh.joined, {}
     with contextlib.suppress(FileNotFoundError):
         said = json.loads(read_file(mesh.revoked, PEM_MAX + 1))
-    return upstream_tls(tls, None if domain is None else admission(domain, Revoked(said)), json.dumps(said))
+    return upstream_tls(tls, alpn, None if domain is None else admission(domain, Revoked(said)), json.dumps(said))
 
 
-def upstream_tls(tls: UpstreamTls, admit: Admit | None = None, more: str = "") -> TlsUpstream:
-    """Return what the handshakes with an upstream run on. Raises TlsError or OSError.
+def upstream_tls(
+    tls: UpstreamTls, alpn: tuple[str, ...] = ("http/1.1",), admit: Admit | None = None, more: str = ""
+) -> TlsUpstream:
+    """Return what the handshakes with an upstream run on; it is offered the protocols of `alpn`. Raises TlsError or OSError.
 
     `admit` has a word on a verified server's certificate; `more` is what that rests on.
     """
-    reader = _Reader(tls.model_dump_json() + more)
+    reader = _Reader(f"{' '.join(alpn)} {tls.model_dump_json()}{more}")
     chain, key = (None, None) if tls.certificate is None else reader.pair(tls.certificate)
     path = tls.ca
     if path is None and not tls.insecure:
@@ -100,5 +103,6 @@ def upstream_tls(tls: UpstreamTls, admit: Admit | None = None, more: str = "") -
     authorities, revocations = reader.authorities(path), reader.revocations(tls.crl)
     return TlsUpstream(
         digest=reader.digest(), authorities=authorities, revocations=revocations, chain=chain, key=key,
-        server_name=tls.server_name, sans=tls.sans, min_version=tls.min_version, verify=not tls.insecure, admit=admit,
+        server_name=tls.server_name, sans=tls.sans, min_version=tls.min_version, verify=not tls.insecure,
+        alpn=alpn, admit=admit,
     )  # fmt: skip

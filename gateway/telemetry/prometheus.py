@@ -124,6 +124,16 @@ COUNTERS: dict[str, _Total] = {
                tunnels_expired="expired", tunnels_cut="cut"),
     **_grouped("tunnel_bytes", "Bytes that passed through WebSockets: in from clients, out to them.", "direction",
                tunnel_bytes_in="in", tunnel_bytes_out="out"),
+    "h2_connections": _Total("http2_connections", "HTTP/2 connections of clients."),
+    "h2_streams": _Total("http2_streams", "HTTP/2 streams that were opened, by clients and to upstreams."),
+    "h2_refused": _Total("http2_streams_refused", "HTTP/2 streams refused because their connection had as many as it may."),
+    **_grouped("http2_resets", "HTTP/2 streams given up: in by the other side, out by the gateway.", "direction",
+               h2_resets_in="in", h2_resets_out="out"),
+    "h2_malformed": _Total("http2_malformed", "HTTP/2 messages that were no HTTP."),
+    "h2_frames_empty": _Total("http2_empty_frames", "HTTP/2 frames that carried nothing: paid from a budget."),
+    "h2_errors": _Total("http2_connection_errors", "HTTP/2 connections that the gateway ended with an error."),
+    "h2_calmed": _Total("http2_floods", "HTTP/2 connections ended because their client flooded the gateway."),
+    "upstream_h2_connections": _Total("upstream_http2_connections", "HTTP/2 connections made to upstreams."),
     "series_overflow": _Total("metrics_overflow", "Observations counted in the overflow series."),
 }
 assert COUNTERS.keys() == set(COUNTER_NAMES)

@@ -7,6 +7,7 @@ what is accepted can be written and read again. Memory errors are the sanitizers
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Hashable
 from itertools import pairwise
 
@@ -114,9 +115,33 @@ def health_answer(data: bytes) -> Signature:
     return (status,)
 
 
+def _web(data: bytes, *, text: bool, encode: bool) -> bytes | str:
+    """Pass a body through a codec, in pieces; the bytes that come out, or why it is refused."""
+    codec = testing.WebCodec(text)
+    at = [0, *_cuts(data), len(data)]
+    try:
+        made = b"".join((codec.encode if encode else codec.decode)(data[a:b]) for a, b in pairwise(at))
+        codec.finish()
+    except ValueError as error:
+        return str(error)
+    return made
+
+
+def grpc_web(data: bytes) -> Signature:
+    """A body of gRPC-Web: what is taken as text is what base64 says, and comes back as it was."""
+    binary, text = (_web(data, text=text, encode=False) for text in (False, True))
+    assert isinstance(binary, str) or binary == data
+    if not isinstance(text, bytes):
+        return (binary if isinstance(binary, str) else "messages", text)
+    assert text == b"".join(base64.b64decode(data[i : i + 4], validate=True) for i in range(0, len(data), 4))
+    again = _web(text, text=True, encode=True)
+    assert isinstance(again, bytes) and _web(again, text=True, encode=False) == text
+    return (min(len(text), 40), data.count(b"="), binary if isinstance(binary, str) else "messages")
+
+
 TARGETS: dict[str, Callable[[bytes], Signature]] = {
     "request": request, "response": response, "chunked": chunked, "path": path, "name_answer": name_answer,
-    "health_answer": health_answer,
+    "health_answer": health_answer, "grpc_web": grpc_web,
 }
 
 SEEDS: dict[str, list[bytes]] = {
@@ -141,6 +166,7 @@ SEEDS: dict[str, list[bytes]] = {
         b"\0\7\x83\x80\0\1\0\0\0\0\0\0" + NAME + b"\0\1\0\1",
     ],
     "health_answer": [b"\0\0\0\0\2\x08\1", b"\0\0\0\0\x09\x12\2hi\x15abcd"],
+    "grpc_web": [b"AAAAAAMxMjM=", b"AAAAAAAAAAAAATE=", b"AAAAAAIxMg==AAAAAAE2", b"\0\0\0\0\x03123\1\0\0\0\0"],
     "path": [b"/a/./b/../c", b"/%61%2e%2E/%c3%a9/%e2%82%ac;v=1", b"/%25a%20"],
 }
 DICTIONARY = [

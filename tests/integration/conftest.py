@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.integration.bank import Bank, open_bank
+from tests.integration.h2_pairs import PAIRS, Pair
+from tests.integration.h2_subject import Subject, open_subject
 from tests.integration.processes import Origin, write_config
 from tests.integration.vault import Vault, open_vault
 
@@ -50,3 +52,25 @@ def vault(opened_vault: Vault) -> Iterator[Vault]:
     yield opened_vault
     opened_vault.origin.reset()
     opened_vault.gateway.calm()
+
+
+@pytest.fixture(scope="session")
+def opened_h2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
+    with open_subject(tmp_path_factory.mktemp("h2")) as subject:
+        yield subject
+
+
+@pytest.fixture
+def h2(opened_h2: Subject) -> Iterator[Subject]:
+    """A gateway with both versions on both sides; after the test it must hold nothing and have lost no worker."""
+    yield opened_h2
+    if opened_h2.echoes:
+        opened_h2.origin.reset()
+        opened_h2.raw.reset()
+        opened_h2.watched.calm()
+
+
+@pytest.fixture(params=PAIRS, ids=lambda pair: f"{pair[0]}-to-{pair[1]}")
+def pair(request: pytest.FixtureRequest, h2: Subject) -> Pair:
+    """Every combination of a client's and an upstream's version."""
+    return Pair(h2, *request.param)

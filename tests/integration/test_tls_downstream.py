@@ -88,12 +88,13 @@ def test_a_flood_of_key_updates_ends_the_connection(vault: Vault) -> None:
 
 
 def test_alpn(vault: Vault) -> None:
-    with vault.connect(alpn=["h2", "http/1.1"]) as stream:
-        assert stream.sock.selected_alpn_protocol() == "http/1.1"
+    for offered, selected in ((["h2", "http/1.1"], "h2"), (["http/1.1", "h2"], "h2"), (["http/1.1"], "http/1.1")):
+        with vault.connect(alpn=offered) as stream:
+            assert stream.sock.selected_alpn_protocol() == selected
     with vault.connect() as stream:
         assert stream.sock.selected_alpn_protocol() is None
     with pytest.raises(ssl.SSLError, match="(?i)no.application.protocol"):
-        vault.connect(alpn=["h2"])
+        vault.connect(alpn=["h3"])
 
 
 def test_no_early_data(vault: Vault) -> None:

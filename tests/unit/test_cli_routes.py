@@ -147,3 +147,28 @@ def test_websockets_are_shown(config: Path, capsys: pytest.CaptureFixture[str]) 
     assert "WebSockets, at most 7" in capsys.readouterr().out
     assert call("explain", "GET", "/hidden", "--listener", "inner", "-c", str(config)) == 0
     assert "websocket at most 7, closed after 90s of silence" in capsys.readouterr().out
+
+
+def test_what_upstreams_speak_and_grpc_services_are_shown(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config.write_text(
+        CONFIG.replace('["127.0.0.1:9002"]', '["127.0.0.1:9002"], protocol: grpc')
+        + "  - {name: calls, match: {grpc: {service: bank.v1.Payments}}, upstream: accounts}\n"
+        + "  - {name: transfer, match: {grpc: {service: bank.v1.Payments, method: Transfer}}, upstream: accounts}\n"
+    )
+    code, found = answer(capsys, "routes", "--json", "-c", str(config))
+    assert code == 0
+    shown = {each["name"]: (each["grpc"], each["protocols"]) for each in found}
+    assert shown["read"] == (None, {"payments": "http1"})
+    assert shown["calls"] == ({"service": "bank.v1.Payments", "method": None}, {"accounts": "grpc"})
+    assert shown["transfer"] == ({"service": "bank.v1.Payments", "method": "Transfer"}, {"accounts": "grpc"})
+    assert call("routes", "-c", str(config)) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert "accounts (gRPC)" in lines["calls"] and "/bank.v1.Payments/{method}" in lines["calls"]
+    assert "content-type = application/grpc..." in lines["calls"] and "POST" in lines["calls"]
+    assert "(" not in lines["read"].rpartition("payments")[2]
+    assert call("explain", "POST", "/bank.v1.Payments/Transfer", "-H", "content-type: application/grpc", "-c", str(config)) == 0
+    shown_text = capsys.readouterr().out
+    assert "route     transfer   (gRPC bank.v1.Payments/Transfer)" in shown_text
+    assert "upstream  accounts   (127.0.0.1:9002, gRPC)" in shown_text
+    assert "calls" in shown_text.partition("why not the others:")[2]
+    assert call("explain", "POST", "/bank.v1.Payments/Transfer", "-c", str(config)) == 1

@@ -64,12 +64,8 @@ def only(path: Path, severity: str, message: str) -> Problem:
 # -- the contract
 
 
-def test_the_contract_file_is_good_but_for_http2(folder: Path) -> None:
+def test_the_contract_file_is_good(folder: Path) -> None:
     shutil.copy(ROOT / "tests/data/contract/tls.yaml", folder)
-    problem = only(folder / "tls.yaml", "error", "`protocol: http2` is not in this version yet")
-    assert "protocol: http2" in problem.source and "http1" in problem.hint
-    text = (folder / "tls.yaml").read_text().replace("protocol: http2", "protocol: http1")
-    (folder / "tls.yaml").write_text(text)
     assert problems(folder / "tls.yaml") == []
     config = load(folder / "tls.yaml")
     assert config.listeners["public"].tls is not None
@@ -80,7 +76,7 @@ def test_the_contract_file_is_good_but_for_http2(folder: Path) -> None:
 def test_defaults(folder: Path) -> None:
     tls = load(write(folder, upstream=", tls: true")).listeners["public"].tls
     assert tls is not None
-    assert (tls.min_version, tls.client_auth, tls.alpn, tls.handshake, tls.ktls) == ("1.2", "off", ("http/1.1",), 10, False)
+    assert (tls.min_version, tls.client_auth, tls.alpn, tls.handshake, tls.ktls) == ("1.2", "off", ("h2", "http/1.1"), 10, False)
     assert tls.tickets.enabled and tls.tickets.rotate == 8 * 3600
     upstream = load(write(folder, upstream=", tls: true")).upstreams["origin"].tls
     assert upstream is not None
@@ -105,7 +101,8 @@ def test_a_version_without_quotes(folder: Path) -> None:
         ("crl: ca.crl, " + LISTENER, "`crl` without `client_auth` is never used"),
         ("forward_client_certificate: true, " + LISTENER, "nothing to forward"),
         ("min_version: 1.1, " + LISTENER, "min_version"),
-        ("alpn: [h2, http/1.1], " + LISTENER, "`h2` is not in this version yet"),
+        ("alpn: [], " + LISTENER, "alpn"),
+        ("alpn: [h3], " + LISTENER, "alpn"),
         ("certificates: []", "certificates"),
         ("certificates: [{cert: bank.crt}]", "key"),
         ("certificates: [{cert: missing.crt, key: bank.key}]", "cannot read the certificate: No such file"),
@@ -139,7 +136,6 @@ def test_a_listener_that_cannot_work(folder: Path, authority: Authority, listene
         (", tls: {server_name: '*.bank.test'}", "expected a host name"),
         (", tls: {insecure: true, ca: ca.crt}", "`insecure` verifies nothing"),
         (", tls: {insecure: true, sans: x}", "`insecure` verifies nothing"),
-        (", protocol: grpc", "`protocol: grpc` is not in this version yet"),
     ],
 )
 def test_an_upstream_that_cannot_work(folder: Path, authority: Authority, upstream: str, message: str) -> None:

@@ -13,6 +13,7 @@ from ruamel.yaml import YAML
 
 from gateway import snapshot
 from gateway.config import findings, load
+from tests.integration.pki import Authority
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md"])
@@ -83,10 +84,11 @@ def test_every_example_of_a_policy_can_be_used(tmp_path: Path, monkeypatch: pyte
     rewrite: dict[str, Any] = policy.get("rewrite", {})
     match = "prefix: /api" if "prefix" in rewrite else "path: '/api/{id}'"
     redis = "redis: {url: redis://127.0.0.1:6379}\n" if "quota" in policy or "cluster" in example else ""
+    head = HEAD.replace("9001]}", "9001], protocol: grpc}") if "grpc_web" in policy else HEAD
     caller = ["caller"] if not {"jwt", "api_key"} & set(policy) else []
     indented = "".join(f"  {line}" for line in example.splitlines(keepends=True))
     (tmp_path / "gateway.yaml").write_text(
-        f"{redis}{HEAD}{TOKEN if caller else ''}{indented}"
+        f"{redis}{head}{TOKEN if caller else ''}{indented}"
         f"routes: [{{name: r, match: {{{match}}}, policies: [{', '.join([*caller, name])}], upstream: origin}}]\n"
     )
     config = load(tmp_path / "gateway.yaml")
@@ -123,3 +125,33 @@ def test_the_python_examples_name_what_the_package_offers() -> None:
             if isinstance(node, ast.ImportFrom) and node.module == "gateway":
                 assert {alias.name for alias in node.names} <= set(gateway.__all__)
     assert "policy" not in sys.modules and "marked" not in sys.modules
+
+
+GRPC = (ROOT / "docs" / "grpc.md").read_text("utf-8")
+HTTP2 = (ROOT / "docs" / "http2.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("example", [*blocks(GRPC, "yaml"), *blocks(HTTP2, "yaml")], ids=["calls", "browsers", "http2"])
+def test_the_examples_of_http2_and_grpc_can_be_used(tmp_path: Path, example: str) -> None:
+    """With what they leave out: policies that other pages show, upstreams of the page's first example, certificates."""
+    authority = Authority("Docs", number=97)
+    authority.issue("bank.test").write(tmp_path, "bank")
+    (tmp_path / "internal-ca.crt").write_bytes(authority.pem)
+    yaml = YAML(typ="safe")
+    whole: dict[str, Any] = {
+        "version": 1, "listeners": {"public": {"bind": "127.0.0.1:0"}},
+        "upstreams": yaml.load(blocks(GRPC, "yaml")[0])["upstreams"],
+        "routes": [{"name": "all", "match": {"prefix": "/"}, "upstream": "payments"}],
+    }  # fmt: skip
+    given = yaml.load(example)
+    policies = {
+        "bank": {"jwt": {"issuer": "i", "audience": "a", "algorithms": "HS256", "secret": "a-secret-of-32-bytes-for-the-examples"}},
+        "per-client": {"rate_limit": {"key": "client", "rate": "100/s"}},
+        **given.pop("policies", {}),
+    }
+    used = {name for route in given.get("routes", []) for name in route["policies"]}
+    whole |= {**given, "policies": {name: policy for name, policy in policies.items() if name in used}}
+    with (tmp_path / "gateway.yaml").open("w") as file:
+        yaml.dump(whole, file)
+    config = load(tmp_path / "gateway.yaml")
+    assert [*findings(config), *snapshot.check(config)] == []

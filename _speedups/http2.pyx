@@ -1,0 +1,1464 @@
+"""HTTP/2 sessions and streams; see http2.pxd.
+
+Strategy: framing and its rules are ours, so that every limit is checked before memory is spent; HPACK is decoded by nghttp2's
+inflater (Huffman code and dynamic table), fed whole blocks whose size is bounded before. A block is decoded even when nobody
+wants it, or the table would differ from the other side's. What a frame breaks is a stream (RST_STREAM) or the connection
+(GOAWAY), as RFC 9113 says at each rule.
+Python is called from here: per stream, for its objects.
+
+Safety: frames are handled only when complete in `inb`, whose block stays in place while feed() runs (nobody else appends to it).
+`Http2Stream.at` points into it and is cleared before feed() turns to the next frame. Streams in the table hold a reference
+taken by enter() and given back by remove(). Text is written by put_*() below, each of which reserves before it writes; what goes
+into a line was checked byte by byte, so that no value can end its line.
+"""
+
+cimport cython
+from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.string cimport memcmp, memcpy, memset, strlen
+from gateway._speedups.buffers cimport Buffer, buffer_append, buffer_consume, buffer_release, buffer_reserve
+from gateway._speedups.histogram cimport (
+    C_H2_CALMED, C_H2_ERRORS, C_H2_FRAMES_EMPTY, C_H2_MALFORMED, C_H2_REFUSED, C_H2_RESETS_IN, C_H2_RESETS_OUT, C_H2_STREAMS)
+from gateway._speedups.headers cimport (
+    F_AUTHORIZATION, F_CONTENT_ENCODING, F_CONTENT_TYPE, F_COOKIE, F_EXPECT, F_IDEMPOTENCY_KEY, F_ORIGIN, F_TRACEPARENT, F_TRAILER, F_X_API_KEY,
+    F_X_REQUEST_ID, field_id, field_is_identity)
+from gateway._speedups.hpack cimport hpack_answer, hpack_lines, hpack_request
+from gateway._speedups.sockets cimport EAGAIN, ECONNRESET, EPIPE, cw_monotonic_us
+from gateway._speedups.wire cimport CW_TOKEN, CW_UPPER, cw_class, cw_decimal, cw_equals_folded, cw_reason, cw_span_value
+
+from base64 import b64encode
+from os import urandom
+
+cdef extern from "nghttp2/nghttp2.h" nogil:
+    ctypedef struct nghttp2_nv:
+        uint8_t* name
+        uint8_t* value
+        size_t namelen
+        size_t valuelen
+    ctypedef struct nghttp2_hd_inflater:
+        pass
+    int NGHTTP2_HD_INFLATE_FINAL, NGHTTP2_HD_INFLATE_EMIT
+    int nghttp2_hd_inflate_new(nghttp2_hd_inflater** out)
+    void nghttp2_hd_inflate_del(nghttp2_hd_inflater* inflater)
+    ssize_t nghttp2_hd_inflate_hd2(nghttp2_hd_inflater* inflater, nghttp2_nv* field, int* flags, const uint8_t* data, size_t n,
+                                   int final)
+    int nghttp2_hd_inflate_end_headers(nghttp2_hd_inflater* inflater)
+
+cdef enum:                      # frame types (RFC 9113 6)
+    DATA = 0
+    HEADERS
+    PRIORITY
+    RST_STREAM
+    SETTINGS
+    PUSH_PROMISE
+    PING
+    GOAWAY
+    WINDOW_UPDATE
+    CONTINUATION
+
+cdef enum:                      # flags
+    END_STREAM = 1
+    ACK = 1
+    END_HEADERS = 4
+    PADDED = 8
+    PRIORITISED = 32
+
+cdef enum:                      # settings
+    HEADER_TABLE_SIZE = 1
+    ENABLE_PUSH = 2
+    MAX_CONCURRENT_STREAMS = 3
+    INITIAL_WINDOW_SIZE = 4
+    MAX_FRAME_SIZE = 5
+    MAX_HEADER_LIST_SIZE = 6
+    ENABLE_CONNECT_PROTOCOL = 8
+
+cdef enum:
+    HEAD = 9                    # bytes of a frame's head
+    WINDOW_DEFAULT = 65535
+    WINDOW_MAX = 0x7fffffff
+    OUT_HIGH = 131072           # payload is taken while less than this waits to be sent
+    OUT_LOW = 32768
+    OUT_MAX = 4194304           # whoever makes us say so much and reads nothing of it is cut off
+    BLOCK_MAX = 65536           # bytes of a head block, encoded
+    BLOCK_FRAMES = 16           # CONTINUATION frames of one
+    TRAILERS_MAX = 8192
+    FRAMES_RATE = 100           # a second, into the budget of empty frames
+    RESETS_RATE = 10
+    SILLY = 4096                # a piece below this is not cut off for want of window
+    SMALL_UPDATE = 256          # a WINDOW_UPDATE below this carries nothing
+    PREPAID = 4                 # empty frames that a request pays for
+    FOR_DATA = 2                # ... and payload that was sent
+
+# What decode() is to make of a block.
+cdef enum:
+    REQUEST = 0
+    ANSWER
+    TRAILERS
+    NOTHING
+
+# What decode() found.
+cdef enum:
+    SOUND = 0
+    MALFORMED
+    BROKEN                      # COMPRESSION_ERROR
+    BOMB                        # it grew beyond all measure
+
+cdef const char* PREFACE_TEXT = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+
+
+cdef inline uint32_t word_at(const char* p) noexcept nogil:
+    return (<uint32_t><uint8_t>p[0] << 24) | (<uint32_t><uint8_t>p[1] << 16) | (<uint32_t><uint8_t>p[2] << 8) | <uint8_t>p[3]
+
+
+cdef inline void write_word(char* p, uint32_t word) noexcept nogil:
+    p[0] = <char>(word >> 24)
+    p[1] = <char>(word >> 16)
+    p[2] = <char>(word >> 8)
+    p[3] = <char>word
+
+
+cdef inline void write_head(char* p, uint32_t length, uint8_t kind, uint8_t flags, uint32_t id) noexcept nogil:
+    p[0] = <char>(length >> 16)
+    p[1] = <char>(length >> 8)
+    p[2] = <char>length
+    p[3] = <char>kind
+    p[4] = <char>flags
+    write_word(p + 5, id)
+
+
+cdef inline bint is_name(const uint8_t* name, size_t n, const char* text, size_t size) noexcept nogil:
+    return n == size and memcmp(name, text, size) == 0
+
+
+cdef bint sound_name(const uint8_t* name, size_t n) noexcept nogil:
+    """A token in lower case (RFC 9113 8.2.1)."""
+    cdef size_t i
+    for i in range(n):
+        if (cw_class[name[i]] & (CW_TOKEN | CW_UPPER)) != CW_TOKEN:
+            return False
+    return n > 0
+
+
+cdef bint sound_value(const uint8_t* value, size_t n) noexcept nogil:
+    """No control bytes, and no space around it."""
+    if n and (value[0] == 32 or value[0] == 9 or value[n - 1] == 32 or value[n - 1] == 9):
+        return False
+    return cw_span_value(<const char*>value, n) == n
+
+
+cdef bint printable(const uint8_t* p, size_t n) noexcept nogil:
+    """Visible ASCII alone: what may stand in a request line."""
+    cdef size_t i
+    for i in range(n):
+        if p[i] <= 32 or p[i] >= 127:
+            return False
+    return n > 0
+
+
+cdef bint of_connection(const uint8_t* name, size_t n) noexcept nogil:
+    """Fields that speak of an HTTP/1.1 connection (RFC 9113 8.2.2)."""
+    return is_name(name, n, b"connection", 10) or is_name(name, n, b"transfer-encoding", 17) or is_name(name, n, b"keep-alive", 10) or \
+        is_name(name, n, b"upgrade", 7) or is_name(name, n, b"proxy-connection", 16)
+
+
+cdef int put_field(Buffer* text, const char* name, size_t n, const char* value, size_t size) noexcept nogil:
+    """A line of a head."""
+    cdef char* at
+    if buffer_reserve(text, <uint32_t>(n + size) + 4) < 0:
+        return -1
+    at = text.base + text.end
+    memcpy(at, name, n)
+    at[n] = 58
+    at[n + 1] = 32
+    memcpy(at + n + 2, value, size)
+    at[n + 2 + size] = 13
+    at[n + 3 + size] = 10
+    text.end += <uint32_t>(n + size) + 4
+    return 0
+
+
+@cython.freelist(256)
+cdef class Http2Stream:
+    """One exchange's half of a connection."""
+
+    def __cinit__(self):
+        memset(&self.inb, 0, sizeof(Buffer))
+        memset(&self.trailers, 0, sizeof(Buffer))
+        memset(&self.closing_lines, 0, sizeof(Buffer))
+        self.expected = -1
+
+    def __dealloc__(self):
+        buffer_release(&self.inb)
+        buffer_release(&self.trailers)
+        buffer_release(&self.closing_lines)
+
+    cdef ssize_t recv(self, void* data, size_t n) noexcept:
+        cdef uint32_t there = self.inb.end - self.inb.start
+        cdef uint32_t text
+        if there:
+            if there > n:
+                there = <uint32_t>n
+            memcpy(data, self.inb.base + self.inb.start, there)
+            buffer_consume(&self.inb, there)
+            if self.inb.end == self.inb.start:
+                buffer_release(&self.inb)
+            text = there if there < self.text_left else self.text_left
+            self.text_left -= text
+            if there > text:
+                self.taken(there - text)
+            return there
+        if self.at_left:
+            there = self.at_left if self.at_left < n else <uint32_t>n
+            memcpy(data, self.at, there)
+            self.at += there
+            self.at_left -= there
+            self.taken(there)
+            return there
+        if self.ended:
+            return 0
+        return -ECONNRESET if self.reset else -EAGAIN
+
+    cdef void taken(self, uint32_t n) noexcept:
+        """Payload was taken: its window is given back, in large pieces."""
+        cdef Http2Session session = self.session
+        if session is None or session.dead:
+            return
+        self.owed += n
+        session.owed += n
+        if session.owed >= session.settings.connection_window >> 1:
+            session.put_word(WINDOW_UPDATE, 0, session.owed)
+            session.window += session.owed
+            session.owed = 0
+        if self.owed >= session.settings.window >> 1 and not self.ended and not self.reset:
+            session.put_word(WINDOW_UPDATE, self.id, self.owed)
+            self.window += self.owed
+            self.owed = 0
+
+    cdef ssize_t send(self, const void* data, size_t n) noexcept:
+        cdef Http2Session session = self.session
+        cdef int64_t room
+        cdef bint ends
+        if session is None or session.dead or self.reset or self.done:
+            return -EPIPE
+        room = self.send_window if self.send_window < session.send_window else session.send_window
+        if room > OUT_HIGH - <int64_t>(session.out.end - session.out.start):
+            room = OUT_HIGH - <int64_t>(session.out.end - session.out.start)
+        if room <= 0:
+            session.blocked[self] = None
+            return -EAGAIN
+        if <int64_t>n < room:
+            room = n
+        elif room < SILLY and room < <int64_t>n and 2 * room < session.peer_window and not session.forced:
+            # Pieces that only get smaller (RFC 1122 4.2.3.4): more window is waited for, until the next tick at most.
+            session.blocked[self] = None
+            session.hold()
+            return -EAGAIN
+        ends = self.last and room == <int64_t>n and self.closing_lines.end == self.closing_lines.start
+        session.put_data(self.id, <const char*>data, <uint32_t>room, ends)
+        self.send_window -= room
+        session.send_window -= room
+        if room < <int64_t>n:
+            session.blocked[self] = None
+            if room >= SILLY:
+                session.earn(FOR_DATA)
+            return room
+        session.earn(FOR_DATA)                      # it will be acknowledged, in small pieces perhaps
+        if ends:
+            self.done = True
+        elif self.last:
+            self.end()
+        return room
+
+    cdef bint at_rest(self) noexcept:
+        return self.inb.end == self.inb.start and self.at_left == 0 and not self.ended and not self.reset
+
+    cdef bint complete(self) noexcept:
+        return self.ended and self.inb.end == self.inb.start and self.at_left == 0
+
+    cdef int head(self, const char* text, uint32_t n, bint last) noexcept:
+        cdef Http2Session session = self.session
+        cdef uint32_t at, length = 0
+        cdef int result
+        if session is None or session.dead or self.reset or self.done:
+            return -1
+        if self.id == 0:
+            if not session.room():
+                self.reset = self.refused = True
+                return -1
+            self.id = session.next_id
+            session.next_id += 2
+            session.earn(PREPAID)
+            self.send_window = session.peer_window
+            session.enter(self)
+        at = session.open_block(self.id)
+        if session.client:
+            self.bodiless = n > 5 and memcmp(text, b"HEAD ", 5) == 0
+            result = hpack_request(&session.out, text, n, session.secure, self.trailing, &length)
+        else:
+            result = hpack_answer(&session.out, text, n, &length)
+        if result < 0:
+            session.fail(H2_INTERNAL_ERROR, b"a head could not be encoded")
+            return -1
+        self.last = last
+        self.done = last and length == n and self.closing_lines.end == self.closing_lines.start
+        session.close_block(at, self.id, self.done)
+        if last and length == n and not self.done:
+            self.end()
+        return <int>length
+
+    cdef void end(self) noexcept:
+        """Whatever was accepted before is in `out` already."""
+        cdef Http2Session session = self.session
+        cdef uint32_t at
+        self.last = True
+        if self.done or session is None or session.dead or self.reset:
+            return
+        self.done = True
+        if self.closing_lines.end > self.closing_lines.start:
+            at = session.open_block(self.id)
+            if hpack_lines(&session.out, self.closing_lines.base + self.closing_lines.start,
+                           self.closing_lines.end - self.closing_lines.start) < 0:
+                session.fail(H2_INTERNAL_ERROR, b"a head could not be encoded")
+                return
+            session.close_block(at, self.id, True)
+            buffer_release(&self.closing_lines)
+        else:
+            session.put_data(self.id, NULL, 0, True)
+
+    cdef void give_up(self, uint32_t error) noexcept:
+        cdef Http2Session session = self.session
+        if session is None or self.reset:
+            return
+        self.reset = True
+        self.error = error
+        if self.id and not session.dead and not (self.done and self.ended):
+            session.put_word(RST_STREAM, self.id, error)
+            session.counters[C_H2_RESETS_OUT] += 1
+            session.recent[(self.id >> 1) & (RECENT - 1)] |= 0x80000000
+
+    cdef void close(self) noexcept:
+        cdef Http2Session session = self.session
+        cdef uint32_t left
+        if session is None:
+            return
+        if not (self.done and self.ended):
+            # After a complete answer the rest of the request is not wanted, and that is no error (RFC 9113 8.1).
+            self.give_up(H2_NO_ERROR if self.done and not session.client else H2_CANCEL)
+        left = self.inb.end - self.inb.start - self.text_left + self.at_left
+        self.at_left = 0
+        if left:
+            self.taken(left)
+        if session.blocked:
+            session.blocked.pop(self, None)
+        session.remove(self)
+        self.session = None
+        self.owner = None
+        buffer_release(&self.inb)
+        buffer_release(&self.trailers)
+        buffer_release(&self.closing_lines)
+
+
+cdef class Http2Session:
+    """One connection's frames."""
+
+    def __cinit__(self):
+        memset(&self.inb, 0, sizeof(Buffer))
+        memset(&self.out, 0, sizeof(Buffer))
+        memset(&self.block, 0, sizeof(Buffer))
+        memset(&self.pseudo, 0, sizeof(Buffer))
+        memset(&self.cookie, 0, sizeof(Buffer))
+        memset(self.table, 0, sizeof(self.table))
+        memset(self.recent, 0, sizeof(self.recent))
+        self.blocked = {}
+
+    def __dealloc__(self):
+        self.release()
+
+    cdef int opened(self, Http2Stream stream) except -1:
+        return 0
+
+    cdef int stirred(self, Http2Stream stream, int what) except -1:
+        return 0
+
+    cdef void wants_out(self) noexcept:
+        pass
+
+    cdef void hold(self) noexcept:
+        pass
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    cdef int begin(self, bint client, Http2 settings, uint32_t head_limit, uint64_t* counters) except -1:
+        cdef nghttp2_hd_inflater* inflater = NULL
+        cdef char words[36]
+        cdef uint32_t n
+        if nghttp2_hd_inflate_new(&inflater) != 0:
+            raise MemoryError
+        self.inflater = <void*>inflater
+        self.client = client
+        self.settings = settings
+        self.counters = counters
+        self.head_limit = head_limit
+        self.next_id = 1
+        self.refuse_above = WINDOW_MAX
+        self.send_window = self.peer_window = WINDOW_DEFAULT
+        self.window = WINDOW_DEFAULT
+        self.peer_streams = 100                     # until it says otherwise; unlimited is nobody's wish
+        self.frames_left = settings.frames
+        self.resets_left = settings.resets
+        self.frames_at = self.resets_at = cw_monotonic_us()
+        if client:
+            buffer_append(&self.out, PREFACE_TEXT, PREFACE)
+        else:
+            self.preface_left = PREFACE
+        n = 0
+        if client:
+            n += write_setting(words + n, ENABLE_PUSH, 0)
+        else:
+            n += write_setting(words + n, MAX_CONCURRENT_STREAMS, settings.streams)
+            n += write_setting(words + n, ENABLE_CONNECT_PROTOCOL, 1)
+        n += write_setting(words + n, INITIAL_WINDOW_SIZE, settings.window)
+        n += write_setting(words + n, MAX_HEADER_LIST_SIZE, head_limit)
+        self.put_frame(n, SETTINGS, 0, 0)
+        buffer_append(&self.out, words, n)
+        if settings.connection_window > WINDOW_DEFAULT:
+            self.put_word(WINDOW_UPDATE, 0, settings.connection_window - WINDOW_DEFAULT)
+            self.window = settings.connection_window
+        return 0
+
+    cdef void drain(self) noexcept:
+        """No more streams, in two steps, so that none that is on its way is lost (RFC 9113 6.8)."""
+        cdef char words[8]
+        if self.draining or self.dead or self.client:
+            return
+        self.draining = True
+        self.pinged = True
+        self.put_frame(8, GOAWAY, 0, 0)
+        write_word(words, WINDOW_MAX)
+        write_word(words + 4, H2_NO_ERROR)
+        buffer_append(&self.out, words, 8)
+        self.put_frame(8, PING, 0, 0)
+        buffer_append(&self.out, b"draining", 8)
+        self.tell_out()
+
+    cdef void drained(self) noexcept:
+        """The second step: streams above the last one are not taken up any more."""
+        cdef char words[8]
+        if not self.pinged or self.dead:
+            return
+        self.pinged = False
+        self.refuse_above = self.last_id
+        self.put_frame(8, GOAWAY, 0, 0)
+        write_word(words, self.last_id)
+        write_word(words + 4, H2_NO_ERROR)
+        buffer_append(&self.out, words, 8)
+        self.tell_out()
+
+    cdef int fail(self, uint32_t error, const char* reason) noexcept:
+        """The connection is at its end: GOAWAY, and nothing more is handled. Always 0."""
+        cdef char words[8]
+        if self.dead:
+            return 0
+        self.put_frame(8, GOAWAY, 0, 0)
+        write_word(words, self.last_id if not self.client else 0)
+        write_word(words + 4, error)
+        buffer_append(&self.out, words, 8)
+        self.tell_out()
+        self.dead = True
+        self.error = error
+        self.reason = reason
+        self.counters[C_H2_ERRORS] += 1
+        if error == H2_ENHANCE_YOUR_CALM:
+            self.counters[C_H2_CALMED] += 1
+        return 0
+
+    cdef void release(self) noexcept:
+        """Gives back all memory but the object's own; while frames are being handled that waits until they are."""
+        if self.feeding:
+            return
+        buffer_release(&self.inb)
+        buffer_release(&self.out)
+        buffer_release(&self.block)
+        buffer_release(&self.pseudo)
+        buffer_release(&self.cookie)
+        if self.inflater != NULL:
+            nghttp2_hd_inflate_del(<nghttp2_hd_inflater*>self.inflater)
+            self.inflater = NULL
+
+    cdef int lost(self) except -1:
+        cdef Http2Stream stream
+        cdef int i
+        cdef list streams = []
+        self.dead = True
+        for i in range(64):
+            at = self.table[i]
+            while at != NULL:
+                stream = <Http2Stream>at
+                streams.append(stream)
+                at = stream.following
+        for stream in streams:
+            if not stream.reset:
+                stream.reset = True
+                stream.error = self.error or H2_CANCEL
+                if stream.session is not None:
+                    self.stirred(stream, STIR_RESET)
+        self.blocked.clear()
+        return 0
+
+    # -- streams ------------------------------------------------------------------------------------------------------
+
+    cdef Http2Stream find(self, uint32_t id):
+        cdef void* at = self.table[(id >> 1) & 63]
+        while at != NULL:
+            if (<Http2Stream>at).id == id:
+                return <Http2Stream>at
+            at = (<Http2Stream>at).following
+        return None
+
+    cdef void enter(self, Http2Stream stream):
+        cdef uint32_t slot = (stream.id >> 1) & 63
+        Py_INCREF(stream)
+        stream.following = self.table[slot]
+        self.table[slot] = <void*>stream
+        stream.counted = True
+        self.active += 1
+        self.opened_total += 1
+        self.recent[(stream.id >> 1) & (RECENT - 1)] = stream.id
+        self.counters[C_H2_STREAMS] += 1
+
+    cdef void remove(self, Http2Stream stream) noexcept:
+        cdef uint32_t slot = (stream.id >> 1) & 63
+        cdef void* at = self.table[slot]
+        cdef void* before = NULL
+        while at != NULL and at != <void*>stream:
+            before = at
+            at = (<Http2Stream>at).following
+        if at == NULL:
+            return
+        if before == NULL:
+            self.table[slot] = stream.following
+        else:
+            (<Http2Stream>before).following = stream.following
+        stream.following = NULL
+        if stream.counted:
+            stream.counted = False
+            self.active -= 1
+        Py_DECREF(stream)
+
+    cdef Http2Stream make(self):
+        cdef Http2Stream stream = Http2Stream.__new__(Http2Stream)
+        stream.session = self
+        stream.window = self.settings.window
+        return stream
+
+    cdef bint room(self) noexcept:
+        cdef uint32_t most = self.settings.streams if self.settings.streams < self.peer_streams else self.peer_streams
+        return not self.dead and not self.peer_leaves and not self.draining and <uint32_t>self.active < most and \
+            self.next_id < <uint32_t>WINDOW_MAX - 2
+
+    # -- frames that leave --------------------------------------------------------------------------------------------
+
+    cdef void tell_out(self) noexcept:
+        if not self.dirty:
+            self.dirty = True
+            self.wants_out()
+
+    cdef void put_frame(self, uint32_t length, uint8_t kind, uint8_t flags, uint32_t id) noexcept:
+        """A frame's head; room for its payload is there as well."""
+        if buffer_reserve(&self.out, HEAD + length) < 0 or self.out.end - self.out.start > OUT_MAX:
+            buffer_release(&self.out)
+            buffer_reserve(&self.out, HEAD + length)
+            self.dead = True
+            self.error = H2_ENHANCE_YOUR_CALM
+            self.reason = b"too much waits to be read"
+        write_head(self.out.base + self.out.end, length, kind, flags, id)
+        self.out.end += HEAD
+        self.tell_out()
+
+    cdef void put_word(self, uint8_t kind, uint32_t id, uint32_t word) noexcept:
+        self.put_frame(4, kind, 0, id)
+        write_word(self.out.base + self.out.end, word)
+        self.out.end += 4
+
+    cdef void put_data(self, uint32_t id, const char* data, uint32_t n, bint last) noexcept:
+        cdef uint32_t piece
+        while True:
+            piece = n if n < FRAME_MAX else FRAME_MAX
+            n -= piece
+            self.put_frame(piece, DATA, END_STREAM if last and n == 0 else 0, id)
+            if piece:
+                memcpy(self.out.base + self.out.end, data, piece)
+                self.out.end += piece
+                data += piece
+            if n == 0:
+                return
+
+    cdef uint32_t open_block(self, uint32_t id) noexcept:
+        """Begins HEADERS; returns where, counted from the front of what waits: the window may move while the block grows."""
+        cdef uint32_t at = self.out.end - self.out.start
+        self.put_frame(0, HEADERS, 0, id)
+        if not self.resized:
+            self.resized = True
+            buffer_append(&self.out, b"\x20", 1)    # a dynamic table of no bytes (RFC 7541 6.3): ours has none
+        return at
+
+    cdef void close_block(self, uint32_t at, uint32_t id, bint last) noexcept:
+        """The block from `at` on is complete: its length and flags, and CONTINUATION frames if it is long."""
+        cdef uint32_t length = self.out.end - self.out.start - at - HEAD
+        cdef uint32_t piece, more
+        cdef char* base
+        piece = length if length < FRAME_MAX else FRAME_MAX
+        write_head(self.out.base + self.out.start + at, piece, HEADERS,
+                   (END_STREAM if last else 0) | (END_HEADERS if piece == length else 0), id)
+        while piece < length:
+            length -= piece
+            at += HEAD + piece
+            piece = length if length < FRAME_MAX else FRAME_MAX
+            if buffer_reserve(&self.out, HEAD) < 0:
+                self.dead = True
+                return
+            base = self.out.base + self.out.start + at
+            for more in range(length):              # from the back: the two overlap
+                base[HEAD + length - 1 - more] = base[length - 1 - more]
+            self.out.end += HEAD
+            write_head(base, piece, CONTINUATION, END_HEADERS if piece == length else 0, id)
+
+    cdef void sent(self) except *:
+        self.dirty = False
+        if self.blocked and not self.dead:
+            self.wake()
+
+    cdef int force(self) except -1:
+        """The tick: small pieces may go."""
+        if self.dead:
+            return 0
+        self.forced = True
+        try:
+            self.wake()
+        finally:
+            self.forced = False
+        return 0
+
+    cdef int wake(self) except -1:
+        """Those that waited for window or room, as far as there is some, in the order in which they came."""
+        cdef Http2Stream stream
+        if self.send_window <= 0 or self.out.end - self.out.start > OUT_LOW:
+            return 0
+        for stream in list(self.blocked):
+            if self.send_window <= 0 or self.out.end - self.out.start >= OUT_HIGH:
+                return 0
+            if stream.session is None:
+                self.blocked.pop(stream, None)
+            elif stream.send_window > 0:
+                self.blocked.pop(stream, None)
+                self.stirred(stream, STIR_WRITE)
+        return 0
+
+    # -- budgets ------------------------------------------------------------------------------------------------------
+
+    cdef void earn(self, int frames) noexcept:
+        """Real work: it may cost as many frames that carry nothing, such as acknowledgements and measurements."""
+        if self.frames_left < <int64_t>self.settings.frames:
+            self.frames_left += frames
+
+    cdef bint pay_frame(self) noexcept:
+        """For a frame that carries nothing. False when that was one too many: the connection is over."""
+        cdef int64_t now, gained
+        self.counters[C_H2_FRAMES_EMPTY] += 1
+        self.frames_left -= 1
+        if self.frames_left >= 0:
+            return True
+        now = cw_monotonic_us()
+        gained = (now - self.frames_at) * FRAMES_RATE // 1000000
+        self.frames_at = now
+        self.frames_left += gained
+        if self.frames_left > <int64_t>self.settings.frames:
+            self.frames_left = self.settings.frames
+        if self.frames_left < 0:
+            self.fail(H2_ENHANCE_YOUR_CALM, b"too many frames that carry nothing")
+            return False
+        return True
+
+    cdef bint pay_reset(self) noexcept:
+        """For a stream that the client gave up, or made us give up."""
+        cdef int64_t now, gained
+        if self.client:
+            return True
+        self.resets_left -= 1
+        if self.resets_left >= 0:
+            return True
+        now = cw_monotonic_us()
+        gained = (now - self.resets_at) * RESETS_RATE // 1000000
+        self.resets_at = now
+        self.resets_left += gained
+        if self.resets_left > <int64_t>self.settings.resets:
+            self.resets_left = self.settings.resets
+        if self.resets_left < 0:
+            self.fail(H2_ENHANCE_YOUR_CALM, b"too many streams given up")
+            return False
+        return True
+
+    # -- frames that arrive -------------------------------------------------------------------------------------------
+
+    cdef int feed(self) except -1:
+        cdef const char* p
+        cdef uint32_t there, length, n, id
+        cdef uint8_t kind
+        if self.feeding:
+            return 0
+        self.feeding = True
+        try:
+            while not self.dead:
+                p = self.inb.base + self.inb.start
+                there = self.inb.end - self.inb.start
+                if self.preface_left and there:
+                    n = there if there < self.preface_left else self.preface_left
+                    if memcmp(p, PREFACE_TEXT + (PREFACE - self.preface_left), n) != 0:
+                        self.fail(H2_PROTOCOL_ERROR, b"no HTTP/2 preface")
+                        break
+                    self.preface_left -= n
+                    buffer_consume(&self.inb, n)
+                    continue
+                if there < HEAD:
+                    break
+                length = (<uint32_t><uint8_t>p[0] << 16) | (<uint32_t><uint8_t>p[1] << 8) | <uint8_t>p[2]
+                kind = <uint8_t>p[3]
+                if length > FRAME_MAX:
+                    self.fail(H2_FRAME_SIZE_ERROR, b"a frame is too large")
+                    break
+                if there < HEAD + length:
+                    break
+                id = word_at(p + 5) & 0x7fffffff
+                self.frame(kind, <uint8_t>p[4], id, p + HEAD, length)
+                self.inb.start += HEAD + length
+            if self.inb.start == self.inb.end or self.dead:
+                buffer_release(&self.inb)
+        finally:
+            self.feeding = False
+            if self.released:
+                self.release()
+        return 0
+
+    cdef int frame(self, uint8_t kind, uint8_t flags, uint32_t id, const char* p, uint32_t n) except -1:
+        if self.block_id and (kind != CONTINUATION or id != self.block_id):
+            return self.fail(H2_PROTOCOL_ERROR, b"a head block was interrupted")
+        if not self.peer_settings and (kind != SETTINGS or flags & ACK):
+            return self.fail(H2_PROTOCOL_ERROR, b"the first frame is not SETTINGS")
+        if kind == DATA:
+            return self.on_data(flags, id, p, n)
+        if kind == HEADERS:
+            return self.on_headers(flags, id, p, n)
+        if kind == WINDOW_UPDATE:
+            return self.on_window(id, p, n)
+        if kind == RST_STREAM:
+            return self.on_reset(id, p, n)
+        if kind == SETTINGS:
+            return self.on_settings(flags, id, p, n)
+        if kind == PING:
+            return self.on_ping(flags, id, p, n)
+        if kind == CONTINUATION:
+            if self.block_id == 0:
+                return self.fail(H2_PROTOCOL_ERROR, b"CONTINUATION without HEADERS")
+            return self.on_continuation(flags, p, n)
+        if kind == GOAWAY:
+            return self.on_goaway(id, p, n)
+        if kind == PUSH_PROMISE:
+            return self.fail(H2_PROTOCOL_ERROR, b"PUSH_PROMISE is not offered")
+        if kind == PRIORITY:
+            if id == 0:
+                return self.fail(H2_PROTOCOL_ERROR, b"PRIORITY of no stream")
+            if n != 5:
+                return self.fail(H2_FRAME_SIZE_ERROR, b"PRIORITY of a wrong size")
+        self.pay_frame()                            # PRIORITY, and what nobody knows: passed over (RFC 9113 4.1, 5.3.2)
+        return 0
+
+    cdef bint idle(self, uint32_t id) noexcept:
+        """Whether the stream was never opened."""
+        if self.client:
+            return not id & 1 or id >= self.next_id
+        return not id & 1 or id > self.last_id
+
+    cdef int unknown(self, uint32_t id) noexcept:
+        """A frame of a stream that is no more. 0 when we gave it up, and the other side may not know that yet."""
+        cdef uint32_t past = self.recent[(id >> 1) & (RECENT - 1)]
+        if past == (id | 0x80000000):
+            self.pay_frame()
+            return 0
+        if self.client and past != id:
+            return 0                                # too long ago to tell
+        if past == id:
+            return self.fail(H2_STREAM_CLOSED, b"a frame of a stream that was closed")
+        return self.fail(H2_PROTOCOL_ERROR, b"a frame of a stream that cannot be opened any more")
+
+    cdef int stream_error(self, Http2Stream stream, uint32_t error) except -1:
+        """The other side broke the rules within one stream."""
+        stream.give_up(error)
+        if self.pay_reset():
+            self.stirred(stream, STIR_RESET)
+        return 0
+
+    # DATA ............................................................................................................
+
+    cdef int on_data(self, uint8_t flags, uint32_t id, const char* p, uint32_t n) except -1:
+        cdef Http2Stream stream
+        cdef uint32_t framed = n, pad = 0
+        if id == 0 or self.idle(id):
+            return self.fail(H2_PROTOCOL_ERROR, b"DATA of no stream")
+        if flags & PADDED:
+            if n == 0 or <uint8_t>p[0] >= n:
+                return self.fail(H2_PROTOCOL_ERROR, b"more padding than frame")
+            pad = 1 + <uint8_t>p[0]
+            p += 1
+            n -= pad
+        if framed > self.window:
+            return self.fail(H2_FLOW_CONTROL_ERROR, b"DATA beyond the connection's window")
+        self.window -= framed
+        stream = self.find(id)
+        if stream is None or stream.reset:
+            self.owed += framed                     # nobody will take it
+            if self.owed >= self.settings.connection_window >> 1:
+                self.put_word(WINDOW_UPDATE, 0, self.owed)
+                self.window += self.owed
+                self.owed = 0
+            return self.unknown(id) if stream is None else 0
+        if stream.ended:
+            self.owed += framed
+            return self.stream_error(stream, H2_STREAM_CLOSED)
+        if framed > stream.window:
+            self.owed += framed
+            return self.stream_error(stream, H2_FLOW_CONTROL_ERROR)
+        stream.window -= framed
+        stream.received += n
+        if (stream.expected >= 0 and stream.received > stream.expected) or (self.client and not stream.headed) or \
+                (stream.bodiless and n and stream.headed):
+            self.owed += framed
+            self.counters[C_H2_MALFORMED] += 1
+            return self.stream_error(stream, H2_PROTOCOL_ERROR)
+        if pad:
+            stream.taken(pad)
+        if n == 0 and not flags & END_STREAM:
+            self.pay_frame()
+            return 0
+        if n:
+            self.earn(1)
+        if flags & END_STREAM:
+            stream.ended = True
+            if stream.expected >= 0 and stream.received != stream.expected and not stream.bodiless:
+                stream.ended = False
+                self.owed += n
+                self.counters[C_H2_MALFORMED] += 1
+                return self.stream_error(stream, H2_PROTOCOL_ERROR)
+        if n and stream.inb.end > stream.inb.start:
+            if buffer_append(&stream.inb, p, n) < 0:
+                return self.fail(H2_INTERNAL_ERROR, b"out of memory")
+            self.stirred(stream, STIR_READ)
+            return 0
+        stream.at = p
+        stream.at_left = n
+        self.stirred(stream, STIR_READ)
+        if stream.at_left and stream.session is not None:
+            n = stream.at_left
+            stream.at_left = 0
+            if buffer_append(&stream.inb, stream.at, n) < 0:
+                return self.fail(H2_INTERNAL_ERROR, b"out of memory")
+        stream.at = NULL
+        stream.at_left = 0
+        return 0
+
+    # HEADERS, CONTINUATION ...........................................................................................
+
+    cdef int on_headers(self, uint8_t flags, uint32_t id, const char* p, uint32_t n) except -1:
+        cdef uint32_t pad
+        if id == 0 or not id & 1:
+            return self.fail(H2_PROTOCOL_ERROR, b"HEADERS of a stream that cannot be")
+        if self.client and id >= self.next_id:
+            return self.fail(H2_PROTOCOL_ERROR, b"an answer to no request")
+        if flags & PADDED:
+            if n == 0 or <uint8_t>p[0] >= n:
+                return self.fail(H2_PROTOCOL_ERROR, b"more padding than frame")
+            pad = <uint8_t>p[0]
+            p += 1
+            n -= 1 + pad
+        if flags & PRIORITISED:
+            if n < 5:
+                return self.fail(H2_FRAME_SIZE_ERROR, b"HEADERS without its priority")
+            if (word_at(p) & 0x7fffffff) == id:
+                return self.fail(H2_PROTOCOL_ERROR, b"a stream that depends on itself")
+            p += 5
+            n -= 5
+        if flags & END_HEADERS:
+            return self.on_block(flags, id, p, n)
+        self.block_id = id
+        self.block_flags = flags
+        self.block_frames = 0
+        if buffer_append(&self.block, p, n) < 0:
+            return self.fail(H2_INTERNAL_ERROR, b"out of memory")
+        return 0
+
+    cdef int on_continuation(self, uint8_t flags, const char* p, uint32_t n) except -1:
+        cdef uint32_t id = self.block_id
+        self.block_frames += 1
+        if self.block_frames > BLOCK_FRAMES or self.block.end - self.block.start + n > BLOCK_MAX:
+            return self.fail(H2_ENHANCE_YOUR_CALM, b"a head without end")
+        if buffer_append(&self.block, p, n) < 0:
+            return self.fail(H2_INTERNAL_ERROR, b"out of memory")
+        if flags & END_HEADERS:
+            self.block_id = 0
+            self.on_block(self.block_flags, id, self.block.base + self.block.start, self.block.end - self.block.start)
+            buffer_release(&self.block)
+        return 0
+
+    cdef int on_block(self, uint8_t flags, uint32_t id, const char* p, uint32_t n) except -1:
+        cdef Http2Stream stream = self.find(id)
+        cdef bint fresh = stream is None and not self.client and id > self.last_id
+        if stream is not None and not stream.reset:
+            if stream.ended:
+                if self.decode(NOTHING, NULL, None, p, n) >= BROKEN:
+                    return 0
+                return self.stream_error(stream, H2_STREAM_CLOSED)
+            return self.on_answer(stream, flags, p, n) if self.client and not stream.headed else self.on_trailers(stream, flags, p, n)
+        if fresh and id <= self.refuse_above:
+            return self.on_request(flags, id, p, n)
+        if self.decode(NOTHING, NULL, None, p, n) >= BROKEN:
+            return 0
+        if stream is None and not fresh:
+            return self.unknown(id)
+        return 0
+
+    cdef int on_request(self, uint8_t flags, uint32_t id, const char* p, uint32_t n) except -1:
+        cdef Http2Stream stream
+        cdef int found
+        self.last_id = id
+        self.earn(PREPAID)
+        if self.active >= <int>self.settings.streams:
+            self.recent[(id >> 1) & (RECENT - 1)] = id | 0x80000000
+            if self.decode(NOTHING, NULL, None, p, n) >= BROKEN:
+                return 0
+            self.counters[C_H2_REFUSED] += 1
+            self.put_word(RST_STREAM, id, H2_REFUSED_STREAM)
+            self.pay_reset()
+            return 0
+        stream = Http2Stream.__new__(Http2Stream)
+        stream.session = self
+        stream.id = id
+        stream.window = self.settings.window
+        stream.send_window = self.peer_window
+        self.enter(stream)
+        found = self.decode(REQUEST, &stream.inb, stream, p, n)
+        if found >= BROKEN:
+            stream.close()
+            return 0
+        stream.ended = (flags & END_STREAM) != 0
+        if found == SOUND and stream.ended and stream.expected > 0:
+            found = MALFORMED
+        if found == MALFORMED:
+            self.counters[C_H2_MALFORMED] += 1
+            stream.give_up(H2_PROTOCOL_ERROR)
+            stream.close()
+            self.pay_reset()
+            return 0
+        stream.text_left = stream.inb.end - stream.inb.start
+        self.opened(stream)
+        return 0
+
+    cdef int on_answer(self, Http2Stream stream, uint8_t flags, const char* p, uint32_t n) except -1:
+        """A head from the server: an informational one, or the answer's."""
+        cdef uint32_t before = stream.inb.end - stream.inb.start
+        cdef int found = self.decode(ANSWER, &stream.inb, stream, p, n)
+        if found >= BROKEN:
+            return 0
+        if found == SOUND and flags & END_STREAM:
+            stream.ended = True
+            if not stream.headed or (stream.expected > 0 and not stream.bodiless):
+                found = MALFORMED
+        if found == MALFORMED or stream.too_long:
+            self.counters[C_H2_MALFORMED] += 1
+            stream.ended = False
+            return self.stream_error(stream, H2_PROTOCOL_ERROR)
+        stream.text_left += stream.inb.end - stream.inb.start - before
+        self.stirred(stream, STIR_READ)
+        return 0
+
+    cdef int on_trailers(self, Http2Stream stream, uint8_t flags, const char* p, uint32_t n) except -1:
+        cdef int found = self.decode(TRAILERS, &stream.trailers, stream, p, n)
+        if found >= BROKEN:
+            return 0
+        if found == MALFORMED or not flags & END_STREAM or \
+                (stream.expected >= 0 and stream.received != stream.expected and not stream.bodiless):
+            self.counters[C_H2_MALFORMED] += 1
+            return self.stream_error(stream, H2_PROTOCOL_ERROR)
+        stream.ended = True
+        self.stirred(stream, STIR_READ)
+        return 0
+
+    # The others ......................................................................................................
+
+    cdef int on_reset(self, uint32_t id, const char* p, uint32_t n) except -1:
+        cdef Http2Stream stream
+        if n != 4:
+            return self.fail(H2_FRAME_SIZE_ERROR, b"RST_STREAM of a wrong size")
+        if id == 0 or self.idle(id):
+            return self.fail(H2_PROTOCOL_ERROR, b"RST_STREAM of no stream")
+        self.counters[C_H2_RESETS_IN] += 1
+        stream = self.find(id)
+        if stream is None or stream.reset:
+            self.pay_frame()
+            return 0
+        if not self.pay_reset():
+            return 0
+        stream.error = word_at(p)
+        stream.reset = True
+        stream.refused = stream.error == H2_REFUSED_STREAM
+        self.stirred(stream, STIR_RESET)
+        return 0
+
+    cdef int on_settings(self, uint8_t flags, uint32_t id, const char* p, uint32_t n) except -1:
+        cdef uint32_t which, value
+        cdef int64_t change
+        cdef Http2Stream stream
+        cdef void* at
+        cdef int i
+        if id != 0:
+            return self.fail(H2_PROTOCOL_ERROR, b"SETTINGS of a stream")
+        if flags & ACK:
+            if n:
+                return self.fail(H2_FRAME_SIZE_ERROR, b"an acknowledgement with a payload")
+            if self.acknowledged:                   # there was one SETTINGS of ours
+                self.pay_frame()
+            self.acknowledged = True
+            return 0
+        if n % 6:
+            return self.fail(H2_FRAME_SIZE_ERROR, b"SETTINGS of a wrong size")
+        if self.peer_settings and not self.pay_frame():
+            return 0
+        while n:
+            which = word_at(p) >> 16
+            value = word_at(p + 2)
+            p += 6
+            n -= 6
+            if which == INITIAL_WINDOW_SIZE:
+                if value > WINDOW_MAX:
+                    return self.fail(H2_FLOW_CONTROL_ERROR, b"a window that is too large")
+                change = <int64_t>value - self.peer_window
+                self.peer_window = value
+                for i in range(64):
+                    at = self.table[i]
+                    while at != NULL:
+                        stream = <Http2Stream>at
+                        stream.send_window += change
+                        if stream.send_window > WINDOW_MAX:
+                            return self.fail(H2_FLOW_CONTROL_ERROR, b"a window that is too large")
+                        at = stream.following
+            elif which == MAX_CONCURRENT_STREAMS:
+                self.peer_streams = value
+            elif which == ENABLE_PUSH and (value > 1 or (self.client and value)):
+                return self.fail(H2_PROTOCOL_ERROR, b"a setting that cannot be")
+            elif which == MAX_FRAME_SIZE and (value < FRAME_MAX or value > 16777215):
+                return self.fail(H2_PROTOCOL_ERROR, b"a frame size that cannot be")
+            elif which == ENABLE_CONNECT_PROTOCOL and value > 1:
+                return self.fail(H2_PROTOCOL_ERROR, b"a setting that cannot be")
+        self.put_frame(0, SETTINGS, ACK, 0)
+        self.peer_settings = True
+        self.wake()
+        return 0
+
+    cdef int on_ping(self, uint8_t flags, uint32_t id, const char* p, uint32_t n) noexcept:
+        if id != 0:
+            return self.fail(H2_PROTOCOL_ERROR, b"PING of a stream")
+        if n != 8:
+            return self.fail(H2_FRAME_SIZE_ERROR, b"PING of a wrong size")
+        if flags & ACK:
+            if self.pinged and memcmp(p, b"draining", 8) == 0:
+                self.drained()
+            else:
+                self.pay_frame()
+            return 0
+        if self.pay_frame():
+            self.put_frame(8, PING, ACK, 0)
+            memcpy(self.out.base + self.out.end, p, 8)
+            self.out.end += 8
+        return 0
+
+    cdef int on_goaway(self, uint32_t id, const char* p, uint32_t n) except -1:
+        cdef Http2Stream stream
+        cdef uint32_t highest
+        cdef int i
+        cdef void* at
+        if id != 0:
+            return self.fail(H2_PROTOCOL_ERROR, b"GOAWAY of a stream")
+        if n < 8:
+            return self.fail(H2_FRAME_SIZE_ERROR, b"GOAWAY of a wrong size")
+        self.peer_leaves = True
+        if not self.client:
+            self.pay_frame()
+            return 0
+        highest = word_at(p) & 0x7fffffff
+        streams = []
+        for i in range(64):
+            at = self.table[i]
+            while at != NULL:
+                stream = <Http2Stream>at
+                if stream.id > highest and not stream.reset:
+                    streams.append(stream)
+                at = stream.following
+        for stream in streams:
+            stream.refused = True
+            stream.reset = True
+            stream.error = H2_REFUSED_STREAM
+            self.stirred(stream, STIR_RESET)
+        return 0
+
+    cdef int on_window(self, uint32_t id, const char* p, uint32_t n) except -1:
+        cdef Http2Stream stream
+        cdef uint32_t more
+        if n != 4:
+            return self.fail(H2_FRAME_SIZE_ERROR, b"WINDOW_UPDATE of a wrong size")
+        more = word_at(p) & 0x7fffffff
+        if id == 0:
+            if more == 0:
+                return self.fail(H2_PROTOCOL_ERROR, b"WINDOW_UPDATE of nothing")
+            self.send_window += more
+            if self.send_window > WINDOW_MAX:
+                return self.fail(H2_FLOW_CONTROL_ERROR, b"a window that is too large")
+            if more >= SMALL_UPDATE or self.pay_frame():
+                self.wake()
+            return 0
+        if self.idle(id):
+            return self.fail(H2_PROTOCOL_ERROR, b"WINDOW_UPDATE of no stream")
+        stream = self.find(id)
+        if stream is None or stream.reset:
+            self.pay_frame()                        # it may have crossed our end
+            return 0
+        if more == 0:
+            return self.stream_error(stream, H2_PROTOCOL_ERROR)
+        stream.send_window += more
+        if stream.send_window > WINDOW_MAX:
+            return self.stream_error(stream, H2_FLOW_CONTROL_ERROR)
+        if more < SMALL_UPDATE and not self.pay_frame():
+            return 0
+        if stream in self.blocked and self.send_window > 0 and self.out.end - self.out.start < OUT_HIGH:
+            self.blocked.pop(stream, None)
+            self.stirred(stream, STIR_WRITE)
+        return 0
+
+    # -- heads --------------------------------------------------------------------------------------------------------
+
+    cdef int decode(self, int what, Buffer* text, Http2Stream stream, const char* p, uint32_t n) except -2:
+        """Decodes a block into `text`. Of BROKEN and BOMB the connection has died already."""
+        cdef Block block
+        cdef nghttp2_hd_inflater* inflater = <nghttp2_hd_inflater*>self.inflater
+        cdef nghttp2_nv field
+        cdef int flags
+        cdef ssize_t used
+        cdef uint64_t total = 0
+        memset(&block, 0, sizeof(block))
+        block.what = what
+        block.text = text
+        block.pseudo = &self.pseudo
+        block.cookie = &self.cookie
+        block.limit = TRAILERS_MAX if what == TRAILERS else self.head_limit
+        block.expected = -1
+        while True:
+            flags = 0
+            used = nghttp2_hd_inflate_hd2(inflater, &field, &flags, <const uint8_t*>p, n, 1)
+            if used < 0:
+                self.fail(H2_COMPRESSION_ERROR, b"a head block that cannot be decoded")
+                return BROKEN
+            p += used
+            n -= <uint32_t>used
+            if flags & NGHTTP2_HD_INFLATE_EMIT:
+                total += field.namelen + field.valuelen + 32
+                if total > 4 * <uint64_t>self.head_limit + BLOCK_MAX:
+                    self.fail(H2_ENHANCE_YOUR_CALM, b"a head that grows without end")
+                    return BOMB
+                if what != NOTHING and not block.malformed:
+                    take_field(&block, field.name, field.namelen, field.value, field.valuelen)
+            if flags & NGHTTP2_HD_INFLATE_FINAL:
+                nghttp2_hd_inflate_end_headers(inflater)
+                break
+            if not flags & NGHTTP2_HD_INFLATE_EMIT and n == 0:
+                self.fail(H2_COMPRESSION_ERROR, b"a head block that cannot be decoded")
+                return BROKEN
+        if what == NOTHING:
+            return SOUND
+        if not block.malformed:
+            finish_block(&block)
+        buffer_release(&self.pseudo)
+        buffer_release(&self.cookie)
+        if stream is not None:
+            if block.too_long:
+                stream.too_long = True
+            if what == REQUEST:
+                stream.expected = block.expected
+                stream.trailing = block.trailing
+                stream.connects = block.connects
+                if block.connects and not block.malformed:
+                    self.put_handshake(text)
+            elif what == ANSWER and block.status >= 200:
+                stream.headed = True
+                if block.status == 204 or block.status == 304:
+                    stream.bodiless = True
+                stream.expected = block.expected
+        return MALFORMED if block.malformed or (what == TRAILERS and block.too_long) else SOUND
+
+    cdef int put_handshake(self, Buffer* text) except -1:
+        """The rest of a WebSocket handshake as HTTP/1.1 has it: here the stream itself stands for the key's proof (RFC 8441 5)."""
+        cdef bytes key = b64encode(urandom(16))
+        text.end -= 2                               # the empty line
+        put_field(text, b"connection", 10, b"upgrade", 7)
+        put_field(text, b"upgrade", 7, b"websocket", 9)
+        put_field(text, b"sec-websocket-key", 17, key, len(key))
+        buffer_append(text, b"\r\n", 2)
+        return 0
+
+
+cdef uint32_t write_setting(char* p, uint32_t which, uint32_t value) noexcept nogil:
+    p[0] = <char>(which >> 8)
+    p[1] = <char>which
+    write_word(p + 2, value)
+    return 6
+
+
+# -- a head's fields --------------------------------------------------------------------------------------------------
+
+cdef enum:                      # pseudo-headers
+    P_METHOD = 0
+    P_SCHEME
+    P_PATH
+    P_AUTHORITY
+    P_PROTOCOL
+    P_STATUS
+    P_COUNT
+
+cdef struct Block:
+    int what
+    Buffer* text
+    Buffer* pseudo
+    Buffer* cookie
+    uint32_t limit
+    uint32_t at[6]              # of the pseudo-headers' values in `pseudo`
+    uint32_t length[6]
+    bint seen[6]
+    bint malformed
+    bint too_long               # the text is cut at its limit
+    bint started                # the text's first line is written
+    bint trailing
+    bint connects
+    bint host                   # a Host field came
+    int status
+    int64_t expected
+
+
+cdef void take_field(Block* b, const uint8_t* name, size_t n, const uint8_t* value, size_t size) noexcept nogil:
+    """One decoded field: checked, then written."""
+    if n and name[0] == 58:
+        take_pseudo(b, name, n, value, size)
+        return
+    if not sound_name(name, n) or not sound_value(value, size) or of_connection(name, n):
+        b.malformed = True
+        return
+    if b.what == TRAILERS and no_trailer(<const char*>name, n):
+        return
+    if not b.started and b.what != TRAILERS:
+        start_text(b)
+        if b.malformed:
+            return
+    if n == 2 and name[0] == 116 and name[1] == 101:
+        if not is_name(value, size, b"trailers", 8) or b.what != REQUEST:
+            b.malformed = True
+        b.trailing = True
+        return
+    if is_name(name, n, b"content-length", 14):
+        if b.expected >= 0 or b.what == TRAILERS:
+            b.malformed = True
+            return
+        b.expected = cw_decimal(<const char*>value, size)
+        if b.expected < 0:
+            b.malformed = True
+            return
+    elif is_name(name, n, b"host", 4):
+        if b.what != REQUEST:
+            b.malformed = b.malformed or b.what == TRAILERS
+            return
+        if b.seen[P_AUTHORITY]:
+            # One of the two would be believed here, the other there.
+            if size != b.length[P_AUTHORITY] or not same_folded(<const char*>value, b.pseudo.base + b.at[P_AUTHORITY], size):
+                b.malformed = True
+            return
+        b.host = True
+    elif b.what == REQUEST and is_name(name, n, b"cookie", 6):
+        if b.cookie.end - b.cookie.start + size + 2 > b.limit:
+            b.too_long = True
+            return
+        if b.cookie.end > b.cookie.start:
+            buffer_append(b.cookie, b"; ", 2)       # RFC 9113 8.2.3
+        if buffer_append(b.cookie, <const char*>value, <uint32_t>size) < 0:
+            b.malformed = True
+        return
+    put_bounded(b, name, n, value, size)
+
+
+cdef bint no_trailer(const char* name, size_t n) noexcept nogil:
+    """What must not come behind a body (RFC 9110 6.5.1): who puts trailers among the fields would believe it. Dropped.
+
+    Fields of framing are malformed; that is seen before, or after.
+    """
+    cdef uint8_t id = field_id(name, n)
+    return id == F_AUTHORIZATION or id == F_COOKIE or id == F_EXPECT or id == F_TRAILER or id == F_ORIGIN or id == F_X_API_KEY or \
+        id == F_IDEMPOTENCY_KEY or id == F_X_REQUEST_ID or id == F_TRACEPARENT or id == F_CONTENT_TYPE or id == F_CONTENT_ENCODING or \
+        field_is_identity(name, n)
+
+
+cdef void put_bounded(Block* b, const uint8_t* name, size_t n, const uint8_t* value, size_t size) noexcept nogil:
+    if b.too_long or b.text.end - b.text.start + n + size + 4 > b.limit:
+        b.too_long = True
+        return
+    if put_field(b.text, <const char*>name, n, <const char*>value, size) < 0:
+        b.malformed = True
+
+
+cdef bint same_folded(const char* a, const char* b, size_t n) noexcept nogil:
+    cdef size_t i
+    for i in range(n):
+        if (a[i] | 32 if 65 <= a[i] <= 90 else a[i]) != (b[i] | 32 if 65 <= b[i] <= 90 else b[i]):
+            return False
+    return True
+
+
+cdef void take_pseudo(Block* b, const uint8_t* name, size_t n, const uint8_t* value, size_t size) noexcept nogil:
+    cdef int which = P_COUNT
+    if b.what == REQUEST:
+        if is_name(name, n, b":method", 7):
+            which = P_METHOD
+        elif is_name(name, n, b":path", 5):
+            which = P_PATH
+        elif is_name(name, n, b":scheme", 7):
+            which = P_SCHEME
+        elif is_name(name, n, b":authority", 10):
+            which = P_AUTHORITY
+        elif is_name(name, n, b":protocol", 9):
+            which = P_PROTOCOL
+    elif b.what == ANSWER and is_name(name, n, b":status", 7):
+        which = P_STATUS
+    # Unknown, twice, behind a field, or with bytes that could end the line.
+    if which == P_COUNT or b.seen[which] or b.started or not printable(value, size):
+        b.malformed = True
+        return
+    b.seen[which] = True
+    b.at[which] = b.pseudo.end - b.pseudo.start
+    b.length[which] = <uint32_t>size
+    if b.pseudo.end - b.pseudo.start + size > 2 * b.limit:
+        b.too_long = True
+        b.length[which] = 0
+        return
+    if buffer_append(b.pseudo, <const char*>value, <uint32_t>size) < 0:
+        b.malformed = True
+
+
+cdef void start_text(Block* b) noexcept nogil:
+    """The first line, from the pseudo-headers."""
+    b.started = True
+    if b.what == ANSWER:
+        start_answer(b)
+    else:
+        start_request(b)
+
+
+cdef inline const char* pseudo_at(Block* b, int which) noexcept nogil:
+    return b.pseudo.base + b.pseudo.start + b.at[which]
+
+
+cdef void start_answer(Block* b) noexcept nogil:
+    cdef const char* status
+    cdef const char* reason
+    if not b.seen[P_STATUS] or b.length[P_STATUS] != 3:
+        b.malformed = True
+        return
+    status = pseudo_at(b, P_STATUS)
+    b.status = <int>cw_decimal(status, 3)
+    reason = cw_reason(b.status)                    # HTTP/2 has none
+    if b.status < 100 or b.status == 101 or buffer_append(b.text, b"HTTP/1.1 ", 9) < 0 or buffer_append(b.text, status, 3) < 0 or \
+            buffer_append(b.text, b" ", 1) < 0 or buffer_append(b.text, reason, <uint32_t>strlen(reason)) < 0 or \
+            buffer_append(b.text, b"\r\n", 2) < 0:
+        b.malformed = True
+
+
+cdef void start_request(Block* b) noexcept nogil:
+    cdef const char* path = NULL
+    cdef const char* scheme
+    cdef const char* authority
+    cdef const char* method
+    cdef uint32_t i
+    if not b.seen[P_METHOD]:
+        b.malformed = True
+        return
+    method = pseudo_at(b, P_METHOD)
+    if b.length[P_METHOD] == 7 and memcmp(method, b"CONNECT", 7) == 0 and not b.seen[P_PROTOCOL]:
+        if b.seen[P_PATH] or b.seen[P_SCHEME] or not b.seen[P_AUTHORITY]:
+            b.malformed = True
+            return
+        path = pseudo_at(b, P_AUTHORITY)            # RFC 9113 8.5: the parser says that it is not offered
+        put_line(b, method, 7, path, b.length[P_AUTHORITY])
+        return
+    if not b.seen[P_PATH] or not b.seen[P_SCHEME]:
+        b.malformed = True
+        return
+    if b.too_long:
+        put_line(b, method, b.length[P_METHOD], b"/", 1)
+        return
+    path = pseudo_at(b, P_PATH)
+    scheme = pseudo_at(b, P_SCHEME)
+    if not ((b.length[P_SCHEME] == 5 and cw_equals_folded(scheme, b"https", 5)) or
+            (b.length[P_SCHEME] == 4 and cw_equals_folded(scheme, b"http", 4))):
+        b.malformed = True
+        return
+    if path[0] != 47 and not (b.length[P_PATH] == 1 and path[0] == 42 and b.length[P_METHOD] == 7 and memcmp(method, b"OPTIONS", 7) == 0):
+        b.malformed = True
+        return
+    for i in range(b.length[P_PATH]):
+        if path[i] == 35:
+            b.malformed = True
+            return
+    for i in range(b.length[P_METHOD]):
+        if not cw_class[<uint8_t>method[i]] & CW_TOKEN:
+            b.malformed = True
+            return
+    if b.seen[P_PROTOCOL]:
+        if b.length[P_METHOD] != 7 or memcmp(method, b"CONNECT", 7) != 0 or not b.seen[P_AUTHORITY]:
+            b.malformed = True
+            return
+        if b.length[P_PROTOCOL] == 9 and memcmp(pseudo_at(b, P_PROTOCOL), b"websocket", 9) == 0:
+            b.connects = True
+            put_line(b, b"GET", 3, path, b.length[P_PATH])
+        else:
+            put_line(b, method, 7, pseudo_at(b, P_AUTHORITY), b.length[P_AUTHORITY])
+    else:
+        put_line(b, method, b.length[P_METHOD], path, b.length[P_PATH])
+    if b.seen[P_AUTHORITY]:
+        authority = pseudo_at(b, P_AUTHORITY)
+        for i in range(b.length[P_AUTHORITY]):
+            if authority[i] == 64:                  # userinfo (RFC 9113 8.3.1)
+                b.malformed = True
+                return
+        if put_field(b.text, b"host", 4, authority, b.length[P_AUTHORITY]) < 0:
+            b.malformed = True
+
+
+cdef void put_line(Block* b, const char* method, uint32_t n, const char* target, uint32_t size) noexcept nogil:
+    if buffer_append(b.text, method, n) < 0 or buffer_append(b.text, b" ", 1) < 0 or buffer_append(b.text, target, size) < 0 or \
+            buffer_append(b.text, b" HTTP/1.1\r\n", 11) < 0:
+        b.malformed = True
+
+
+cdef void finish_block(Block* b) noexcept nogil:
+    """All fields are here."""
+    if b.what == TRAILERS:
+        return
+    if not b.started:
+        start_text(b)
+    if b.malformed:
+        return
+    if b.cookie.end > b.cookie.start:
+        put_bounded(b, <const uint8_t*>b"cookie", 6, <const uint8_t*>(b.cookie.base + b.cookie.start), b.cookie.end - b.cookie.start)
+    if buffer_append(b.text, b"\r\n", 2) < 0:
+        b.malformed = True
