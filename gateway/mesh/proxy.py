@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from gateway._speedups.exchange import Edits, ListenerEntry, RouteEntry, Snapshot, Step
+from gateway._speedups.http2_settings import Http2
 from gateway._speedups.pool import Endpoint, Upstream
 from gateway._speedups.route_trie import RouteTrie
 from gateway._speedups.tls import TlsListener, TlsUpstream
@@ -36,6 +37,7 @@ INBOUND, OUTBOUND = "inbound", "outbound"
 CALLER = b"x-crossway-caller"  # tells the app who called; nobody else can
 EVERYBODY = ("0.0.0.0/0", "::/0")  # inbound the handshake has proved a member, outbound it is our own app
 BODY = 1 << 30  # bytes; bodies stream, and the app has the say
+PROTOCOLS = {"http": "http1", "http1": "http1", "http2": "http2", "grpc": "grpc"}  # of a service, and as the engine calls it
 USER_AUTHORS = ("edge",)  # services that may say who the user is, unless the assignment names others
 CONTEXTS = 1 << 20  # bytes of user contexts that are remembered, for each direction
 CALLERS = 200  # whose requests are counted apart
@@ -62,6 +64,7 @@ class Surroundings:
     memory: Any  # SharedState
     intercepts: bool = False  # the outbound listener gets what the kernel redirects
     zone: str | None = None
+    app_protocol: str = "http1"
     denials: Denials = field(default_factory=Denials)
     seed: int = field(default_factory=lambda: secrets.randbits(63))
     versions: int = 0
@@ -102,7 +105,7 @@ def build(assignment: Assignment, svid: Svid, around: Surroundings) -> Snapshot:
     admit = admission(svid.domain, revoked)
     app = parts.get("app", lambda: Upstream(
         "app", [Endpoint(around.app)], **APP_TIMES, host="preserve", table=around.memory.upstreams, attempts=1,
-        retry_on=("connect-failure",),
+        retry_on=("connect-failure",), protocol=around.app_protocol,
     ))  # fmt: skip
     upstreams, routes = {"app": app}, []
     reader = Reader(svid.identity, svid.roots, firsts, admit, around.seed)
@@ -115,7 +118,8 @@ def build(assignment: Assignment, svid: Svid, around: Surroundings) -> Snapshot:
     services = {name: settings for name, settings in body["services"].items() if spoken(name, settings)}
     for name, settings in services.items():
         try:
-            tls = parts.get(("tls", name, digest), partial(_tls, name, svid, digest, admit))
+            alpn = ("http/1.1",) if _protocol(settings) == "http1" else ("h2",)
+            tls = parts.get(("tls", name, digest, alpn), partial(_tls, name, svid, digest, admit, alpn))
             made = ("service", name, digest, canonical(settings))
             upstreams[f"service:{name}"] = parts.get(made, partial(upstream_of, name, settings, tls, around))
         except (ValueError, KeyError, TypeError) as error:
@@ -127,7 +131,7 @@ def build(assignment: Assignment, svid: Svid, around: Surroundings) -> Snapshot:
         inbound, routes, services, svid.domain, around,
         parts.get(("inbound", digest), lambda: TlsListener(
             INBOUND, [(svid.chain, svid.key, None)], digest=digest, authorities=svid.roots, client_auth="required", tickets=False,
-            admit=admit,
+            admit=admit, alpn=("h2", "http/1.1"),
         )),
     )  # fmt: skip
     parts.commit()
@@ -136,10 +140,14 @@ def build(assignment: Assignment, svid: Svid, around: Surroundings) -> Snapshot:
     return snapshot
 
 
-def _tls(name: str, svid: Svid, digest: bytes, admit: Admit) -> TlsUpstream:
+def _protocol(settings: Mapping[str, Any]) -> str:
+    return PROTOCOLS[settings.get("protocol", "http")]
+
+
+def _tls(name: str, svid: Svid, digest: bytes, admit: Admit, alpn: tuple[str, ...]) -> TlsUpstream:
     return TlsUpstream(
-        digest=hashlib.sha256(digest + name.encode()).digest(), authorities=svid.roots, chain=svid.chain, key=svid.key,
-        sans=[f"spiffe://{svid.domain}/service/{name}"], admit=admit,
+        digest=hashlib.sha256(digest + f"{name} {' '.join(alpn)}".encode()).digest(), authorities=svid.roots, chain=svid.chain,
+        key=svid.key, sans=[f"spiffe://{svid.domain}/service/{name}"], admit=admit, alpn=alpn,
     )  # fmt: skip
 
 
@@ -187,11 +195,12 @@ def _listeners(
     by_host = [(route, Spec(hosts=(name, f"{name}.{domain}"))) for route, name in zip(routes, services, strict=True)]
     originals = destinations(services) if around.intercepts else None
     found = {
-        INBOUND: listener(INBOUND, RouteTrie([(inbound, Spec())]), tls=tls),
-        OUTBOUND: listener(OUTBOUND, RouteTrie(by_host), originals=originals),
+        INBOUND: listener(INBOUND, RouteTrie([(inbound, Spec())]), tls=tls, http2=Http2()),
+        OUTBOUND: listener(OUTBOUND, RouteTrie(by_host), originals=originals, http2=Http2(clear=True)),
     }
     for route, name in zip(routes, services, strict=True):
-        found[f"{OUTBOUND}:{name}"] = listener(f"{OUTBOUND}:{name}", RouteTrie([(route, Spec(hosts=("*",)))]))
+        own = RouteTrie([(route, Spec(hosts=("*",)))])
+        found[f"{OUTBOUND}:{name}"] = listener(f"{OUTBOUND}:{name}", own, http2=Http2(clear=True))
     for name in around.ports.values():
         if name not in found:  # its service is not in the assignment now: nothing is there
             found[name] = listener(name, RouteTrie([]))
@@ -201,7 +210,7 @@ def _listeners(
 def spoken(name: str, settings: Mapping[str, Any]) -> bool:
     """Whether the engine speaks a service's protocol; one that it does not is left out, since guessing would pass by the policy."""
     protocol = settings.get("protocol", "http")
-    if protocol in ("http", "http1"):
+    if protocol in PROTOCOLS:
         return True
     log.warning("a service is left out: its protocol is not in this version", extra={"service": name, "protocol": protocol})
     return False
@@ -232,7 +241,7 @@ def upstream_of(name: str, said: Mapping[str, Any], tls: TlsUpstream, around: Su
         options |= {"total": total, "head": total, "idle": total}
     return Upstream(
         f"service:{name}", endpoints_of(name, said.get("endpoints", ())), host="preserve", table=around.memory.upstreams,
-        tls=tls, zone=around.zone, eject={"failures": 7, "ratio": 0, "minimum": 5, "base": 1, "maximum": 60, "share": 0.5},
+        tls=tls, protocol=_protocol(said), zone=around.zone, eject={"failures": 7, "ratio": 0, "minimum": 5, "base": 1, "maximum": 60, "share": 0.5},
         keep_connections=1024, **options,
     )  # fmt: skip
 

@@ -67,6 +67,7 @@ class Setup:
     labels: dict[str, str] = field(default_factory=dict)
     advertise: str | None = None  # host:port by which others reach inbound, when it is not what is bound
     intercept: bool = False
+    app_protocol: str = "http1"
     drain_delay: float = 2.0  # seconds
     drain_deadline: float = 30.0
 
@@ -87,7 +88,8 @@ class Sidecar:
         self.gauges = self.memory.slot(0)
         self.engine = Engine(0, self.gauges, self.memory.buckets)
         self.around = Surroundings(
-            address(*setup.app), {name: f"{OUTBOUND}:{name}" for name in setup.ports}, self.memory, setup.intercept, setup.zone
+            address(*setup.app), {name: f"{OUTBOUND}:{name}" for name in setup.ports}, self.memory, setup.intercept, setup.zone,
+            setup.app_protocol,
         )
         self.sockets: dict[str, socket.socket] = {}
         self.listening = False
@@ -416,6 +418,7 @@ class Sidecar:
         rows = [
             *metrics.membership(self.identity, self.link),
             ("crossway_mesh_revoked_connections_closed_total", "counter", "Connections of members that were revoked.", self.cut),
+            ("crossway_http2_connections_total", "counter", "HTTP/2 connections of members and of the app.", self.gauges.counter("h2_connections")),
             ("crossway_mesh_app_up", "gauge", "1 while the app takes connections.", self.app_there),
             ("process_cpu_seconds_total", "counter", "Processor time.", time.process_time()),
         ]  # fmt: skip

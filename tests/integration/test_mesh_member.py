@@ -558,6 +558,29 @@ def test_a_second_signal_ends_it_at_once(control: Control, ledger: Sidecar) -> N
     assert ledger.process.wait(PATIENCE) == 0
 
 
+def test_http2_between_members_and_apps_that_speak_http1(control: Control, payments: Sidecar, ledger: Sidecar, tmp_path: Path) -> None:
+    control.services["ledger"]["protocol"] = "http2"
+    control.change()
+    control.settled()
+    assert [call(payments.outbound)[0] for _ in range(5)] == [200] * 5
+    assert ledger.metric("crossway_http2_connections_total") == 1
+    assert call(payments.outbound, "/v2/x")[1]["crossway-denied"].startswith('caller="spiffe://bank.test/service/payments"')
+    control.revoked["identities"] = ["spiffe://bank.test/service/payments"]
+    control.change()
+    eventually(lambda: ledger.metric("crossway_mesh_revoked_connections_closed_total") == 1, "the end of the link")
+    assert call(payments.outbound)[0] in (502, 503)
+
+
+def test_http2_links_are_drained_with_inbound(control: Control, payments: Sidecar, ledger: Sidecar) -> None:
+    control.services["ledger"]["protocol"] = "http2"
+    control.change()
+    control.settled()
+    assert call(payments.outbound)[0] == 200
+    ledger.process.send_signal(signal.SIGTERM)
+    eventually(lambda: ledger.logged("inbound closed"), "the end of inbound")
+    eventually(lambda: ledger.status()["live"]["tls"] == 0, "the end of the link")
+
+
 def test_a_port_of_its_own_for_a_service(control: Control, ledger: Sidecar, origin: Origin) -> None:
     port = free_port()
     with Sidecar(control, "payments", origin.port, "--local", f"ledger=127.0.0.1:{port}") as payments:
