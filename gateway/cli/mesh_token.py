@@ -41,8 +41,8 @@ def run(parsed: argparse.Namespace) -> int:
         line = await tokens.make(store, parsed.service, ca.root_digest, life)
         if parsed.out:
             handle = os.open(parsed.out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            with open(handle, "w", encoding="ascii") as file:
-                file.write(line + "\n")
+            os.write(handle, f"{line}\n".encode("ascii"))
+            os.close(handle)
         else:
             print(line)
         if sys.stdout.isatty() and not parsed.out:

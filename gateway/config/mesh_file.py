@@ -184,7 +184,8 @@ class MeshFile(Model):
 
     version: Annotated[Literal[1], Field(description="version of this format")]
     trust_domain: TrustDomain = needed("the mesh's own name, the first part of every identity")
-    control: Control = part(Control, "the control plane")
+    # Validated also when it is absent: its files are beside this one, wherever the command runs.
+    control: Control = setting({}, "the control plane")
     certificates: Certificates = part(Certificates, "certificates of members")
     services: Annotated[dict[ServiceName, Service], Field(min_length=1)] = needed("who there is, by name")
     authorization: Authorization = part(Authorization, "who may call whom; default: nobody anybody")

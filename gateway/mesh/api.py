@@ -7,6 +7,7 @@ certificates by a limit over all. Answers to strangers say what is wrong with wh
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable
@@ -14,7 +15,7 @@ from typing import Any
 
 from prometheus_client.exposition import generate_latest
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -33,6 +34,7 @@ from gateway.mesh.stream import Stream
 log = logging.getLogger("crossway.mesh")
 
 MOST = 24 << 10  # bytes of a body; a certificate request has 16 at most, and a head with it 32
+BODY_TIME = 10.0  # seconds
 ATTEMPTS = Rate(20, 10.0)  # to join, from one address
 CRL_LIFE = 86400.0  # seconds
 TOP_VERSION = 1 << 53
@@ -238,10 +240,14 @@ async def crl_of(plane: ControlPlane) -> Response:
 
 async def _body(request: Request) -> dict[str, Any]:
     content = b""
-    async for part in request.stream():
-        content += part
-        if len(content) > MOST:
-            raise Refusal(413, f"a body of at most {MOST >> 10} KiB is expected", "body")
+    try:
+        async with asyncio.timeout(BODY_TIME):
+            async for part in request.stream():
+                content += part
+                if len(content) > MOST:
+                    raise Refusal(413, f"a body of at most {MOST >> 10} KiB is expected", "body")
+    except (TimeoutError, ClientDisconnect):
+        raise Refusal(408, "the body did not come", "body", connection="close") from None
     try:
         said = json.loads(content)
     except (ValueError, RecursionError):

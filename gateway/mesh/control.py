@@ -118,9 +118,11 @@ class ControlPlane:
     async def ensure(self, service: str, base: int) -> None:
         """Have an assignment for a service before its first stream here, newer than what the member has from elsewhere."""
         async with self._making:
-            now = self.assignments.current(service)
-            if now is None or now.version < base:
-                self.assignments.put(service, content_of(service, await self.world()), await self._draw())
+            # What was made for streams that have ended long ago may be old.
+            now, content = self.assignments.current(service), content_of(service, await self.world())
+            if now is None or now.version < base or now.content != content:
+                self.assignments.put(service, content, await self._draw())
+                self.hub.tell([service])
 
     async def _draw(self) -> int:
         rows = await self.store.rows("UPDATE counters SET value = value + 1 WHERE name = 'version' RETURNING value")
@@ -185,15 +187,10 @@ class ControlPlane:
         if (count := await self.registry.changes()) != self._seen["changes"]:
             self._seen["changes"] = count
             self.changed()
-        presence = await self._presence()
+        presence = await self.registry.hearing()
         if presence != self._seen.get("presence"):
             self._seen["presence"] = presence
             self.changed()
-
-    async def _presence(self) -> tuple[tuple[str, bool], ...]:
-        replicas = {row["id"]: row["seen"] for row in await self.store.rows("SELECT id, seen FROM replicas")}
-        now = time.time()
-        return tuple(sorted((name, self.registry.hears(replicas, name, now)) for name in replicas))
 
     async def reload(self) -> None:
         """Read the file again; one that cannot be used changes nothing."""

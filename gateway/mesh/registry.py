@@ -37,6 +37,8 @@ class Registry:
         self.heartbeat = heartbeat
         self.started = time.time()
         self.rows: list[Row] = []  # as they were read last
+        self._came = time.monotonic()
+        self._signs: dict[str, tuple[float, float]] = {}  # of each control plane: what it wrote last, and when that was seen here
 
     async def start(self) -> None:
         """Enter this control plane."""
@@ -110,20 +112,27 @@ class Registry:
 
     async def load(self) -> None:
         """Read who is there."""
-        replicas = {row["id"]: row["seen"] for row in await self.store.rows("SELECT id, seen FROM replicas")}
+        hearing = await self.hearing()
         rows = await self.store.rows("SELECT * FROM instances ORDER BY service, instance")
-        now = time.time()
         for row in rows:
-            row["present"] = bool(row["connected"]) and self.hears(replicas, row["replica"], now)
+            row["present"] = bool(row["connected"]) and hearing.get(row["replica"], self._starting())
         self.rows = rows
 
-    def hears(self, replicas: dict[str, float], replica: str, now: float) -> bool:
-        """Whether the control plane that heard an instance last still does, or may be about to be followed by another."""
-        if replica == self.replica:
-            return True
-        if now < self.started + max(COMEBACK, self.heartbeat):
-            return True
-        return now - replicas.get(replica, 0.0) < self.heartbeat
+    async def hearing(self) -> dict[str, bool]:
+        """Whether each control plane still hears its instances, or may be about to be followed by another.
+
+        Judged by its signs going on, not by the time in them: clocks of several machines differ.
+        """
+        now = time.monotonic()
+        for row in await self.store.rows("SELECT id, seen FROM replicas"):
+            if self._signs.get(row["id"], (None, 0.0))[0] != row["seen"]:
+                self._signs[row["id"]] = row["seen"], now
+        return {
+            name: name == self.replica or self._starting() or now - since < self.heartbeat for name, (_, since) in self._signs.items()
+        }
+
+    def _starting(self) -> bool:
+        return time.monotonic() < self._came + max(COMEBACK, self.heartbeat)
 
     def endpoints(self, revoked: Collection[str] = ()) -> dict[str, list[dict[str, Any]]]:
         """Return the endpoints of each service that has any, in a fixed order; none whose certificate's serial is `revoked`."""

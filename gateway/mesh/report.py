@@ -14,19 +14,22 @@ from gateway.mesh import revocation
 from gateway.mesh.registry import COMEBACK
 from gateway.mesh.store import Store
 
+BEATING = 5.0  # seconds since the last sign of a control plane that is called alive; it gives one each second
+
 
 async def report(store: Store, mesh: MeshFile) -> dict[str, Any]:
     """Return the state of the mesh as JSON. Raises StoreError."""
     now = time.time()
     counters = {row["name"]: row["value"] for row in await store.rows("SELECT name, value FROM counters")}
     replicas = await store.rows("SELECT id, started, seen FROM replicas ORDER BY started")
-    alive = {row["id"] for row in replicas if now - row["seen"] < max(5.0, mesh.control.heartbeat)}
+    alive = {row["id"] for row in replicas if now - row["seen"] < BEATING}
+    counted = {row["id"] for row in replicas if now - row["seen"] < mesh.control.heartbeat}
     # A control plane that has just started gives members time to come back; until then nobody is called gone.
     started = max((row["started"] for row in replicas if row["id"] in alive), default=0.0)
     grace = now - started < max(COMEBACK, mesh.control.heartbeat)
     instances = []
     for row in await store.rows("SELECT * FROM instances ORDER BY service, instance"):
-        present = bool(row["connected"]) and (row["replica"] in alive or grace)
+        present = bool(row["connected"]) and (row["replica"] in counted or grace)
         state = "gone" if not present else "draining" if row["draining"] else "healthy" if row["healthy"] else "unhealthy"
         waiting = row["sent"] is not None and row["sent"] not in (row["applied"], row["refused"])
         instances.append(

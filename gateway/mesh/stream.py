@@ -16,7 +16,9 @@ from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from gateway.config.values import Rate
 from gateway.mesh.assign import Assignments
+from gateway.mesh.limit import Bucket
 from gateway.mesh.peers import Peer
 from gateway.mesh.registry import BadInstance, Registry, read_place
 from gateway.mesh.store import StoreError, Value
@@ -26,6 +28,7 @@ log = logging.getLogger("crossway.mesh")
 ANSWER = 30.0  # seconds that a member has for an assignment
 MESSAGE_MAX = 64 << 10  # bytes from a member
 REASON = 500  # characters of a refusal
+CHANGES = Rate(20, 10.0)  # of an instance's state or place: each one is told to all of its callers
 GOING, REPLACED, SILENT, WRONG = 1001, 4001, 4002, 4400  # close codes
 
 
@@ -48,6 +51,7 @@ class Stream:
         self.heard = time.monotonic()
         self.state: tuple[bool, bool] | None = None  # healthy, draining
         self.place: tuple[Any, ...] | None = None
+        self.changes = Bucket(CHANGES)
         self.code = GOING
         self.wake = asyncio.Event()
         self.wake.set()
@@ -130,13 +134,19 @@ class Stream:
         if "inbound" in message:
             place = read_place(message)
             if place != self.place:
+                self._may_change()
                 self.place = place
                 await self.hub.registry.moved(self.service, self.instance, *place)
                 self.hub.changed()
         if state != self.state:
+            self._may_change()
             self.state = state
             await self.hub.registry.is_now(self.service, self.instance, *state)
             self.hub.changed()
+
+    def _may_change(self) -> None:
+        if not self.changes.take():
+            raise BadInstance("its state changes too often")
 
     def told(self) -> dict[str, Any]:
         """Who this is, for the log."""

@@ -36,6 +36,7 @@ log = logging.getLogger("crossway.mesh")
 
 BACKLOG = 1024
 CONNECTIONS = 10_000  # and requests; 503 beyond
+FIRST = 10.0  # seconds that a connection has for the head of its first request
 IDLE = 15  # seconds of a connection between two requests
 LEAVE = 5  # seconds for what is in flight at the end
 
@@ -52,6 +53,16 @@ def members_protocol(peers: Peers) -> type[BoundedProtocol]:
             # A copy of this goes into the scope of each request, and the WebSocket protocol is made with it.
             self.app_state = {**self.app_state, "peer": peers.meet(transport)}
             super().connection_made(transport)
+            # uvicorn waits for ever for the first request.
+            self._first = self.loop.call_later(FIRST, transport.close)
+
+        def on_headers_complete(self) -> None:
+            self._first.cancel()
+            super().on_headers_complete()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._first.cancel()
+            super().connection_lost(exc)
 
     return MembersProtocol
 

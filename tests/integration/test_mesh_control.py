@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import json
 import socket
@@ -17,7 +18,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
-from websockets.exceptions import InvalidStatus
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from tests.integration.control_kit import SOON, ControlProcess, Member, make_request, metric, post, serial_of
 from tests.integration.pki import Authority
@@ -174,6 +175,14 @@ def test_guessing_tokens_is_limited(control: ControlProcess) -> None:
     assert codes[0] == 403 and 429 in codes
 
 
+def test_certificates_are_issued_at_a_limited_rate(tmp_path: Path) -> None:
+    with ControlProcess(tmp_path, control="  requests: 2/h\n") as control:
+        tokens = [control.token("payments").read_text() for _ in range(3)]
+        codes = [Member(control, "payments", number).join(token)[0] for number, token in enumerate(tokens)]
+        assert codes == [200, 200, 429]
+        assert metric(control, 'crossway_control_requests_refused_total{reason="limit"}') == 1
+
+
 def test_joining_by_a_certificate_of_the_banks_pki(tmp_path: Path) -> None:
     bank = Authority("bank")
     (tmp_path / "bank.pem").write_bytes(bank.pem)
@@ -320,6 +329,22 @@ def test_what_is_no_message_ends_the_stream(control: ControlProcess, members: li
         assert not member.closed.is_set()
 
 
+def test_an_instance_that_changes_its_mind_all_the_time_is_ended(control: ControlProcess, members: list[Member]) -> None:
+    member = joined(members, control, "ledger").open()
+    member.has(lambda held: held["version"], "an assignment")
+    with contextlib.suppress(ConnectionClosed):
+        for number in range(100):
+            member.beat(healthy=number % 2 == 0)
+    assert member.closed.wait(PATIENCE)
+
+
+def test_connections_without_a_request_are_ended(control: ControlProcess) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with socket.create_connection(("127.0.0.1", control.port), PATIENCE) as raw, context.wrap_socket(raw) as secure:
+        assert secure.recv(1) == b""
+
+
 def test_a_second_stream_of_an_instance_replaces_the_first(control: ControlProcess, members: list[Member]) -> None:
     member = joined(members, control, "payments").open()
     first = member.closed
@@ -444,6 +469,20 @@ def test_it_ends_in_good_order(control: ControlProcess, members: list[Member]) -
     assert control.stop() == 0
     assert member.closed.wait(PATIENCE)
     assert member.socket.close_code in (1001, 1012)
+
+
+def test_what_was_made_for_streams_long_gone_is_made_anew(control: ControlProcess, members: list[Member]) -> None:
+    payments = joined(members, control, "payments").open()
+    payments.has(lambda held: held["version"], "an assignment")
+    payments.close()
+    assert payments.closed.wait(PATIENCE)
+    ledger = joined(members, control, "ledger", 2).open()
+    ledger.has(lambda held: held["version"], "an assignment")
+    eventually(lambda: metric(control, 'crossway_control_instances{service="ledger",state="healthy"}') == 1, "the instance")
+    payments.messages.clear()
+    payments.open(payments.held["version"])
+    payments.has(lambda held: payments.endpoints("ledger") == ["127.0.0.1:9002"], "the endpoint")
+    assert "127.0.0.1:9002" in json.dumps(payments.messages[0])  # at once, not after what was
 
 
 def test_pages_for_the_admin(control: ControlProcess, members: list[Member]) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from tests.integration.control_kit import ControlProcess
 from tests.integration.mesh_kit import Sidecar
-from tests.integration.processes import PATIENCE, eventually
+from tests.integration.processes import PATIENCE, Gateway, eventually
 
 
 @pytest.fixture
@@ -38,6 +38,18 @@ def app() -> Iterator[int]:
     yield server.server_port
     server.shutdown()
     server.server_close()
+
+
+EDGE = """version: 1
+workers: 1
+admin: {{bind: 127.0.0.1:0}}
+mesh: {{service: edge, control: "{control}", token: {token}, state: edge.state}}
+listeners: {{public: {{bind: 127.0.0.1:0}}}}
+upstreams:
+  payments: {{service: payments}}
+routes:
+  - {{name: pay, match: {{prefix: /}}, upstream: payments}}
+"""
 
 
 def call(sidecar: Sidecar, service: str, path: str = "/v1/x") -> tuple[int, dict[str, str], bytes]:
@@ -90,3 +102,19 @@ def test_roots_change_under_sidecars(tmp_path: Path, app: int) -> None:
         with Sidecar(control, "accounts", app):  # type: ignore[arg-type]
             eventually(lambda: call(payments, "ledger")[0] == 200, "the call")
             eventually(lambda: len([row for row in control.status()["instances"] if row["state"] == "healthy"]) == 3, "all three")
+
+
+def test_an_edge_joins_and_is_no_endpoint(tmp_path: Path, app: int) -> None:
+    with ControlProcess(tmp_path) as control, Sidecar(control, "payments", app):  # type: ignore[arg-type]
+        path = tmp_path / "edge.yaml"
+        path.write_text(EDGE.format(control=control.url, token=control.token("edge")))
+        with Gateway(path) as gateway:
+            eventually(lambda: gateway.get("/v1/payments/7")[0] == 200, "a call through the edge")
+            assert json.loads(gateway.get("/v1/payments/7")[1]) == {"caller": "spiffe://bank.test/service/edge"}
+            assert gateway.get("/v2/other")[0] == 403  # the rule says /v1/payments
+            rows = {row["service"]: row for row in control.status()["instances"]}
+            assert rows["edge"]["inbound"] is None and rows["edge"]["state"] == "healthy"
+            # What the command says is what the mesh does.
+            assert control.command("can", "edge", "payments", "GET", "/v1/payments/7").returncode == 0
+            denied = control.command("can", "edge", "payments", "GET", "/v2/other")
+            assert denied.returncode == 1 and "edge-to-payments: path /v2/other is not below /v1/payments" in denied.stdout

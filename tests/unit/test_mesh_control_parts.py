@@ -70,6 +70,11 @@ def test_mistakes_have_places(tmp_path: Path, old: str, new: str, place: str, me
     assert place in found and message in found[place], found
 
 
+def test_files_are_beside_the_meshs_file_also_when_nothing_is_said(tmp_path: Path) -> None:
+    mesh = load_mesh(write(tmp_path))
+    assert mesh.control.ca == tmp_path / "ca" and mesh.control.state == str(tmp_path / "mesh.db")
+
+
 def test_doubts_are_told(tmp_path: Path) -> None:
     more = "    - {name: again, from: [edge], to: payments, methods: [GET]}\n  default: audit\n"
     text = MESH.replace("ledger: {timeout: 1.5s}", "ledger: {protocol: tcp}") + more
