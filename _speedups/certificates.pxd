@@ -39,6 +39,8 @@ cdef class ClientCertificate:
     cdef readonly tuple others          # Certificate: what the client sent behind its own
     cdef readonly str thumbprint        # SHA-256, base64url without padding, as in x5t#S256 (RFC 8705)
     cdef bytes _fields                  # RFC 9440 lines, made when they are first needed
+    cdef object caller                  # what `caller_by` made of it: a connection's certificate is looked up once, not per request
+    cdef object caller_by
     cdef bytes fields(self)
 
 cdef Certificate wrap_certificate(void* x509, bint strict=*)

@@ -160,6 +160,63 @@ cdef class Certificate:
         """Whether it may sign other certificates."""
         return X509_check_ca(<X509*>self.x509) > 0
 
+    @property
+    def marked_authority(self) -> bool:
+        """Whether its basic constraints call it an authority's, even if its key may not sign certificates."""
+        return X509_get_extension_flags(<X509*>self.x509) & EXFLAG_CA != 0
+
+    @property
+    def key_usage(self) -> int:
+        """The bits of KeyUsage as OpenSSL's KU_* (RFC 5280 4.2.1.3); -1 when the certificate does not limit it."""
+        cdef unsigned int usage = X509_get_key_usage(<X509*>self.x509)
+        return -1 if usage == 0xffffffffu else usage
+
+    @property
+    def extended_key_usage(self) -> int:
+        """The bits of ExtendedKeyUsage as OpenSSL's XKU_*, 1 for servers and 2 for clients; -1 when it is not limited."""
+        cdef unsigned int usage = X509_get_extended_key_usage(<X509*>self.x509)
+        return -1 if usage == 0xffffffffu else usage
+
+    @property
+    def key_usage_critical(self) -> bool:
+        """Whether who does not understand its KeyUsage must refuse it."""
+        cdef int at = X509_get_ext_by_NID(<X509*>self.x509, NID_key_usage, -1)
+        return at >= 0 and X509_EXTENSION_get_critical(X509_get_ext(<X509*>self.x509, at)) == 1
+
+    def verify(self, bytes data not None, bytes signature not None) -> bool:
+        """Whether `signature` over `data` is this certificate's key's: ES256 as in JWS (RFC 7518 3.4), r and s of 32 bytes each."""
+        cdef EVP_PKEY* key = X509_get0_pubkey(<X509*>self.x509)
+        cdef ECDSA_SIG* pair
+        cdef EVP_MD_CTX* context = NULL
+        cdef unsigned char* der = NULL
+        cdef const unsigned char* raw = <const unsigned char*><const char*>signature
+        cdef BIGNUM* r
+        cdef BIGNUM* s
+        cdef int n
+        if len(signature) != 64 or key == NULL or EVP_PKEY_get_base_id(key) != EVP_PKEY_EC or EVP_PKEY_get_bits(key) != 256:
+            return False
+        pair = ECDSA_SIG_new()
+        if pair == NULL:
+            raise MemoryError
+        try:
+            r = BN_bin2bn(raw, 32, NULL)
+            s = BN_bin2bn(raw + 32, 32, NULL)
+            if r == NULL or s == NULL or ECDSA_SIG_set0(pair, r, s) != 1:       # which owns both from here on
+                BN_free(r)
+                BN_free(s)
+                raise MemoryError
+            n = i2d_ECDSA_SIG(pair, &der)
+            context = EVP_MD_CTX_new()
+            if n <= 0 or context == NULL:
+                raise MemoryError
+            return EVP_DigestVerifyInit(context, NULL, EVP_sha256(), NULL, key) == 1 and \
+                EVP_DigestVerify(context, der, n, <const unsigned char*><const char*>data, len(data)) == 1
+        finally:
+            EVP_MD_CTX_free(context)
+            OPENSSL_free(der)
+            ECDSA_SIG_free(pair)
+            ERR_clear_error()
+
     def __repr__(self):
         return f"<Certificate {self.subject}>"
 
@@ -175,6 +232,36 @@ cdef class PrivateKey:
         cdef bint same = X509_check_private_key(<X509*>certificate.x509, <EVP_PKEY*>self.key) == 1
         ERR_clear_error()
         return same
+
+    def sign(self, bytes data not None) -> bytes:
+        """ES256 over `data` as in JWS: r and s of 32 bytes each. Raises TlsError for a key of another kind."""
+        cdef EVP_PKEY* key = <EVP_PKEY*>self.key
+        cdef unsigned char der[80]                  # a P-256 signature takes at most 72
+        cdef unsigned char raw[64]
+        cdef size_t n = sizeof(der)
+        cdef const unsigned char* at = der
+        cdef const BIGNUM* r = NULL
+        cdef const BIGNUM* s = NULL
+        cdef ECDSA_SIG* pair = NULL
+        cdef EVP_MD_CTX* context
+        if EVP_PKEY_get_base_id(key) != EVP_PKEY_EC or EVP_PKEY_get_bits(key) != 256:
+            raise TlsError("ES256 needs a P-256 key")
+        context = EVP_MD_CTX_new()
+        try:
+            if context == NULL or EVP_DigestSignInit(context, NULL, EVP_sha256(), NULL, key) != 1 or \
+                    EVP_DigestSign(context, der, &n, <const unsigned char*><const char*>data, len(data)) != 1:
+                raise TlsError(f"signing failed: {openssl_reason()}")
+            pair = d2i_ECDSA_SIG(NULL, &at, <long>n)
+            if pair == NULL:
+                raise MemoryError
+            ECDSA_SIG_get0(pair, &r, &s)
+            if BN_bn2binpad(r, raw, 32) != 32 or BN_bn2binpad(s, raw + 32, 32) != 32:
+                raise TlsError("signing failed")
+            return (<char*>raw)[:64]
+        finally:
+            ECDSA_SIG_free(pair)
+            EVP_MD_CTX_free(context)
+            ERR_clear_error()
 
 
 cdef class RevocationList:
@@ -321,6 +408,36 @@ def parse_certificates(bytes pem not None, bint strict=True) -> list:
     if not certificates:
         raise TlsError("no certificate in it (PEM: -----BEGIN CERTIFICATE-----)")
     return certificates
+
+
+def chain_fault(list chain not None, list authorities not None) -> str | None:
+    """Why the certificate chain[0] does not lead, over the others, to one of `authorities` now; None when it does."""
+    cdef Certificate each
+    cdef X509_STORE* store = X509_STORE_new()
+    cdef X509_STORE_CTX* context = X509_STORE_CTX_new()
+    cdef stack_st_X509* others = sk_X509_new_null()
+    cdef int error
+    try:
+        if store == NULL or context == NULL or others == NULL:
+            raise MemoryError
+        for each in authorities:
+            if X509_STORE_add_cert(store, <X509*>each.x509) != 1:
+                raise MemoryError
+        for each in chain[1:]:
+            if sk_X509_push(others, <X509*>each.x509) <= 0:     # borrowed: `chain` keeps it
+                raise MemoryError
+        each = chain[0]
+        if X509_STORE_CTX_init(context, store, <X509*>each.x509, others) != 1:
+            raise MemoryError
+        if X509_verify_cert(context) == 1:
+            return None
+        error = X509_STORE_CTX_get_error(context)
+        return X509_verify_cert_error_string(error).decode("ascii", "replace")
+    finally:
+        X509_STORE_CTX_free(context)
+        sk_X509_free(others)
+        X509_STORE_free(store)
+        ERR_clear_error()
 
 
 def parse_key(bytes pem not None) -> PrivateKey:

@@ -425,7 +425,7 @@ cdef class Downstream(Connection):
         x.listener = self.listener
         engine.slot.counters[C_REQUESTS] += 1
         x.keep_alive = (not head.close if head.minor else head.keep_alive and not head.close) and \
-            self.requests < self.listener.requests_max and not engine.draining
+            self.requests < self.listener.requests_max and not engine.draining and not self.listener.leaving
         if head.chunked:
             x.body.mode = x.body.out = BODY_CHUNKED
         elif head.content_length >= 0:
@@ -900,7 +900,7 @@ cdef class Downstream(Connection):
             return 0
         if self.stream is not None:
             return self.stream_over()
-        if self.closing or (self.engine.draining and self.inb.end == self.inb.start):
+        if self.closing or ((self.engine.draining or self.listener.leaving) and self.inb.end == self.inb.start):
             return self.leave()
         self.state = D_IDLE
         if self.inb.end == self.inb.start:

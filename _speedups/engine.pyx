@@ -443,6 +443,42 @@ cdef class Engine:
                 (<Downstream>connection).close()            # connected, and never said a word
         self.go_on()
 
+    def leave(self, str name not None) -> None:
+        """Drain one listener while the others go on: accept no more, close its idle connections, end the others with their answer."""
+        cdef ListenerEntry listener = self.snapshot.listeners.get(name)
+        if listener is not None:
+            listener.leaving = True
+        self.unlisten(name)
+        for connection in list(self.by_fd):
+            if isinstance(connection, FrontLink) and (<FrontLink>connection).face.listener_name == name:
+                (<FrontLink>connection).drain()
+            elif isinstance(connection, Downstream) and (<Downstream>connection).listener_name == name:
+                if (<Downstream>connection).state == D_IDLE:
+                    (<Downstream>connection).wake()
+                    (<Downstream>connection).advance()      # a request that is in the socket already is served
+                if (<Downstream>connection).state == D_IDLE and not (<Downstream>connection).queued:
+                    (<Downstream>connection).close()
+        self.go_on()
+
+    def serving(self, str name not None) -> int:
+        """Open client connections of one listener."""
+        return sum(1 for each in self.by_fd if (isinstance(each, Downstream) and (<Downstream>each).listener_name == name) or
+                   (isinstance(each, FrontLink) and (<FrontLink>each).face.listener_name == name))
+
+    def close_clients(self, judge) -> int:
+        """Close at once the connections of clients whose ClientCertificate `judge` condemns; returns how many."""
+        cdef Connection client
+        condemned = []
+        for each in self.by_fd:
+            if isinstance(each, (Downstream, FrontLink)):
+                client = <Connection>each
+                if client.tls is not None and client.tls.certificate is not None and judge(client.tls.certificate):
+                    condemned.append(client)
+        for client in condemned:
+            client.close_now()
+        self.go_on()
+        return len(condemned)
+
     def active(self) -> int:
         """Client connections that still have something to finish, and exchanges whose clients have left."""
         return self.connections + len(self.orphans)
@@ -635,6 +671,9 @@ cdef class Engine:
         cdef Downstream connection
         cdef uint16_t port = 0
         cdef ListenerEntry listener = self.snapshot.listeners.get(name) if self.snapshot is not None else None
+        if listener is not None and listener.originals is not None:
+            name = redirected(listener, fd)
+            listener = self.snapshot.listeners.get(name)
         if listener is None:
             cw_close(fd)
             return
@@ -1032,6 +1071,18 @@ cdef class Engine:
         self.upstreams += 1
         self.slot.counters[C_UPSTREAM_CONNECTS] += 1
         return connection
+
+
+cdef str redirected(ListenerEntry listener, int fd):
+    """The name of the listener that serves a connection, by where it was going before the kernel redirected it to `listener`."""
+    cdef sockaddr_storage address
+    cdef char text[48]
+    cdef int length
+    cdef uint16_t port = 0
+    if cw_original(fd, &address) != 0:
+        return listener.name                        # it came here by itself
+    length = cw_address_text(&address, text, sizeof(text), &port)
+    return listener.originals.get((text[:length].decode("ascii"), port), listener.name)
 
 
 def raise_it(error):

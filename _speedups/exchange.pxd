@@ -132,6 +132,8 @@ cdef class ListenerEntry:
     cdef Networks trusted
     cdef int proxy_protocol             # 0 off, 1 optional, 2 required
     cdef readonly TlsListener tls       # None: clear text
+    cdef public bint leaving            # answers end their connections: this listener drains, others may go on
+    cdef readonly object originals      # None, or of connections that the kernel redirected here: (address, port) -> listener
     cdef readonly Http2 http2           # None: HTTP/1.1 only
     cdef readonly object tcp            # a TcpListener: no HTTP here; None: HTTP
 

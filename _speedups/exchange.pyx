@@ -181,8 +181,9 @@ cdef class ListenerEntry:
     def __init__(self, str name, RouteTrie trie not None, *, int head_limit=32768, int target_limit=8192, int fields=100,
                  int64_t body_limit=1048576, double head=10, double body=30, double keepalive=75, double write=30,
                  int requests=10000, int connections=10000, trusted=(), str proxy_protocol="off",
-                 TlsListener tls=None, Http2 http2=None, tcp=None):
+                 TlsListener tls=None, Http2 http2=None, tcp=None, originals=None):
         self.name = name
+        self.originals = originals
         self.trie = trie
         self.limits.head = head_limit
         self.limits.target = target_limit

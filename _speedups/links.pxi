@@ -44,7 +44,7 @@ cdef int become_link(Downstream d) except -1:
     link.h2.begin(False, d.listener.http2, d.listener.limits.head, engine.slot.counters)
     link.h2.inb, d.inb = d.inb, link.h2.inb
     engine.slot.counters[C_H2_CONNECTIONS] += 1
-    if engine.draining:
+    if engine.draining or d.listener.leaving:
         link.h2.drain()
     link.why = T_NONE
     return link.on_events(0)

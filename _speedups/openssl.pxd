@@ -151,7 +151,7 @@ cdef extern from "openssl/x509v3.h":
         pass
     ctypedef struct GENERAL_NAME:
         pass
-    int GEN_DNS, GEN_URI, GEN_IPADD, GEN_EMAIL, NID_subject_alt_name, X509_V_OK
+    int GEN_DNS, GEN_URI, GEN_IPADD, GEN_EMAIL, NID_subject_alt_name, NID_key_usage, X509_V_OK
     unsigned long X509_V_FLAG_CRL_CHECK, X509_V_FLAG_CRL_CHECK_ALL
     unsigned int X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS
     unsigned long XN_FLAG_RFC2253, ASN1_STRFLGS_ESC_MSB
@@ -169,6 +169,27 @@ cdef extern from "openssl/x509v3.h":
     EVP_PKEY* X509_get0_pubkey(const X509* certificate)
     int X509_check_private_key(const X509* certificate, const EVP_PKEY* key)
     int X509_check_ca(X509* certificate)
+    unsigned int X509_get_key_usage(X509* certificate)
+    unsigned int X509_get_extension_flags(X509* certificate)
+    int EXFLAG_CA
+    unsigned int X509_get_extended_key_usage(X509* certificate)
+    ctypedef struct X509_EXTENSION:
+        pass
+    ctypedef struct X509_STORE_CTX:
+        pass
+    int X509_get_ext_by_NID(const X509* certificate, int nid, int last)
+    X509_EXTENSION* X509_get_ext(const X509* certificate, int index)
+    int X509_EXTENSION_get_critical(const X509_EXTENSION* extension)
+    stack_st_X509* sk_X509_new_null()
+    int sk_X509_push(stack_st_X509* chain, X509* certificate)
+    void sk_X509_free(stack_st_X509* chain)
+    X509_STORE* X509_STORE_new()
+    void X509_STORE_free(X509_STORE* store)
+    X509_STORE_CTX* X509_STORE_CTX_new()
+    void X509_STORE_CTX_free(X509_STORE_CTX* context)
+    int X509_STORE_CTX_init(X509_STORE_CTX* context, X509_STORE* store, X509* leaf, stack_st_X509* chain)
+    int X509_verify_cert(X509_STORE_CTX* context)
+    int X509_STORE_CTX_get_error(X509_STORE_CTX* context)
     void* X509_get_ext_d2i(const X509* certificate, int nid, int* critical, int* index)
     int sk_GENERAL_NAME_num(const GENERAL_NAMES* names)
     GENERAL_NAME* sk_GENERAL_NAME_value(const GENERAL_NAMES* names, int index)
@@ -221,8 +242,34 @@ cdef extern from "openssl/bn.h":
     ctypedef struct BIGNUM:
         pass
     BIGNUM* ASN1_INTEGER_to_BN(const ASN1_INTEGER* number, BIGNUM* out)
+    int BN_bn2binpad(const BIGNUM* number, unsigned char* out, int n)
+    BIGNUM* BN_bin2bn(const unsigned char* data, int n, BIGNUM* out)
     char* BN_bn2hex(const BIGNUM* number)
     void BN_free(BIGNUM* number)
+
+cdef extern from "openssl/ecdsa.h":
+    ctypedef struct ECDSA_SIG:
+        pass
+    ECDSA_SIG* ECDSA_SIG_new()
+    void ECDSA_SIG_free(ECDSA_SIG* signature)
+    int ECDSA_SIG_set0(ECDSA_SIG* signature, BIGNUM* r, BIGNUM* s)
+    ECDSA_SIG* d2i_ECDSA_SIG(ECDSA_SIG** out, const unsigned char** data, long n)
+    void ECDSA_SIG_get0(const ECDSA_SIG* signature, const BIGNUM** r, const BIGNUM** s)
+    int i2d_ECDSA_SIG(const ECDSA_SIG* signature, unsigned char** out)
+
+cdef extern from "openssl/evp.h":
+    ctypedef struct EVP_MD:
+        pass
+    ctypedef struct EVP_MD_CTX:
+        pass
+    const EVP_MD* EVP_sha256()
+    EVP_MD_CTX* EVP_MD_CTX_new()
+    void EVP_MD_CTX_free(EVP_MD_CTX* context)
+    int EVP_DigestSignInit(EVP_MD_CTX* context, void* key_context, const EVP_MD* digest, void* engine, EVP_PKEY* key)
+    int EVP_DigestSign(EVP_MD_CTX* context, unsigned char* out, size_t* out_n, const unsigned char* data, size_t n)
+    int EVP_DigestVerifyInit(EVP_MD_CTX* context, void* key_context, const EVP_MD* digest, void* engine, EVP_PKEY* key)
+    int EVP_DigestVerify(EVP_MD_CTX* context, const unsigned char* signature, size_t signature_n, const unsigned char* data,
+                         size_t n)
 
 cdef extern from "openssl/crypto.h":
     void* OPENSSL_memdup(const void* data, size_t n)

@@ -81,6 +81,19 @@ cdef extern from *:
         socklen_t n = sizeof e;
         return getsockopt(fd, SOL_SOCKET, SO_ERROR, &e, &n) < 0 ? errno : e;
     }
+    /* Where a connection was going before netfilter redirected it: 0, or -1 when it was not. SO_ORIGINAL_DST and its IPv6 twin are 80. */
+    static inline int cw_original(int fd, struct sockaddr_storage *out) {
+        socklen_t n = sizeof *out;
+        struct sockaddr_storage own;
+        memset(out, 0, sizeof *out);
+        if (getsockname(fd, (struct sockaddr *)&own, &n) < 0) return -1;
+        n = sizeof *out;
+        if (own.ss_family == AF_INET) return getsockopt(fd, IPPROTO_IP, 80, out, &n);
+        if (own.ss_family != AF_INET6) return -1;
+        if (getsockopt(fd, IPPROTO_IPV6, 80, out, &n) == 0) return 0;
+        n = sizeof *out;
+        return getsockopt(fd, IPPROTO_IP, 80, out, &n);     /* IPv4 over a socket for both */
+    }
     static inline int cw_watch(int epoll, int fd, uint32_t events, uint64_t data) {
         struct epoll_event e;
         e.events = events;
@@ -189,6 +202,7 @@ cdef extern from *:
     void cw_nodelay(int fd) nogil
     void cw_reset_on_close(int fd) nogil
     int cw_socket_error(int fd) nogil
+    int cw_original(int fd, sockaddr_storage* out) nogil
     int cw_watch(int epoll, int fd, uint32_t events, uint64_t data) nogil
     int cw_rewatch(int epoll, int fd, uint32_t events, uint64_t data) nogil
     int cw_address_text(const sockaddr_storage* a, char* out, size_t room, uint16_t* port) nogil

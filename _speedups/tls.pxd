@@ -86,6 +86,7 @@ cdef class TlsListener:
     cdef bint asks                      # for client certificates
     cdef int64_t handshake_us
     cdef int handshakes_max             # in flight in each worker
+    cdef object admit                   # None, or a function of a client's Certificate: why it is refused, None when it is not
     cdef list groups(self, list pairs)
     cdef dict names(self, list pairs)
     cdef Tls accept(self, int fd)
@@ -95,6 +96,7 @@ cdef class TlsUpstream:
     cdef object context
     cdef str server_name
     cdef frozenset sans
+    cdef object admit                   # the same for a server's
     cdef bint verify
     cdef readonly tuple alpn            # names that are offered, in the order of preference
     cdef bint demands_alpn              # nothing offered is what a server without ALPN would speak

@@ -287,8 +287,9 @@ cdef class TlsListener:
 
     def __init__(self, str name not None, list pairs not None, *, bytes digest not None, authorities=(), revocations=(),
                  str client_auth="off", str min_version="1.2", alpn=("http/1.1",), double handshake=10, int handshakes=1000,
-                 bint ktls=False, bint tickets=True, bint forward_certificate=False):
+                 bint ktls=False, bint tickets=True, bint forward_certificate=False, admit=None):
         self.name = name
+        self.admit = admit
         self.digest = digest
         self.alpn = protocol_list(alpn)
         self.forward_certificate = forward_certificate
@@ -435,7 +436,7 @@ cdef class TlsUpstream:
     """
 
     def __init__(self, *, bytes digest not None, authorities=(), revocations=(), list chain=None, PrivateKey key=None,
-                 str server_name=None, sans=(), str min_version="1.2", bint verify=True, alpn=("http/1.1",)):
+                 str server_name=None, sans=(), str min_version="1.2", bint verify=True, alpn=("http/1.1",), admit=None):
         cdef Context context = new_context(False, min_version == "1.3", False)
         protocols = protocol_list(alpn)
         self.digest = digest
@@ -444,6 +445,7 @@ cdef class TlsUpstream:
         self.context = context
         self.server_name = server_name
         self.sans = frozenset(sans)
+        self.admit = admit
         self.verify = verify
         self.sessions = {}
         if verify:
@@ -608,12 +610,20 @@ cdef class Tls:
                     chain = SSL_get_peer_cert_chain(ssl)
                     self.certificate = ClientCertificate(wrap_certificate(peer), [
                         wrap_certificate(sk_X509_value(chain, i), False) for i in range(sk_X509_num(chain) if chain != NULL else 0)])
+                    if (<TlsListener>self.settings).admit is not None:
+                        why = (<TlsListener>self.settings).admit(self.certificate.leaf)
+                        if why is not None:
+                            return self.refused(why)
             elif (<TlsUpstream>self.settings).demands_alpn and not length:
                 return self.refused(f"the server selects none of {', '.join((<TlsUpstream>self.settings).alpn)} (ALPN)")
             elif (<TlsUpstream>self.settings).verify and (<TlsUpstream>self.settings).sans:
                 found = wrap_certificate(peer) if peer != NULL else None
                 if found is None or not (<TlsUpstream>self.settings).sans.intersection([*found.dns, *found.uris, *found.addresses]):
                     return self.refused("the certificate carries none of the expected names")
+                if (<TlsUpstream>self.settings).admit is not None:
+                    why = (<TlsUpstream>self.settings).admit(found)
+                    if why is not None:
+                        return self.refused(why)
         except TlsError as error:
             return self.refused(str(error))
         self.wire.stirred = 0

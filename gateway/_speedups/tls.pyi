@@ -1,6 +1,6 @@
 """What Python sees of _speedups/tls.pyx."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from gateway._speedups.certificates import Certificate, ClientCertificate, OcspResponse, PrivateKey, RevocationList
 
@@ -27,6 +27,7 @@ class TlsListener:
         ktls: bool = False,
         tickets: bool = True,
         forward_certificate: bool = False,
+        admit: Callable[[Certificate], str | None] | None = None,
     ) -> None: ...
     @property
     def server_names(self) -> list[str]: ...
@@ -47,6 +48,7 @@ class TlsUpstream:
         min_version: str = "1.2",
         verify: bool = True,
         alpn: Sequence[str] = ("http/1.1",),
+        admit: Callable[[Certificate], str | None] | None = None,
     ) -> None: ...
     @property
     def alpn(self) -> tuple[str, ...]: ...

@@ -25,6 +25,7 @@ COMMANDS = {
     "bench": ("measure an HTTP service, compare two measurements, choose the workers", "gateway.cli.bench"),
     "schema": ("print the JSON Schema of the configuration", "gateway.cli.schema"),
     "reload": ("make the running gateway read its configuration again", "gateway.cli.reload"),
+    "mesh": ("the service mesh: control plane, sidecars, interception", "gateway.cli.mesh"),
     "workers": ("show the workers: pid, rps, connections, CPU, configuration", "gateway.cli.workers"),
     "upstreams": ("show upstreams and endpoints: state, load, failures, retries", "gateway.cli.upstreams"),
     "status": ("show what the running gateway runs", "gateway.cli.status"),

@@ -17,11 +17,17 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="print the JSON Schema of the configuration",
         description=__doc__.partition("\n")[0] if __doc__ else None,
     )
+    parser.add_argument("--mesh", action="store_true", help="that of a mesh's file")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the schema."""
+    if args.mesh:
+        from gateway.config.mesh_load import mesh_schema
+
+        print(json.dumps(mesh_schema(), indent=2))
+        return 0
     from gateway.config.document import json_schema
 
     print(json.dumps(json_schema(), indent=2))

@@ -40,6 +40,7 @@ def findings(config: Config) -> list[Problem]:
     _binds(config, document)
     _admin(config, document)
     _machine(config, document)
+    _mesh(config, document)
     config._watched = file_versions(watched_files(config))  # before they are read: what changes later is seen
     config._certificates = tuple(check_tls(config, document))
     for place, policy in _all_policies(config):
@@ -145,6 +146,17 @@ def _machine(config: Config, document: Document) -> None:
         )
     if config.log.file is not None:
         _folder(config.log.file, ("log", "file"), document)
+
+
+def _mesh(config: Config, document: Document) -> None:
+    if config.mesh is None:
+        return
+    if config.mesh.joined is None:
+        document.warn(
+            ("mesh", "state"), "this gateway has not joined the mesh yet", "`crossway run` joins, with a `token` of `crossway mesh token`"
+        )
+    if not any(upstream.service for upstream in config.upstreams.values()):
+        document.warn(("mesh",), "a member of a mesh that calls none of its services", "write `{service: NAME}` as an upstream")
 
 
 def _folder(path: Path, place: Place, document: Document) -> None:

@@ -59,7 +59,7 @@ def check_tls(config: Config, document: Document) -> list[CertificateInfo]:
     for name, upstream in config.upstreams.items():
         place: Place = ("upstreams", name)
         if upstream.tls is not None:
-            _upstream(upstream.tls, (*place, "tls"), f"upstream {name}", files)
+            _upstream(upstream.tls, (*place, "tls"), f"upstream {name}", files, upstream.service is not None)
     return files.used
 
 
@@ -70,6 +70,7 @@ class _Files:
         self.document = document
         self.used: list[CertificateInfo] = []
         self.now = time.time()
+        self.renewed = False  # what is read now lives for hours and is renewed by itself: its end is no news
 
     def read(self, path: Path, place: Place, what: str, parse: Callable[[bytes], Made], *, secret: bool = False) -> Made | None:
         try:
@@ -97,7 +98,8 @@ class _Files:
                 f"the certificate is that of {chain[0].subject}",
             )
         self.dates(chain, (*place, "cert"))
-        self.used.append(CertificateInfo(owner, str(pair.cert), chain[0].subject, chain[0].not_after))
+        if not self.renewed:
+            self.used.append(CertificateInfo(owner, str(pair.cert), chain[0].subject, chain[0].not_after))
         for one, issuer in itertools.pairwise(chain):
             if one.issuer != issuer.subject:
                 self.document.warn(
@@ -111,6 +113,8 @@ class _Files:
     def dates(self, certificates: Sequence[Certificate], place: Place) -> None:
         for certificate in certificates:
             day = time.strftime("%Y-%m-%d", time.gmtime(certificate.not_after))
+            if self.renewed and certificate.not_after >= self.now:
+                continue
             if certificate.not_after < self.now:
                 self.document.warn(
                     place, f"expired on {day}: {certificate.subject}", "get a new one; whoever verifies it refuses it"
@@ -174,7 +178,8 @@ def _staple(staple: OcspResponse, certificate: Certificate, place: Place, files:
         files.document.warn(place, "the OCSP response is out of date and is not sent", "fetch a fresh one")
 
 
-def _upstream(tls: UpstreamTls, place: Place, owner: str, files: _Files) -> None:
+def _upstream(tls: UpstreamTls, place: Place, owner: str, files: _Files, member: bool) -> None:
+    files.renewed = member
     if tls.insecure:
         files.document.warn(
             (*place, "insecure"),
@@ -195,9 +200,11 @@ def _upstream(tls: UpstreamTls, place: Place, owner: str, files: _Files) -> None
 
 
 def watched_files(config: Config) -> list[str]:
-    """Return the files whose change reloads the configuration: all that TLS is made of."""
+    """Return the files whose change reloads the configuration: all that TLS is made of, and the mesh's deny list."""
     found = [str(path) for each in config.listeners.values() if each.tls for path in listener_files(each.tls)]
     found += [str(path) for each in config.upstreams.values() if each.tls for path in upstream_files(each.tls)]
+    if config.mesh is not None:
+        found.append(str(config.mesh.revoked))
     return list(dict.fromkeys(found))
 
 

@@ -71,13 +71,16 @@ def load(path: str | Path) -> Config:
     return config
 
 
-def endpoints_of(document: Document) -> tuple[Endpoint, ...]:
-    """Return the endpoints in a file that was read: a list as `targets` is. Raises ConfigError."""
+def endpoints_of(document: Document, *, empty: bool = False) -> tuple[Endpoint, ...]:
+    """Return the endpoints in a file that was read: a list as `targets` is; an `empty` one only where that is meant.
+
+    Raises ConfigError.
+    """
     if document.problems:
         raise ConfigError(_sorted(document.problems))
     context: dict[str, Any] = {"base": document.base, "models": {}, "documents": []}
     try:
-        endpoints: tuple[Endpoint, ...] = _ENDPOINTS.validate_python(document.data, context=context)
+        endpoints: tuple[Endpoint, ...] = (_MAYBE_NONE if empty else _ENDPOINTS).validate_python(document.data, context=context)
     except ValidationError as error:
         for details in error.errors(include_url=False):
             _translate(document, details, context["models"])
@@ -97,6 +100,9 @@ _ENDPOINTS: TypeAdapter[tuple[Endpoint, ...]] = TypeAdapter(
 )
 
 
+_MAYBE_NONE: TypeAdapter[tuple[Endpoint, ...]] = TypeAdapter(Annotated[tuple[Target, ...], AfterValidator(_distinct)])
+
+
 def _endpoint_files(config: Config) -> list[Problem]:
     """Read the files that upstreams watch, for the first time; return what is wrong with them.
 
@@ -106,10 +112,12 @@ def _endpoint_files(config: Config) -> list[Problem]:
     for settings in config.upstreams.values():
         if settings.discovery.file is not None:
             document = Document(settings.discovery.file)
+            if settings.service is not None and not settings.discovery.file.exists():
+                continue  # the mesh has said nothing of it yet; the file comes with its word
             try:
                 seen = file_time(settings.discovery.file)
                 document.read()
-                settings.discovery._endpoints = endpoints_of(document)
+                settings.discovery._endpoints = endpoints_of(document, empty=settings.service is not None)
                 settings.discovery._seen = seen
             except OSError as error:
                 problems.append(Problem(document.name, 0, 0, f"cannot be read: {error.strerror}", "a file of endpoints"))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import ConfigDict, Field, PrivateAttr, ValidationInfo, model_validator
 from pydantic.functional_validators import BeforeValidator
 from pydantic.json_schema import WithJsonSchema
 
@@ -22,6 +22,7 @@ from gateway.config.discovery import Discovery
 from gateway.config.grpc import CONTENT_TYPE, GrpcMatch
 from gateway.config.health import Health
 from gateway.config.http2 import ListenerHttp2, UpstreamHttp2, widen_http2
+from gateway.config.mesh_member import Mesh, written_out
 from gateway.config.policies import Policy, PolicyRef
 from gateway.config.redis import Redis
 from gateway.config.resilience import Balance, BalanceSettings, Hedge, Retries, RetrySettings, UpstreamLimits
@@ -41,6 +42,7 @@ from gateway.config.values import (
     Size,
     Text,
     Workers,
+    base_of,
     fault,
 )
 from gateway.config.web import (
@@ -215,6 +217,7 @@ class Upstream(Model):
         [], "the endpoints: host:port, or {address, weight, zone}; every address of a host name is one"
     )
     discovery: Discovery = part(Discovery, "endpoints that are found at run time")
+    service: Name | None = setting(None, "a service of the mesh, instead of `targets` and `tls`: the mesh says where and who it is")
     timeouts: UpstreamTimeouts = part(UpstreamTimeouts, "deadlines towards the upstream")
     keepalive: Keepalive = part(Keepalive, "idle connections")
     limits: UpstreamLimits = part(UpstreamLimits, "bounds of the load")
@@ -246,7 +249,7 @@ class Upstream(Model):
         found = "srv" if self.discovery.srv is not None else "file" if self.discovery.file is not None else None
         if found is None and not self.targets:
             raise fault(
-                "no endpoints: neither `targets` nor a `discovery`",
+                "no endpoints: neither `targets` nor a `discovery` nor a `service`",
                 "add `targets: [host:port]`, or `discovery: {srv: NAME}` or `discovery: {file: FILE}`",
             )
         if found is not None and self.targets:
@@ -436,11 +439,26 @@ class Config(Model):
     admin: Admin = part(Admin, "the admin endpoint")
     listeners: Annotated[dict[Name, Listener], Field(min_length=1)] = needed("where clients connect, by name")
     redis: Redis | None = setting(None, "where limits of several gateways are kept")
+    mesh: Mesh | None = setting(None, "the gateway as a member of a service mesh")
     upstreams: Annotated[dict[Name, Upstream], Field(min_length=1)] = needed("services behind the gateway, by name")
     policies: Annotated[dict[Name, Policy], BeforeValidator(_nothing_is_empty)] = setting(
         {}, "policies that routes use, by name"
     )
     routes: tuple[Route, ...] = setting([], "what goes where; may be missing where all listeners pass raw TCP")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _services(cls, data: Any, info: ValidationInfo) -> Any:
+        """Write out upstreams that are services of the mesh."""
+        upstreams = data.get("upstreams") if isinstance(data, dict) else None
+        if not isinstance(upstreams, dict) or not info.context:
+            return data
+        whole = dict(upstreams)
+        for name, raw in upstreams.items():
+            if isinstance(raw, dict) and raw.get("service") is not None:
+                whole[name] = written_out(name, raw, data.get("mesh"), base_of(info))
+                info.context["models"][id(raw)] = Upstream
+        return {**data, "upstreams": whole}
 
     @model_validator(mode="after")
     def _preflights(self) -> Self:

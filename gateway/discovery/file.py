@@ -35,7 +35,9 @@ class FileWatch:
 
     def __init__(
         self, upstream: str, path: Path, seen: FileTime | None, book: Book, on_change: Callable[[tuple[Endpoint, ...]], object],
+        *, empty: bool = False,
     ) -> None:
+        self._empty = empty  # no endpoint at all is an answer
         self.tried = False
         self._upstream = upstream
         self._path = path
@@ -84,7 +86,7 @@ class FileWatch:
             return
         self._seen = seen
         try:
-            endpoints = endpoints_of(document)
+            endpoints = endpoints_of(document, empty=self._empty)
         except ConfigError as error:
             self._failed(list(error.problems))
         else:

@@ -32,6 +32,7 @@ class Discovery:
         self.apply: Callable[[list[Found]], object] = _nobody  # to be set before start()
         self.found: list[Found] = []
         self._settings = settings
+        self._registered = settings.service is not None  # a registry's word that there is none is no failed look-up
         self._targets: Sequence[Target] = targets_of(settings.targets or settings.discovery.endpoints)
         self._hosts: dict[str, Subscription] = {}
         self._service: Subscription | None = None
@@ -67,7 +68,7 @@ class Discovery:
             self._services_changed()
         else:
             if settings.file is not None:
-                self._file = FileWatch(self.upstream, settings.file, settings.seen, self._book, self._file_changed)
+                self._file = FileWatch(self.upstream, settings.file, settings.seen, self._book, self._file_changed, empty=self._registered)
                 self._looking = loop.create_task(self._file.run(), name=f"endpoints of {self.upstream}")
             self._retarget(self._targets)
 
@@ -121,7 +122,7 @@ class Discovery:
             for host, subscription in self._hosts.items()
         }
         found = merge(self._targets, addresses)
-        if found and found != self.found:
+        if (found or self._registered) and found != self.found:
             before, self.found = self.found, found
             if before:
                 self._tell(before, found)

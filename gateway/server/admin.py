@@ -15,7 +15,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 import uvloop
@@ -36,6 +36,9 @@ from gateway.server.metrics import exposition, worker_counters
 from gateway.server.process import cpu_seconds
 from gateway.server.watch import Watch
 from gateway.telemetry.upstreams import report
+
+if TYPE_CHECKING:
+    from gateway.server.member import Member
 
 MAX_HEAD = 32 * 1024  # bytes
 CONCURRENT = 100  # connections and requests; beyond it 503
@@ -60,6 +63,7 @@ class Admin:
         self.reloads: dict[int, asyncio.Future[Message]] = {}
         self.numbers = itertools.count(1)
         self.leaving = asyncio.Event()
+        self.member: Member | None = None
         routes = [
             Route("/livez", self.livez),
             Route("/readyz", self.readyz),
@@ -84,7 +88,10 @@ class Admin:
 
     async def metrics(self, request: Request) -> Response:
         by_worker = request.query_params.get("by") == "worker"
-        body, media_type = exposition(self.memory, self.state, request.headers.get("accept", ""), by_worker)
+        accept = "" if self.member is not None else request.headers.get("accept", "")  # the mesh's lines are classic text
+        body, media_type = exposition(self.memory, self.state, accept, by_worker)
+        if self.member is not None:
+            body += "".join(f"{line}\n" for line in self.member.exposition(self.memory)).encode()
         return Response(body, headers={"content-type": media_type})
 
     async def status(self, request: Request) -> Response:
@@ -238,9 +245,17 @@ async def _serve(launch: AdminLaunch) -> None:
     serving = asyncio.ensure_future(server.serve(sockets=[launch.sock]))
     admin.tell({"type": "ready"})
     watching = asyncio.ensure_future(Watch(lambda: admin.state, admin.reload_unheard).run())
+    membership = None
+    if launch.config.mesh is not None:
+        from gateway.server.member import Member
+
+        admin.member = Member(launch.config)
+        membership = asyncio.ensure_future(admin.member.run())
     leaving = asyncio.ensure_future(admin.leaving.wait())
     await asyncio.wait([serving, leaving], return_when=asyncio.FIRST_COMPLETED)
     watching.cancel()
+    if membership is not None:
+        membership.cancel()
     server.should_exit = True
     await serving
 

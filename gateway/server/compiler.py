@@ -26,6 +26,13 @@ def compile_file(path: Path, version: int, seed: int, names: Any, channel: Chann
     """Do the work in the child: write the configuration to `fd`, tell the outcome, return the exit code."""
     try:
         config = load(path)
+        if config.mesh is not None and config.mesh.joined is None:
+            line, column = config.where(("mesh", "state"))
+            raise ConfigError([Problem(str(path), line, column, "this gateway has not joined the mesh: a restart joins")])
+        if config.mesh is not None:
+            from gateway.server.member import ensure_files
+
+            ensure_files(config.mesh, [upstream.service for upstream in config.upstreams.values() if upstream.service])
         build(config, names=names, seed=seed, version=version)
         _forget_source(config)
         with open(fd, "wb", closefd=False) as file:
@@ -40,10 +47,28 @@ def compile_file(path: Path, version: int, seed: int, names: Any, channel: Chann
         log.exception("the configuration cannot be compiled", extra={"file": str(path)})
         found = ConfigError([Problem(str(path), 0, 0, f"cannot be compiled: {error!r}; the log says where")])
         message = {"type": "refused", **problems_of(found)}
+    _tell(channel, message)
+    return 0
+
+
+def _tell(channel: Channel, message: Message) -> None:
     channel.send(message)
     while not channel.flush():
         select.select([], [channel], [])
-    return 0
+
+
+def become_member(path: Path) -> None:
+    """Join the mesh of which the configuration says that the gateway is a member, and have its files. Raises ConfigError."""
+    config = load(path)  # reaches no service yet, if it has to join first
+    if config.mesh is None:
+        return
+    from gateway.server.member import MemberError, prepare
+
+    try:
+        prepare(config.mesh, config.zone)
+    except MemberError as error:
+        line, column = config.where(("mesh",))
+        raise ConfigError([Problem(str(path), line, column, str(error))]) from None
 
 
 def _forget_source(config: Config) -> None:
@@ -61,6 +86,11 @@ def compile_first(path: Path, seed: int, names: Any) -> Config:
 
     def main() -> int:
         ours.close()
+        try:
+            become_member(path)
+        except ConfigError as error:
+            _tell(theirs, {"type": "refused", **problems_of(error)})
+            return 0
         return compile_file(path, 1, seed, names, theirs, store)
 
     try:

@@ -210,7 +210,7 @@ class Reload:
         for listener in closing:
             listener.close()
         self._resize()
-        if old_config.admin != self.config.admin:
+        if old_config.admin != self.config.admin or (old_config.mesh, self._calls(old_config)) != (self.config.mesh, self._calls(self.config)):
             self._renew_admin()
         supervisor.checking.change(old_config)
         self._change_log(old_config)
@@ -235,6 +235,10 @@ class Reload:
             supervisor.slots.append(slot)
             if index not in taken:  # else its last worker still drains; the supervisor starts this one at its end
                 supervisor.start_worker(slot)
+
+    def _calls(self, config: Config) -> object:
+        """Which routes lead to services of the mesh: the admin process counts them as hops."""
+        return config.mesh and [(route.name, [config.upstreams[name].service for name in route.upstreams]) for route in config.routes]
 
     def _renew_admin(self) -> None:
         """Replace the admin process; the old one still sends the answer to the request that brought us here."""

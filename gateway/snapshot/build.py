@@ -8,15 +8,19 @@ check() is the same build, thrown away.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from gateway._speedups.certificates import PEM_MAX, Certificate, PrivateKey, parse_certificates, parse_key
 from gateway._speedups.exchange import ListenerEntry, RouteEntry, Shape, Snapshot, Step, Tunnels
 from gateway._speedups.http2_settings import Http2
 from gateway._speedups.pool import Upstream
 from gateway._speedups.route_trie import Route, RouteTrie
 from gateway._speedups.tcp_listener import TcpListener, TcpTarget
+from gateway._speedups.user_context import TellUserStep
 from gateway.config import Config, schema
 from gateway.config.hooks import folder_first
+from gateway.config.keyfile import read_file
 from gateway.config.policies import Policy
 from gateway.config.tcp import Tcp
 from gateway.errors import ConfigError, Problem
@@ -25,7 +29,8 @@ from gateway.snapshot.faults import Faults, Place
 from gateway.snapshot.matching import RouteSpec, spec_of
 from gateway.snapshot.resolve import Endpoints
 from gateway.snapshot.shaping import Way, edits, shape_of
-from gateway.snapshot.tls import listener_tls, upstream_tls
+from gateway.snapshot.tls import listener_tls, member_tls, upstream_tls
+from gateway.workload.user import HEADER, Author
 
 if TYPE_CHECKING:
     from gateway.telemetry.shared import SharedState
@@ -95,6 +100,12 @@ def _build(config: Config, names: Names, version: int, workshop: Workshop, table
 
 
 def _upstream(name: str, settings: schema.Upstream, config: Config, workshop: Workshop, table: Any) -> Upstream:
+    if settings.tls is None:
+        tls = None
+    else:
+        mesh = config.mesh if settings.service is not None else None
+        alpn = _alpn(settings, raw=name in config.tcp_upstreams)
+        tls = upstream_tls(settings.tls, alpn) if mesh is None else member_tls(settings.tls, mesh, alpn)
     times, keep, limits, retries = settings.timeouts, settings.keepalive, settings.limits, settings.retries
     balance, eject, adaptive, http2 = settings.balance, settings.health.eject, limits.adaptive, settings.spoken_http2
     upstream = Upstream(
@@ -115,7 +126,7 @@ def _upstream(name: str, settings: schema.Upstream, config: Config, workshop: Wo
         eject={"failures": eject.failures, "ratio": eject.ratio or 0, "minimum": eject.minimum, "base": eject.base,
                "maximum": eject.max, "share": eject.share},
         panic=settings.health.when_all_bad == "panic", table=table, worker=max(workshop.worker, 0),
-        tls=None if settings.tls is None else upstream_tls(settings.tls, _alpn(settings, raw=name in config.tcp_upstreams)),
+        tls=tls,
         protocol=settings.protocol, http2=None if http2 is None else Http2(
             streams=http2.streams, window=http2.window, connection_window=http2.connection_window
         ),
@@ -223,6 +234,23 @@ def _uses(index: int, config: Config) -> Iterable[tuple[str, Policy, Place]]:
             yield f"{route.name}#{number}:{kind}", ref.inline, ("routes", index, "policies", number, kind)
 
 
+def _tell_services(route: schema.Route, config: Config, parts: RouteParts, workshop: Workshop) -> None:
+    """Services of the mesh are told, signed with our identity, for which user a request is made."""
+    mesh = config.mesh
+    domain = None if mesh is None else mesh.joined
+    if mesh is None or domain is None:
+        return
+    author = workshop.shared("mesh", "author", lambda: Author(*_read_svid(mesh.svid)))
+    audiences = [f"spiffe://{domain}/service/{config.upstreams[name].service}" for name in route.upstreams if name in config.upstreams]
+    parts.steps.append(TellUserStep("tell-user", lambda user: author.sign(user, audiences)))
+    workshop.identity_names.add(HEADER)
+
+
+def _read_svid(path: Path) -> tuple[list[Certificate], PrivateKey]:
+    content = read_file(path, PEM_MAX + 1)
+    return parse_certificates(content), parse_key(content)
+
+
 def _route(
     index: int, route: schema.Route, config: Config, upstreams: Mapping[str, Upstream], names: Names, workshop: Workshop,
     faults: Faults,
@@ -235,6 +263,8 @@ def _route(
         use = Use(name, route.name, route.match.parameters, workshop, place)
         with faults.at(place, f"the {policy.kind} policy cannot be used", foreign=policy.kind == "python"):
             COMPILERS[policy.kind](policy.settings, use, parts)
+    if config.mesh is not None and all(config.upstreams[name].service for name in route.upstreams if name in config.upstreams):
+        _tell_services(route, config, parts, workshop)
     parts.steps.sort(key=_phase)                # stable: within a phase the order of the file
     wanted = [*route.upstreams, *([route.mirror.upstream] if route.mirror is not None else [])]
     if any(name not in upstreams for name in wanted):

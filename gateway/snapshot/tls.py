@@ -6,8 +6,10 @@ content are never taken for equivalent. Whatever cannot be used raises, and the 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +26,9 @@ from gateway._speedups.certificates import (
 )
 from gateway._speedups.tls import TlsListener, TlsUpstream
 from gateway.config.keyfile import read_file
+from gateway.config.mesh_member import Mesh
 from gateway.config.tls import ListenerTls, Pair, UpstreamTls, system_authorities
+from gateway.workload.admission import Admit, Revoked, admission
 
 
 class _Reader:
@@ -74,9 +78,22 @@ def listener_tls(name: str, tls: ListenerTls, alpn: Sequence[str]) -> TlsListene
     )  # fmt: skip
 
 
-def upstream_tls(tls: UpstreamTls, alpn: tuple[str, ...] = ("http/1.1",)) -> TlsUpstream:
-    """Return what the handshakes with an upstream run on; it is offered the protocols of `alpn`. Raises TlsError or OSError."""
-    reader = _Reader(f"{' '.join(alpn)} {tls.model_dump_json()}")
+def member_tls(tls: UpstreamTls, mesh: Mesh, alpn: tuple[str, ...] = ("http/1.1",)) -> TlsUpstream:
+    """The same for a service of the mesh, whose certificate keeps the rules of members and is not on the deny list."""
+    domain, said = mesh.joined, {}
+    with contextlib.suppress(FileNotFoundError):
+        said = json.loads(read_file(mesh.revoked, PEM_MAX + 1))
+    return upstream_tls(tls, alpn, None if domain is None else admission(domain, Revoked(said)), json.dumps(said))
+
+
+def upstream_tls(
+    tls: UpstreamTls, alpn: tuple[str, ...] = ("http/1.1",), admit: Admit | None = None, more: str = ""
+) -> TlsUpstream:
+    """Return what the handshakes with an upstream run on; it is offered the protocols of `alpn`. Raises TlsError or OSError.
+
+    `admit` has a word on a verified server's certificate; `more` is what that rests on.
+    """
+    reader = _Reader(f"{' '.join(alpn)} {tls.model_dump_json()}{more}")
     chain, key = (None, None) if tls.certificate is None else reader.pair(tls.certificate)
     path = tls.ca
     if path is None and not tls.insecure:
@@ -87,5 +104,5 @@ def upstream_tls(tls: UpstreamTls, alpn: tuple[str, ...] = ("http/1.1",)) -> Tls
     return TlsUpstream(
         digest=reader.digest(), authorities=authorities, revocations=revocations, chain=chain, key=key,
         server_name=tls.server_name, sans=tls.sans, min_version=tls.min_version, verify=not tls.insecure,
-        alpn=alpn,
+        alpn=alpn, admit=admit,
     )  # fmt: skip

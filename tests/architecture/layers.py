@@ -13,7 +13,7 @@ from pathlib import Path
 # Bottom to top: a package may import from packages of a lower layer and from itself.
 LAYERS: list[set[str]] = [
     {"_speedups"},
-    {"config", "errors"},
+    {"config", "errors", "workload"},
     {"telemetry", "discovery", "health"},
     {"policies", "snapshot"},
     {"edge", "mesh", "openbanking"},

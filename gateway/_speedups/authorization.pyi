@@ -1,0 +1,51 @@
+"""What Python sees of _speedups/authorization.pyx."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
+
+from gateway._speedups.exchange import Exchange, RouteEntry, Step
+
+Record: TypeAlias = Callable[[str, tuple[str, ...], str, str, str, bool, int], None]
+
+class Rule:
+    @property
+    def name(self) -> str: ...
+    def __init__(
+        self,
+        name: str,
+        *,
+        methods: Sequence[str] | None = None,
+        prefix: str | None = None,
+        headers: Iterable[tuple[str, str, str]] = (),
+        claims: Iterable[tuple[str, Iterable[str | int | float]]] = (),
+    ) -> None: ...
+    def user(self, x: Exchange) -> bool: ...
+
+class Caller:
+    @property
+    def identity(self) -> str: ...
+    @property
+    def rules(self) -> tuple[Rule, ...]: ...
+    @property
+    def entry(self) -> RouteEntry | None: ...
+    def __init__(self, identity: str, rules: Iterable[Rule] = (), entry: RouteEntry | None = None) -> None: ...
+
+class Authorization:
+    @property
+    def version(self) -> int: ...
+    @property
+    def audit(self) -> bool: ...
+    def __init__(
+        self,
+        version: int,
+        record: Record,
+        *,
+        audit: bool = False,
+        entry_of: Callable[[str], RouteEntry | None] | None = None,
+    ) -> None: ...
+    def add(self, caller: Caller) -> None: ...
+
+class AuthorizationStep(Step):
+    @property
+    def policy(self) -> Authorization: ...
+    def __init__(self, name: str, policy: Authorization) -> None: ...

@@ -1,0 +1,104 @@
+"""`crossway mesh sidecar`: stand beside one instance of a service, and speak for it in the mesh.
+
+Strategy: addresses are numeric, so that nothing about who is reached rests on a name server; all mistakes of the command line are told
+before anything is bound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import re
+import sys
+
+from gateway.cli import Subparsers
+
+
+def register(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser("sidecar", help="run a service's sidecar")
+    parser.add_argument("--service", required=True, type=_name, metavar="NAME", help="the service, as the mesh's file names it")
+    parser.add_argument("--app", required=True, type=_address, metavar="HOST:PORT", help="where the app listens, in clear text")
+    parser.add_argument("--app-protocol", default="http1", choices=["http1", "http2", "grpc"], help="what the app speaks, in clear text (http1)")
+    parser.add_argument("--inbound", required=True, type=_address, metavar="HOST:PORT", help="where members of the mesh call it (mutual TLS)")
+    parser.add_argument("--outbound", required=True, type=_loopback, metavar="HOST:PORT", help="where the app calls services, whose name is the Host")
+    parser.add_argument("--control", required=True, metavar="URL", help="the control plane, https://host:port")
+    parser.add_argument("--state", required=True, metavar="FOLDER", help="certificate, key and last assignment; made when it is not there")
+    parser.add_argument("--token", metavar="FILE", help="a token of `crossway mesh token`, needed the first time")
+    parser.add_argument("--join-cert", metavar="FILE", help="instead of a token: a certificate of the bank's PKI that may join as this service")
+    parser.add_argument("--join-key", metavar="FILE", help="its key; default: in the file of --join-cert")
+    parser.add_argument("--control-ca", metavar="FILE", help="the root of the mesh, for --join-cert")
+    parser.add_argument("--local", action="append", default=[], type=_local, metavar="SERVICE=HOST:PORT", help="a port of its own for one service; may be repeated")
+    parser.add_argument("--admin", type=_loopback, metavar="HOST:PORT", help="/livez, /readyz, /metrics and /status, on loopback")
+    parser.add_argument("--advertise", type=_address, metavar="HOST:PORT", help="how others reach --inbound, when that is another address")
+    parser.add_argument("--zone", type=_name, metavar="NAME", help="where this instance is; endpoints of the same zone are preferred")
+    parser.add_argument("--label", action="append", default=[], type=_label, metavar="KEY=VALUE", help="for splits and canaries; may be repeated")
+    parser.add_argument("--intercept", action="store_true", help="--outbound gets connections that `crossway mesh intercept` redirects")
+    parser.add_argument("--drain-delay", default=2.0, type=_seconds, metavar="SECONDS", help="from leaving the registry to closing inbound (2)")
+    parser.add_argument("--drain-deadline", default=30.0, type=_seconds, metavar="SECONDS", help="for what is in flight, and for the app to end (30)")
+    parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"], help="least severe line of the log (info)")
+    parser.set_defaults(run=run)
+
+
+def _address(text: str) -> tuple[str, int]:
+    match = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([0-9.]+)):([0-9]{1,5})", text)
+    try:
+        if match is None or int(match[3]) > 65535:
+            raise ValueError
+        return str(ipaddress.ip_address(match[1] or match[2])), int(match[3])
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a numeric address and a port, such as 127.0.0.1:9001") from None
+
+
+def _loopback(text: str) -> tuple[str, int]:
+    host, port = _address(text)
+    if not ipaddress.ip_address(host).is_loopback:
+        raise argparse.ArgumentTypeError(f"{text!r} is not on loopback: whoever reaches it speaks for the service")
+    return host, port
+
+
+def _name(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a name: small letters, digits, . _ and -")
+    return text
+
+
+def _local(text: str) -> tuple[str, tuple[str, int]]:
+    name, _, where = text.partition("=")
+    return _name(name), _loopback(where)
+
+
+def _label(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not re.fullmatch(r"[A-Za-z0-9._/-]{1,63}", key) or not re.fullmatch(r"[A-Za-z0-9._-]{0,63}", value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    return key, value
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value <= 3600:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds up to 3600")
+    return value
+
+
+def run(parsed: argparse.Namespace) -> int:
+    if (parsed.join_cert is None) != (parsed.control_ca is None) or (parsed.join_key is not None and parsed.join_cert is None):
+        print("crossway: --join-cert and --control-ca belong together: who we are, and who the control plane is", file=sys.stderr)
+        return 2
+    from gateway.server import log as logs
+    from gateway.server.sidecar import Setup, address
+    from gateway.server.sidecar import run as sidecar
+
+    logs.set_up(level=parsed.log_level)
+    return sidecar(
+        Setup(
+            service=parsed.service, app=parsed.app, inbound=parsed.inbound, outbound=parsed.outbound, control=parsed.control,
+            state=parsed.state, token=parsed.token, ports=dict(parsed.local), admin=parsed.admin, zone=parsed.zone,
+            pair=None if parsed.join_cert is None else (parsed.join_cert, parsed.join_key or parsed.join_cert), control_ca=parsed.control_ca,
+            labels=dict(parsed.label), advertise=None if parsed.advertise is None else address(*parsed.advertise),
+            intercept=parsed.intercept, app_protocol=parsed.app_protocol, drain_delay=parsed.drain_delay, drain_deadline=parsed.drain_deadline,
+        )
+    )  # fmt: skip

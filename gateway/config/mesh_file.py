@@ -1,0 +1,211 @@
+"""The schema of a mesh's file (mesh.yaml): the control plane, the services, who may call whom, who is shut out.
+
+Strategy: the same base, values and messages as a gateway's file. Retries and balancing of a service are those of `upstreams`. Default
+deny: what no rule allows is refused, and `audit` must be written to change that.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import ConfigDict, Field, PlainSerializer, PlainValidator, PrivateAttr, ValidationInfo, model_validator
+
+from gateway.config.base import Model, listed, needed, part, setting
+from gateway.config.conditions import Condition
+from gateway.config.resilience import BalanceSettings, RetrySettings
+from gateway.config.source import Document
+from gateway.config.values import Deadline, FilePath, RateText, Text, base_of, described, fault, text_of
+from gateway.config.web import BindText, FieldName, Method, Prefix
+
+EVERYBODY = "*"
+_DOMAIN = re.compile(r"(?=.{1,255}\Z)[a-z0-9](?:[a-z0-9._-]*[a-z0-9])?")
+_NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?")
+_DNS = re.compile(r"(?:\*\.)?(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)*[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
+MIN_LIFETIME, MAX_LIFETIME = 60, 7 * 86400  # seconds
+
+
+def _domain(raw: Any) -> str:
+    hint = "small letters, digits, dots, - and _, such as bank.internal"
+    if not _DOMAIN.fullmatch(text := text_of(raw, "expected a trust domain", hint)):
+        raise fault("not a trust domain", hint)
+    return text
+
+
+def _service(raw: Any) -> str:
+    hint = "small letters, digits, dots, - and _, beginning and ending with a letter or digit, at most 63"
+    if not _NAME.fullmatch(text := text_of(raw, "expected the name of a service", hint)):
+        raise fault("not the name of a service", hint)
+    return text
+
+
+def _service_or_all(raw: Any) -> str:
+    return EVERYBODY if raw == EVERYBODY else _service(raw)
+
+
+def _dns(raw: Any) -> str:
+    hint = "a name such as app7.bank.internal, or *.payments.bank.internal for any one label"
+    if not _DNS.fullmatch(text := text_of(raw, "expected a DNS name", hint).lower()):
+        raise fault("not a DNS name", hint)
+    return text
+
+
+def _serial(raw: Any) -> str:
+    hint = "as `crossway mesh status` and openssl show it, in hexadecimal and quoted"
+    text = text_of(raw, "expected a serial number", hint).lower().replace(":", "").lstrip("0")
+    if not re.fullmatch("[0-9a-f]{1,40}", text):
+        raise fault("not a serial number", hint)
+    return text
+
+
+def _state(raw: Any, info: ValidationInfo) -> str:
+    hint = "a file such as mesh.db (SQLite), or postgresql://user@host/database"
+    text = text_of(raw, "expected the state's place", hint)
+    if text.startswith(("postgresql://", "postgres://")):
+        return str(text)
+    if not text or "\0" in text or "://" in text:
+        raise fault("not a file or a postgresql:// URL", hint)
+    return str(base_of(info) / text)
+
+
+ServiceName = Annotated[str, PlainValidator(_service), described("service")]
+ServiceOrAll = Annotated[str, PlainValidator(_service_or_all), described("service or `*`")]
+TrustDomain = Annotated[str, PlainValidator(_domain), described("trust domain")]
+DnsName = Annotated[str, PlainValidator(_dns), described("DNS name")]
+Serial = Annotated[str, PlainValidator(_serial), described("serial number")]
+StatePlace = Annotated[
+    str, PlainValidator(_state), described("file or postgresql:// URL"),
+    PlainSerializer(lambda place: re.sub(r"://[^/@]*@", "://***@", place), return_type=str),
+]  # fmt: skip
+
+
+class BankJoin(Model):
+    """Joining by a certificate of another PKI instead of a token (x509pop)."""
+
+    ca: FilePath = needed("roots of that PKI, PEM")
+    services: Annotated[dict[ServiceName, Annotated[tuple[DnsName, ...], listed("DNS name"), Field(min_length=1)]], Field(min_length=1)] = needed(
+        "which DNS names in a certificate may join as which service"
+    )
+
+
+class Control(Model):
+    """The control plane itself."""
+
+    bind: BindText = setting("127.0.0.1:9700", "where members connect (mutual TLS)")
+    admin: BindText | None = setting(None, "/livez, /readyz, /metrics, /status and /crl, on loopback or a Unix socket")
+    state: StatePlace = setting("mesh.db", "SQLite file, or postgresql:// URL when several control planes share it")
+    ca: FilePath = setting("ca", "folder of the authority's certificates and keys; made at the first start")
+    join: BankJoin | None = setting(None, "joining by a certificate of the bank's PKI; default: by token only")
+    requests: RateText = setting("50/s", "certificate requests that are answered; 429 above it")
+    heartbeat: Deadline = setting("15s", "without a word of an instance: out of the registry")
+    fresh: Deadline = setting("1h", "how old an assignment may get before members say so")
+
+    @model_validator(mode="after")
+    def _places(self) -> Self:
+        if self.bind.unix:
+            raise fault("members of a mesh connect over TCP", "write address:port", at=("bind",))
+        if self.admin is not None and not self.admin.unix and not self.admin.loopback:
+            raise fault("not on loopback", "these pages ask nobody who he is: 127.0.0.1:PORT or unix:PATH", at=("admin",))
+        return self
+
+
+class Certificates(Model):
+    """Certificates of members."""
+
+    lifetime: Deadline = setting("24h", "of a member's certificate; it renews at half of it")
+
+    @model_validator(mode="after")
+    def _sense(self) -> Self:
+        if not MIN_LIFETIME <= self.lifetime <= MAX_LIFETIME:
+            raise fault("a lifetime is between 1m and 7d", "24h is usual: revocation reaches everybody at once anyway", at=("lifetime",))
+        return self
+
+
+class Service(Model):
+    """One service: how it is called by every member that may."""
+
+    protocol: Literal["http", "http2", "grpc", "tcp"] = setting("http", "what its instances speak")
+    timeout: Deadline | None = setting(None, "for an answer, retries included; default: that of `upstreams`")
+    retries: RetrySettings | None = setting(None, "further attempts, as in `upstreams`")
+    balance: BalanceSettings | None = setting(None, "how an instance is chosen, as in `upstreams`")
+
+
+ClaimValue = Annotated[
+    str | int | float, PlainValidator(lambda raw: _claim(raw)), described("text or number", kind="string")
+]
+
+
+def _claim(raw: Any) -> str | int | float:
+    if isinstance(raw, bool) or not isinstance(raw, (str, int, float)):
+        raise fault("expected a text or a number", "write the value, or a list of values of which one is enough")
+    return raw
+
+
+class Rule(Model):
+    """Allows: whoever is in `from` may do this at `to`. Everything said must hold; what is not said is open."""
+
+    name: ServiceName = needed("unique; named in logs, metrics and by `crossway mesh can`")
+    callers: Annotated[tuple[ServiceOrAll, ...], listed("service"), Field(min_length=1)] = needed(
+        "services that call; `*`: every service of this file", alias="from"
+    )
+    to: Annotated[tuple[ServiceOrAll, ...], listed("service"), Field(min_length=1)] = needed("the service that is called; `*`: every one")
+    methods: Annotated[tuple[Method, ...], listed("method"), Field(min_length=1)] | None = setting(None, "default: any")
+    prefix: Prefix | None = setting(None, "a path and everything below it; default: any")
+    headers: dict[FieldName, Condition] = setting({}, "headers: a value, {present: true} or {prefix: text}")
+    claims: dict[Text, Annotated[tuple[ClaimValue, ...], listed("value"), Field(min_length=1)]] = setting(
+        {}, "claims of the end user for whom the caller acts, verified at the edge; one of the values is enough"
+    )
+
+    @property
+    def layer7(self) -> bool:
+        """Tell whether the rule looks into requests."""
+        return self.methods is not None or self.prefix is not None or bool(self.headers) or bool(self.claims)
+
+
+class Authorization(Model):
+    """Who may call whom."""
+
+    default: Literal["deny", "audit"] = setting("deny", "what no rule allows: deny, or audit: let pass and record what would be denied")
+    rules: tuple[Rule, ...] = setting([], "each allows something")
+
+
+class Revoked(Model):
+    """Who is shut out, beside those of `crossway mesh revoke`."""
+
+    services: Annotated[tuple[ServiceName, ...], listed("service")] = setting([], "all instances of these services")
+    serials: Annotated[tuple[Serial, ...], listed("serial number")] = setting([], "single certificates")
+
+
+class MeshFile(Model):
+    """A whole mesh. Made by `gateway.config.mesh_load.load_mesh`."""
+
+    model_config = ConfigDict(title="Crossway mesh")
+
+    version: Annotated[Literal[1], Field(description="version of this format")]
+    trust_domain: TrustDomain = needed("the mesh's own name, the first part of every identity")
+    # Validated also when it is absent: its files are beside this one, wherever the command runs.
+    control: Control = setting({}, "the control plane")
+    certificates: Certificates = part(Certificates, "certificates of members")
+    services: Annotated[dict[ServiceName, Service], Field(min_length=1)] = needed("who there is, by name")
+    authorization: Authorization = part(Authorization, "who may call whom; default: nobody anybody")
+    revoked: Revoked = part(Revoked, "who is shut out")
+
+    _document: Document | None = PrivateAttr(default=None)
+    _digest: str = PrivateAttr(default="")
+
+    @property
+    def digest(self) -> str:
+        """Return the sha256 of the file and what it references, in hex."""
+        return self._digest
+
+    @property
+    def path(self) -> Path:
+        """Return the path of the file, as it was given."""
+        if self._document is None:
+            raise RuntimeError("this mesh was not loaded from a file")
+        return self._document.path
+
+    def line(self, rule: int) -> int:
+        """Return the line of the rule with that number, counted from 0."""
+        return self._document.spot(("authorization", "rules", rule)).line if self._document else 0

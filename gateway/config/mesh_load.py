@@ -1,0 +1,130 @@
+"""Read a mesh's file and return it, or every problem that it has, with places.
+
+Strategy: as `load` does it, with the same translation of pydantic's errors. Names that rules use are looked up on the raw data, so that
+they are reported together with mistakes of the schema.
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from gateway._speedups.certificates import TlsError, parse_certificates
+from gateway.config.load import _sorted, _translate
+from gateway.config.mesh_file import EVERYBODY, MeshFile
+from gateway.config.source import Document, Path_
+from gateway.errors import ConfigError, Problem
+
+
+def is_mesh(path: str | Path) -> bool:
+    """Tell whether a file is a mesh's rather than a gateway's: it names a trust domain."""
+    document = Document(path)
+    document.read()
+    return isinstance(document.data, dict) and "trust_domain" in document.data and "listeners" not in document.data
+
+
+def load_mesh(path: str | Path) -> MeshFile:
+    """Return the mesh in the file at `path`. Raises ConfigError with every problem, sorted by place."""
+    document = Document(path)
+    document.read()
+    if document.data is None:
+        raise ConfigError(document.problems or [Problem(document.name, 1, 1, "empty: there is no mesh in it")])
+    context: dict[str, Any] = {"base": document.base, "models": {}, "documents": []}
+    mesh: MeshFile | None = None
+    try:
+        mesh = MeshFile.model_validate(document.data, context=context)
+    except ValidationError as error:
+        for details in error.errors(include_url=False):
+            _translate(document, details, context["models"])
+    _check_names(document)
+    if mesh is not None and mesh.control.join is not None:
+        _check_roots(document, mesh.control.join.ca)
+    if mesh is None or any(problem.severity == "error" for problem in document.problems):
+        raise ConfigError(_sorted(document.problems))
+    mesh._document = document
+    mesh._digest = document.digest()
+    return mesh
+
+
+def mesh_findings(mesh: MeshFile) -> list[Problem]:
+    """Return what is legal and yet hardly meant."""
+    document = mesh._document
+    assert document is not None
+    kept, document.problems = document.problems, []
+    for number, rule in enumerate(mesh.authorization.rules):
+        at = ("authorization", "rules", number)
+        tcp = [name for name in rule.to if name in mesh.services and mesh.services[name].protocol == "tcp"]
+        if tcp and rule.layer7:
+            document.warn(at, f"rule {rule.name} looks into requests, and {tcp[0]} speaks tcp: it allows nothing there", "a rule for tcp names callers only")
+        for other in mesh.authorization.rules[:number]:
+            if not other.layer7 and set(rule.callers) <= set(other.callers) and set(rule.to) <= set(other.to):
+                document.warn(at, f"rule {rule.name} allows nothing that {other.name} does not allow", "remove one of them")
+                break
+    if mesh.authorization.default == "audit":
+        document.warn(("authorization", "default"), "audit: what no rule allows passes", "write deny when the record shows nothing more")
+    found, document.problems = document.problems, kept
+    return _sorted(found)
+
+
+def mesh_schema() -> dict[str, Any]:
+    """Return the JSON Schema (2020-12) of a mesh's file."""
+    schema = MeshFile.model_json_schema(by_alias=True, mode="validation")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _check_roots(document: Document, path: Path) -> None:
+    try:
+        content = path.read_bytes()
+        parse_certificates(content)
+        document.files[f"file:{path}"] = content
+    except OSError as error:
+        document.report(("control", "join", "ca"), f"cannot be read: {error.strerror}", "a file of certificates, PEM")
+    except TlsError as error:
+        document.report(("control", "join", "ca"), f"cannot be used: {error}", "a file of certificates, PEM")
+
+
+def _check_names(document: Document) -> None:
+    """Report services that rules, `revoked` and `join` name and that are not there, and rule names that are used twice."""
+    data = document.data if isinstance(document.data, dict) else {}
+    services = data.get("services")
+    known = [str(name) for name in services] if isinstance(services, dict) else []
+    section = data.get("authorization")
+    rules = section.get("rules") if isinstance(section, dict) else None
+    seen: dict[str, int] = {}
+    for number, rule in enumerate(rules if isinstance(rules, list) else []):
+        if not isinstance(rule, dict):
+            continue
+        at = ("authorization", "rules", number)
+        name = rule.get("name")
+        if isinstance(name, str) and name in seen:
+            line = document.spot(("authorization", "rules", seen[name], "name")).line
+            document.report((*at, "name"), f"duplicate rule name {name!r}", f"it is already at line {line}")
+        elif isinstance(name, str):
+            seen[name] = number
+        for key in ("from", "to"):
+            _check_list(document, (*at, key), rule.get(key), [*known, EVERYBODY])
+    revoked = data.get("revoked")
+    if isinstance(revoked, dict):
+        _check_list(document, ("revoked", "services"), revoked.get("services"), known)
+    control = data.get("control")
+    join = control.get("join") if isinstance(control, dict) else None
+    named = join.get("services") if isinstance(join, dict) else None
+    for name in named if isinstance(named, dict) else []:
+        _known(document, ("control", "join", "services", name), name, known)
+
+
+def _check_list(document: Document, at: Path_, value: Any, known: list[str]) -> None:
+    for index, name in enumerate(value if isinstance(value, list) else [value]):
+        if isinstance(name, str):
+            _known(document, (*at, index) if isinstance(value, list) else at, name, known)
+
+
+def _known(document: Document, at: Path_, name: str, known: list[str]) -> None:
+    if name not in known:
+        close = get_close_matches(name, known, 1, 0.6)
+        names = [each for each in known if each != EVERYBODY]
+        hint = f"did you mean '{close[0]}'?" if close else f"defined under `services`: {', '.join(names[:20]) or 'none'}"
+        document.report(at, f"unknown service {document.show(at, name)}", hint)

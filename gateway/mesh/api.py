@@ -1,0 +1,269 @@
+"""What the control plane answers: /v1/join, /v1/renew, /v1/stream and /v1/crl for members, and the admin pages on loopback.
+
+Strategy: who asks was settled by the handshake and is judged again for each request. Only /v1/join opens without a member's certificate, by a token or
+by a certificate of the bank's PKI. Bodies are bounded, attempts without proof are limited by address before anything is looked up, and
+certificates by a limit over all. Answers to strangers say what is wrong with what they sent, never what is in the store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from prometheus_client.exposition import generate_latest
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route, WebSocketRoute
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from gateway.config.values import Rate
+from gateway.mesh import revocation, tokens
+from gateway.mesh.ca import BadRequest, CaError, Issued
+from gateway.mesh.control import ControlPlane
+from gateway.mesh.limit import Bucket, Buckets
+from gateway.mesh.peers import Peer
+from gateway.mesh.registry import BadInstance, read_instance, read_place
+from gateway.mesh.report import report
+from gateway.mesh.store import StoreError
+from gateway.mesh.stream import Stream
+
+log = logging.getLogger("crossway.mesh")
+
+MOST = 24 << 10  # bytes of a body; a certificate request has 16 at most, and a head with it 32
+BODY_TIME = 10.0  # seconds
+ATTEMPTS = Rate(20, 10.0)  # to join, from one address
+CRL_LIFE = 86400.0  # seconds
+TOP_VERSION = 1 << 53
+
+
+class Refusal(Exception):
+    """A request that is answered with an error."""
+
+    def __init__(self, status: int, text: str, reason: str, **headers: str) -> None:
+        super().__init__(text)
+        self.status, self.reason, self.headers = status, reason, headers
+
+
+class Api:
+    """The members' side."""
+
+    def __init__(self, plane: ControlPlane) -> None:
+        self.plane = plane
+        self.limit = Bucket(plane.mesh.control.requests)
+        self.attempts = Buckets(ATTEMPTS)
+        self.app = Starlette(
+            routes=[
+                Route("/v1/join", self._answered(self.join), methods=["POST"]),
+                Route("/v1/renew", self._answered(self.renew), methods=["POST"]),
+                Route("/v1/crl", self._answered(self.crl), methods=["GET"]),
+                WebSocketRoute("/v1/stream", self.stream),
+            ]
+        )
+
+    def _answered(self, work: Callable[[Request, Peer], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+        async def answer(request: Request) -> Response:
+            peer: Peer = request.scope["state"]["peer"]
+            try:
+                return await work(request, peer)
+            except Refusal as refusal:
+                self.plane.metrics.refusals.labels(refusal.reason).inc()
+                log.warning("a request is refused", extra={"path": request.url.path, "status": refusal.status, "reason": str(refusal), "address": peer.address})
+                return _json({"error": str(refusal)}, refusal.status, refusal.headers)
+            except (StoreError, CaError) as error:
+                self.plane.metrics.refusals.labels("unavailable").inc()
+                log.error("a request cannot be answered", extra={"path": request.url.path, "error": str(error)})
+                return _json({"error": "the control plane's state cannot be used now; try again"}, 503, {"retry-after": "2"})
+
+        return answer
+
+    # -- certificates
+
+    async def join(self, request: Request, peer: Peer) -> Response:
+        """A first certificate, for a token or for a certificate of the bank's PKI."""
+        if not self.attempts.take(peer.address):
+            raise Refusal(429, "too many attempts from this address", "attempts", **{"retry-after": "1"})
+        said = await _body(request)
+        try:
+            instance, place = read_instance(said.get("instance")), read_place(said)
+            presented = tokens.read(said["token"]) if said.get("token") is not None else None
+            if presented is not None:
+                service, how = presented.service, "token"
+                await tokens.check(self.plane.store, presented)
+            else:
+                service, how = self._by_bank(peer, said), "bank"
+        except BadInstance as error:
+            raise Refusal(400, str(error), "instance") from None
+        except tokens.BadToken as error:
+            raise Refusal(403, str(error), "token") from None
+        self._may_have(service)
+        issued = self._issue(said, service)
+        if presented is not None:
+            try:
+                await tokens.spend(self.plane.store, presented, instance)
+            except tokens.BadToken as error:
+                raise Refusal(403, str(error), "token") from None
+        await self._keep(issued, service, instance, how)
+        await self.plane.registry.joined(service, instance, *place)
+        self.plane.changed()
+        return self._issued(issued)
+
+    def _by_bank(self, peer: Peer, said: dict[str, Any]) -> str:
+        join = self.plane.mesh.control.join
+        if join is None:
+            raise Refusal(401, "a token is required", "token")
+        names = self.plane.peers.bank_names(peer)
+        if not names:
+            raise Refusal(401, "a token or a certificate of the bank's PKI is required", "token")
+        service = said.get("service")
+        patterns = join.services.get(service, ()) if isinstance(service, str) else ()
+        if not any(_matches(name.lower(), pattern) for name in names for pattern in patterns):
+            raise Refusal(403, "this certificate may not join as this service", "bank")
+        return str(service)
+
+    async def renew(self, request: Request, peer: Peer) -> Response:
+        """A further certificate, with a new key, for the one that is held."""
+        service = self._member(peer)
+        said = await _body(request)
+        self._may_have(service)
+        held = await self.plane.store.rows("SELECT instance FROM certificates WHERE serial = ?", peer.serial)
+        issued = self._issue(said, service, peer.leaf.der)
+        await self._keep(issued, service, held[0]["instance"] if held else "", "renewal")
+        return self._issued(issued)
+
+    def _member(self, peer: Peer) -> str:
+        fault = self.plane.peers.fault(peer)
+        if fault is not None:
+            raise Refusal(401 if not peer.chain else 403, fault, "identity")
+        return self.plane.peers.service(peer)
+
+    def _may_have(self, service: str) -> None:
+        if service not in self.plane.mesh.services:
+            raise Refusal(403, f"{service} is not a service of this mesh", "service")
+        if service in self.plane.deny.services:
+            raise Refusal(403, f"{service} is revoked", "revoked")
+
+    def _issue(self, said: dict[str, Any], service: str, held: bytes | None = None) -> Issued:
+        if not self.limit.take():
+            raise Refusal(429, "too many requests for certificates; try again", "limit", **{"retry-after": "1"})
+        if not isinstance(said.get("csr"), str):
+            raise Refusal(400, "csr: a certificate request, PEM, is expected", "request")
+        try:
+            return self.plane.ca.issue(said["csr"], service, self.plane.mesh.certificates.lifetime, held=held)
+        except BadRequest as error:
+            raise Refusal(400, str(error), "request") from None
+
+    async def _keep(self, issued: Issued, service: str, instance: str, how: str) -> None:
+        """What is not written down is not handed out: revocation has to know it."""
+        await self.plane.store.run(
+            "INSERT INTO certificates (serial, service, instance, not_before, not_after, generation, how) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            issued.serial, service, instance, issued.not_before, issued.not_after, issued.generation, how,
+        )  # fmt: skip
+        self.plane.metrics.issued.labels(service, how).inc()
+        log.info("a certificate is issued", extra={"service": service, "instance": instance, "serial": issued.serial, "not_after": issued.not_after, "how": how})
+
+    def _issued(self, issued: Issued) -> Response:
+        return _json({"svid": issued.chain, "bundle": self.plane.ca.bundle, "not_after": issued.not_after})
+
+    # -- the rest
+
+    async def crl(self, request: Request, peer: Peer) -> Response:
+        self._member(peer)
+        return await crl_of(self.plane)
+
+    async def stream(self, socket: WebSocket) -> None:
+        """The stream of one instance, until it ends."""
+        peer: Peer = socket.scope["state"]["peer"]
+        try:
+            service = self._member(peer)
+            self._may_have(service)
+            instance = read_instance(socket.query_params.get("instance"))
+            base = socket.query_params.get("version", "0")
+            if not base.isascii() or not base.isdecimal() or len(base) > 16 or int(base) > TOP_VERSION:
+                raise BadInstance("version: a number is expected")
+            await self.plane.ensure(service, int(base))
+        except (Refusal, BadInstance, StoreError) as error:
+            self.plane.metrics.refusals.labels("stream").inc()
+            log.warning("a stream is refused", extra={"reason": str(error), "address": peer.address})
+            await socket.close(4403)  # before accept(): 403
+            return
+        await socket.accept()
+        try:
+            await self.plane.hub.serve(Stream(self.plane.hub, socket, peer, service, instance, int(base)))
+        except (WebSocketDisconnect, StoreError) as error:
+            log.warning("a stream has failed", extra={"service": service, "instance": instance, "error": str(error)})
+            peer.cut()
+
+
+class Pages:
+    """The admin's side: reading only."""
+
+    def __init__(self, plane: ControlPlane) -> None:
+        self.plane = plane
+        self.app = Starlette(
+            routes=[
+                Route("/livez", self.livez), Route("/readyz", self.readyz), Route("/metrics", self.metrics), Route("/status", self.status),
+                Route("/crl", self.crl),
+            ]
+        )  # fmt: skip
+
+    async def livez(self, request: Request) -> Response:
+        return _json({"status": "alive"})
+
+    async def readyz(self, request: Request) -> Response:
+        error = self.plane.store_error
+        return _json({"status": "not ready" if error else "ready", "detail": error}, 503 if error else 200)
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(generate_latest(self.plane.metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def status(self, request: Request) -> Response:
+        try:
+            return _json(await report(self.plane.store, self.plane.mesh) | {"replica": self.plane.replica, "file_error": self.plane.file_error})
+        except StoreError as error:
+            return _json({"error": str(error)}, 503)
+
+    async def crl(self, request: Request) -> Response:
+        try:
+            return await crl_of(self.plane)
+        except StoreError as error:
+            return _json({"error": str(error)}, 503)
+
+
+async def crl_of(plane: ControlPlane) -> Response:
+    serials = await revocation.revoked_serials(plane.store, plane.deny)
+    return Response(plane.ca.revocations(serials, CRL_LIFE), media_type="application/x-pem-file")
+
+
+async def _body(request: Request) -> dict[str, Any]:
+    content = b""
+    try:
+        async with asyncio.timeout(BODY_TIME):
+            async for part in request.stream():
+                content += part
+                if len(content) > MOST:
+                    raise Refusal(413, f"a body of at most {MOST >> 10} KiB is expected", "body")
+    except (TimeoutError, ClientDisconnect):
+        raise Refusal(408, "the body did not come", "body", connection="close") from None
+    try:
+        said = json.loads(content)
+    except (ValueError, RecursionError):
+        said = None
+    if not isinstance(said, dict):
+        raise Refusal(400, "a JSON object is expected", "body")
+    return said
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a certificate's name is the pattern's; `*.` stands for one label, and a wildcard in a certificate for itself only."""
+    if pattern.startswith("*."):
+        first, dot, rest = name.partition(".")
+        return bool(first) and first != "*" and dot == "." and rest == pattern[2:]
+    return name == pattern
+
+
+def _json(said: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(json.dumps(said), status, headers, media_type="application/json")

@@ -1,0 +1,161 @@
+"""What each service's members are told, made from the mesh's file, the registry and the deny list; and the difference to what they know.
+
+Strategy: an assignment depends on the service alone, not on the instance, so it is made, signed and written as text once for all of its members,
+and a delta once for all that have the same version. It holds what the service may call and the rules about being called, nothing else.
+Pure: whoever calls brings the world and the version.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from gateway.config.mesh_file import EVERYBODY, MeshFile, Rule, Service
+from gateway.mesh.revocation import DenyList
+
+REMEMBERED = 8  # versions of a service that deltas can be based on
+DELTA_SHARE = 0.8  # of the whole: a delta that is not smaller than that is sent as the whole
+
+
+@dataclass(frozen=True)
+class World:
+    """Everything that assignments are made from."""
+
+    mesh: MeshFile
+    policy: int  # version of the authorization
+    bundle: str
+    endpoints: dict[str, list[dict[str, Any]]]
+    deny: DenyList
+
+
+def callers_of(rule: Rule, mesh: MeshFile) -> list[str]:
+    return list(mesh.services) if EVERYBODY in rule.callers else list(dict.fromkeys(rule.callers))
+
+
+def reaches(rule: Rule, service: str) -> bool:
+    return EVERYBODY in rule.to or service in rule.to
+
+
+def callable_by(service: str, mesh: MeshFile) -> list[str]:
+    """Return the services that a service may call at all; in audit mode all, since calls that no rule allows pass."""
+    if mesh.authorization.default == "audit":
+        return [name for name in mesh.services if name != service]
+    rules = [rule for rule in mesh.authorization.rules if service in callers_of(rule, mesh)]
+    return [name for name in mesh.services if name != service and any(reaches(rule, name) for rule in rules)]
+
+
+def settings_of(service: Service) -> dict[str, Any]:
+    """Return a service's settings as JSON, without what is not said: times in seconds, sizes in bytes, shares as fractions."""
+    said: dict[str, Any] = json.loads(json.dumps(_plain(service.model_dump(exclude_unset=True))))
+    said.setdefault("protocol", service.protocol)
+    if service.timeout is not None:
+        said["timeout"] = f"{service.timeout * 1000:.0f}ms"
+    return said
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items() if each is not None}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return value
+
+
+def rule_said(rule: Rule, mesh: MeshFile) -> dict[str, Any]:
+    headers: dict[str, Any] = {}
+    for name, match in rule.headers.items():
+        _, kind, value = match.triple(name)
+        headers[name] = {"present": kind == "present"} if kind in ("present", "absent") else {"prefix": value} if kind == "prefix" else value
+    return {
+        "name": rule.name, "from": callers_of(rule, mesh), "methods": list(rule.methods) if rule.methods is not None else None,
+        "prefix": rule.prefix, "headers": headers, "claims": {name: list(values) for name, values in rule.claims.items()},
+    }  # fmt: skip
+
+
+def content_of(service: str, world: World) -> dict[str, Any]:
+    """Return an assignment without its version and time."""
+    mesh = world.mesh
+    services = {
+        name: {**settings_of(mesh.services[name]), "endpoints": world.endpoints.get(name, [])} for name in callable_by(service, mesh)
+    }
+    rules = [rule_said(rule, mesh) for rule in mesh.authorization.rules if reaches(rule, service)]
+    return {
+        "trust_domain": mesh.trust_domain, "service": service, "fresh": mesh.control.fresh, "bundle": world.bundle, "revoked": world.deny.said(),
+        "services": services, "authorization": {"default": mesh.authorization.default, "version": world.policy, "rules": rules},
+    }  # fmt: skip
+
+
+@dataclass
+class Prepared:
+    """One version of a service's assignment, ready to be sent."""
+
+    version: int
+    content: dict[str, Any]
+    body: dict[str, Any]
+    signature: str
+    whole: str  # the message
+    deltas: dict[int, str] = field(default_factory=dict)  # by base
+
+
+class Assignments:
+    """The present assignment of each service, and some before it."""
+
+    def __init__(self, sign: Callable[[dict[str, Any]], str]) -> None:
+        self.sign = sign
+        self._kept: dict[str, OrderedDict[int, Prepared]] = {}
+
+    def current(self, service: str) -> Prepared | None:
+        kept = self._kept.get(service)
+        return next(reversed(kept.values())) if kept else None
+
+    def changed(self, service: str, content: dict[str, Any]) -> bool:
+        now = self.current(service)
+        return now is None or now.content != content
+
+    def put(self, service: str, content: dict[str, Any], version: int) -> Prepared:
+        """Make a version the present one."""
+        body = {**content, "version": version, "issued": int(time.time())}
+        signature = self.sign(body)
+        message = {"type": "assignment", "version": version, "assignment": body, "signature": signature}
+        prepared = Prepared(version, content, body, signature, _text(message))
+        kept = self._kept.setdefault(service, OrderedDict())
+        kept[version] = prepared
+        while len(kept) > REMEMBERED:
+            kept.popitem(last=False)
+        return prepared
+
+    def message(self, service: str, base: int) -> str:
+        """Return the present assignment as a delta on `base` when that is known and worth it, else whole."""
+        now = self.current(service)
+        assert now is not None
+        before = self._kept[service].get(base)
+        if before is None or before is now:
+            return now.whole
+        if base not in now.deltas:
+            delta = {"type": "delta", "version": now.version, "base": base, "changes": changes(before.body, now.body), "signature": now.signature}
+            text = _text(delta)
+            now.deltas[base] = text if len(text) < DELTA_SHARE * len(now.whole) else now.whole
+        return now.deltas[base]
+
+    def forget(self, services: set[str]) -> None:
+        """Let go of services that are no more."""
+        for name in set(self._kept) - services:
+            del self._kept[name]
+
+
+def changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """Return what turns one body into another: of `services` those that changed (None: gone), of the rest whole members."""
+    found = {key: value for key, value in after.items() if key != "services" and before.get(key) != value}
+    old, new = before["services"], after["services"]
+    services = {name: new.get(name) for name in {**old, **new} if old.get(name) != new.get(name)}
+    if services:
+        found["services"] = services
+    return found
+
+
+def _text(message: dict[str, Any]) -> str:
+    return json.dumps(message, separators=(",", ":"), ensure_ascii=False)

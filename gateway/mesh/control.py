@@ -1,0 +1,256 @@
+"""The control plane: the mesh's file, the authority, the registry and the streams, kept in step.
+
+Strategy: whatever changes (the file, the authority's folder, the registry, the deny list; here, by a command or by another control plane) sets
+one flag; one task makes the assignments anew, and only those whose content differs get a version, a signature and a push. Whoever asks the
+store again and again asks for a single number. A store that is away stops joining and learning, and no stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import logging
+import secrets
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from gateway._speedups.certificates import parse_certificates
+from gateway.config.mesh_file import MeshFile
+from gateway.config.mesh_load import load_mesh
+from gateway.errors import ConfigError
+from gateway.mesh import revocation
+from gateway.mesh.assign import Assignments, World, content_of
+from gateway.mesh.ca import Ca, CaError
+from gateway.mesh.control_metrics import Metrics
+from gateway.mesh.peers import Peers
+from gateway.mesh.registry import Registry
+from gateway.mesh.sign import Signer
+from gateway.mesh.store import Store, StoreError, open_store
+from gateway.mesh.stream import Hub
+
+log = logging.getLogger("crossway.mesh")
+
+LOOK = 0.2  # seconds between two looks at the store and the files
+BEAT = 1.0  # seconds
+HOUSEKEEPING = 600.0  # seconds
+ISSUING_LEFT = 1 / 3  # of its life: the issuing certificate is renewed, when the root's key is there
+SERVER_LIFE = 30 * 86400.0  # seconds
+
+
+class ControlPlane:
+    """One control plane of a mesh. Raises ConfigError, CaError or StoreError when it cannot begin."""
+
+    def __init__(self, path: Path, mesh: MeshFile, ca: Ca, store: Store) -> None:
+        self.path = path
+        self.mesh = mesh
+        self.ca = ca
+        self.store = store
+        self.replica = f"{socket.gethostname()[:64]}-{secrets.token_hex(4)}"
+        self.peers = Peers(mesh.trust_domain)
+        self.registry = Registry(store, self.replica, mesh.control.heartbeat)
+        self.signer = Signer(ca)
+        self.assignments = Assignments(lambda body: self.signer.sign(body))
+        self.hub = Hub(self.assignments, self.registry, self.changed)
+        self.metrics = Metrics(self)
+        self.hub.on_push, self.hub.on_answer = self.metrics.pushed, self.metrics.answered
+        self.policy = 0
+        self.deny = revocation.DenyList()
+        self.store_error = ""
+        self.file_error = ""
+        self.server_changed: Callable[[], None] = lambda: None  # the authority changed: TLS needs another certificate
+        self._dirty = asyncio.Event()
+        self._seen: dict[str, Any] = {}
+        self._making = asyncio.Lock()
+
+    @classmethod
+    async def open(cls, path: Path) -> ControlPlane:
+        """Read the file, open the authority (made the first time) and the state."""
+        mesh = load_mesh(path)
+        ca = Ca(mesh.control.ca, mesh.trust_domain).open()
+        plane = cls(path, mesh, ca, await open_store(mesh.control.state))
+        await plane.registry.start()
+        plane._take_authority()
+        await plane._number_policy()
+        await plane.registry.load()
+        plane.deny = plane.peers.deny = await revocation.load(plane.store, mesh)
+        plane._seen = {"file": plane._file_time(), "ca": ca.fingerprint(), "changes": await plane.registry.changes()}
+        log.info(
+            "the control plane is ready to serve",
+            extra={"trust_domain": mesh.trust_domain, "replica": plane.replica, "services": len(mesh.services), "rules": len(mesh.authorization.rules),
+                   "policy": plane.policy, "generation": ca.active_number, "root_offline": ca.active.offline},
+        )  # fmt: skip
+        return plane
+
+    def changed(self) -> None:
+        """Have the assignments made anew, soon."""
+        self._dirty.set()
+
+    # -- assignments
+
+    async def world(self) -> World:
+        """Return what assignments are made from, as it is now."""
+        endpoints = self.registry.endpoints(set(self.deny.serials))
+        endpoints = {name: each for name, each in endpoints.items() if name not in self.deny.services}
+        return World(self.mesh, self.policy, self.ca.bundle, endpoints, self.deny)
+
+    async def make(self) -> None:
+        """Make the assignments of the services whose members are here, and push what changed."""
+        async with self._making:
+            await self.registry.load()
+            self.deny = self.peers.deny = await revocation.load(self.store, self.mesh)
+            for peer in self.peers.cut_the_fallen():
+                log.warning("a connection is cut", extra={"identity": peer.leaf.uris[:1], "serial": peer.serial, "reason": self.peers.fault(peer)})
+            world = await self.world()
+            contents = {name: content_of(name, world) for name in self.hub.services() if name in self.mesh.services}
+            fresh = {name: content for name, content in contents.items() if self.assignments.changed(name, content)}
+            if fresh:
+                version = await self._draw()
+                for name, content in fresh.items():
+                    self.assignments.put(name, content, version)
+                self.hub.tell(fresh)
+            self.assignments.forget(set(self.mesh.services))
+
+    async def ensure(self, service: str, base: int) -> None:
+        """Have an assignment for a service before its first stream here, newer than what the member has from elsewhere."""
+        async with self._making:
+            # What was made for streams that have ended long ago may be old.
+            now, content = self.assignments.current(service), content_of(service, await self.world())
+            if now is None or now.version < base or now.content != content:
+                self.assignments.put(service, content, await self._draw())
+                self.hub.tell([service])
+
+    async def _draw(self) -> int:
+        rows = await self.store.rows("UPDATE counters SET value = value + 1 WHERE name = 'version' RETURNING value")
+        return int(rows[0]["value"])
+
+    async def _number_policy(self) -> None:
+        """The policy's version grows when the rules changed, for all control planes together."""
+        said = self.mesh.authorization.model_dump(mode="json", by_alias=True) | {"services": sorted(self.mesh.services)}
+        digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+        await self.store.run("UPDATE counters SET value = value + 1, digest = ? WHERE name = 'policy' AND digest <> ?", digest, digest)
+        self.policy = int((await self.store.rows("SELECT value FROM counters WHERE name = 'policy'"))[0]["value"])
+
+    # -- what is watched
+
+    async def run(self) -> None:
+        """Keep everything in step until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._every(LOOK, self._look))
+            tasks.create_task(self._every(BEAT, self._beat))
+            tasks.create_task(self._every(HOUSEKEEPING, self._keep_house))
+            tasks.create_task(self._make_when_changed())
+
+    async def _make_when_changed(self) -> None:
+        while True:
+            await self._dirty.wait()
+            self._dirty.clear()
+            if not await self._trying(self.make):
+                await asyncio.sleep(LOOK)
+                self._dirty.set()
+
+    async def _every(self, pause: float, work: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            await asyncio.sleep(pause)
+            await self._trying(work)
+
+    async def _trying(self, work: Callable[[], Awaitable[None]]) -> bool:
+        """Do something with the store; a failure is told once and leaves everything as it was."""
+        try:
+            await work()
+        except (StoreError, CaError, OSError) as error:
+            if str(error) != self.store_error:
+                log.error("the state or the authority cannot be used; streams go on", extra={"error": str(error)})
+            self.store_error = str(error)
+            return False
+        if self.store_error and work != self._keep_house:
+            log.info("the state and the authority can be used again")
+            self.store_error = ""
+        return True
+
+    async def _look(self) -> None:
+        if (seen := self._file_time()) != self._seen["file"]:
+            self._seen["file"] = seen
+            await self.reload()
+        if (print_now := self.ca.fingerprint()) != self._seen["ca"]:
+            self.ca.load()
+            self._seen["ca"] = print_now
+            self._take_authority()
+            self.signer = Signer(self.ca)
+            log.info("the authority has changed", extra={"generation": self.ca.active_number, "bundle": list(self.ca.generations)})
+            self.server_changed()
+            self.changed()
+        if (count := await self.registry.changes()) != self._seen["changes"]:
+            self._seen["changes"] = count
+            self.changed()
+        presence = await self.registry.hearing()
+        if presence != self._seen.get("presence"):
+            self._seen["presence"] = presence
+            self.changed()
+
+    async def reload(self) -> None:
+        """Read the file again; one that cannot be used changes nothing."""
+        try:
+            mesh = load_mesh(self.path)
+        except ConfigError as error:
+            self.file_error = error.render()
+            self.metrics.reloads.labels("refused").inc()
+            log.error("the mesh's file is refused, the old one goes on", extra={"problems": [problem.as_dict() for problem in error.problems]})
+            return
+        fixed = ("bind", "admin", "state", "ca", "heartbeat", "requests")
+        if mesh.trust_domain != self.mesh.trust_domain:
+            self.file_error = "trust_domain: cannot change while members live in it"
+            log.error("the mesh's file is refused, the old one goes on", extra={"reason": self.file_error})
+            return
+        if later := [name for name in fixed if getattr(mesh.control, name) != getattr(self.mesh.control, name)]:
+            log.warning("some of the change waits for a restart", extra={"keys": [f"control.{name}" for name in later]})
+        self.mesh, self.file_error = mesh, ""
+        self._take_authority()
+        await self._number_policy()
+        self.metrics.reloads.labels("done").inc()
+        log.info("the mesh's file is in force", extra={"digest": mesh.digest[:12], "policy": self.policy, "services": len(mesh.services), "rules": len(mesh.authorization.rules)})
+        self.changed()
+
+    async def _beat(self) -> None:
+        await self.registry.beat()
+        await self.hub.look()
+        await self.hub.write()
+
+    async def _keep_house(self) -> None:
+        await self.registry.clean()
+        if self.signer.spent:
+            self.signer = Signer(self.ca)
+            self.assignments = self.hub.assignments = Assignments(lambda body: self.signer.sign(body))
+            self.changed()
+        self.server_changed()
+        if self.ca.issuing_left() < ISSUING_LEFT:
+            if self.ca.active.offline:
+                log.error("the issuing certificate nears its end; `crossway mesh rotate-root issuing --root-key FILE` renews it",
+                          extra={"days_left": round((self.ca.active.issuing.not_valid_after_utc.timestamp() - time.time()) / 86400)})  # fmt: skip
+            else:
+                self.ca.renew_issuing()
+                log.info("the issuing certificate is renewed")
+
+    def _take_authority(self) -> None:
+        self.peers.roots = parse_certificates(self.ca.bundle.encode("ascii"))
+        join = self.mesh.control.join
+        self.peers.bank = parse_certificates(join.ca.read_bytes()) if join is not None else []
+
+    def _file_time(self) -> tuple[int, int, int] | None:
+        try:
+            found = self.path.stat()
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_ino, found.st_size
+
+    async def close(self) -> None:
+        """End in good order: members go on, and to another control plane if there is one."""
+        await self.hub.close()
+        with contextlib.suppress(StoreError):
+            await self.hub.write()
+        with contextlib.suppress(StoreError):
+            await self.store.close()

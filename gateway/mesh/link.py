@@ -1,0 +1,196 @@
+"""The stream from the control plane: assignments and deltas come in, acknowledgements and heartbeats go out.
+
+Strategy: one WebSocket over mTLS for as long as it holds, a new one with a growing, random pause. An assignment is verified, tried, and
+only then written down and acknowledged; what is refused leaves everything as it was, and the control plane is told why. Losing the stream
+stops nothing: the member goes on with what it has, and counts how old that is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+from urllib.parse import urlencode
+
+from gateway.mesh.assignment import Assignment, OtherBase, Refused, take
+from gateway.mesh.enrol import EnrolError, address_of, check_control, control_context
+from gateway.mesh.identity import Svid
+from gateway.mesh.state import ASSIGNMENT, State
+
+log = logging.getLogger("crossway.mesh")
+
+HEARTBEAT = 5.0  # seconds
+FIRST, LONGEST = 0.2, 15.0  # seconds between two attempts to connect, at most; the pause is anything below
+MESSAGE_MAX = 16 << 20  # bytes
+OPEN, CLOSE = 10.0, 2.0  # seconds
+SERVICE_RESTART = 1012  # close code of RFC 6455's registry: we are back in a moment
+
+Apply = Callable[[Assignment], Awaitable[None]]
+
+
+def read_assignment(state: State, svid: Svid) -> Assignment | None:
+    """Return what was written down last, verified anew; None when there is nothing that can be used."""
+    content = state.read(ASSIGNMENT)
+    if content is None:
+        return None
+    try:
+        return take(json.loads(content), None, svid.roots, svid.domain, svid.service)
+    except (Refused, ValueError) as error:
+        log.error("the assignment on disk is not used", extra={"file": str(state.folder / ASSIGNMENT), "reason": str(error)})
+        return None
+
+
+class Link:
+    """Keeps the stream of one member. `apply` makes an assignment take effect or raises Refused, and then nothing has changed."""
+
+    def __init__(self, state: State, control: str, instance: str, svid: Callable[[], Svid], apply: Apply) -> None:
+        self.state = state
+        self.control = control
+        self.instance = instance
+        self.svid = svid
+        self.apply = apply
+        self.current: Assignment | None = None
+        self.connected = False
+        self.heard = 0.0  # unix time of the last sign of life
+        self.connects = 0
+        self.refused = 0
+        self.applied = 0
+        self.healthy: Callable[[], bool] = lambda: True
+        self.draining = False
+        self._whole = False  # ask for the whole assignment next time
+        self._socket: Any = None
+
+    async def run(self) -> None:
+        """Connect, follow, and connect again, for ever."""
+        failures = 0
+        while True:
+            try:
+                await self._follow()
+                failures = 0
+            except asyncio.CancelledError:
+                raise
+            except Exception as error:  # noqa: BLE001 - whatever it was, the member lives on without the stream
+                was, self.connected = self.connected, False
+                failures = 0 if was else failures + 1
+                if was or failures in (1, 10) or failures % 100 == 0:
+                    log.warning(
+                        "the stream of the control plane is gone" if was else "the control plane cannot be reached",
+                        extra={"error": _words(error), "failures": failures},
+                    )
+            self.connected = False
+            self._socket = None
+            await asyncio.sleep(random.uniform(0, min(LONGEST, FIRST * 2 ** min(failures, 10))))
+
+    async def drain(self) -> None:
+        """Tell the control plane at once that this instance takes no new requests. That, not the end of the stream, is leaving."""
+        self.draining = True
+        await self.beat()
+
+    async def beat(self) -> None:
+        """Say now, not at the next turn, how this instance is."""
+        if self._socket is not None:
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(self._beat(self._socket), CLOSE)
+
+    async def close(self) -> None:
+        """End the stream in good order."""
+        if self._socket is not None:
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(self._socket.close(), CLOSE)
+
+    def renewed(self) -> None:
+        """The certificate is another: connect anew with it, so that the control plane sees the identity that is in use."""
+        socket = self._socket
+        if socket is not None:
+            self.closing = asyncio.get_running_loop().create_task(socket.close(SERVICE_RESTART))
+
+    async def _follow(self) -> None:
+        from websockets.asyncio.client import connect
+
+        host, port = address_of(self.control)
+        svid = self.svid()
+        context = control_context("".join(each.pem for each in svid.roots))
+        context.load_cert_chain(self.state.svid)
+        query = urlencode({"instance": self.instance, "version": 0 if self._whole or self.current is None else self.current.version})
+        name = f"[{host}]" if ":" in host else host
+        async with connect(
+            f"wss://{name}:{port}/v1/stream?{query}", ssl=context, server_hostname=host, max_size=MESSAGE_MAX, compression=None,
+            open_timeout=OPEN, close_timeout=CLOSE, ping_interval=HEARTBEAT, ping_timeout=3 * HEARTBEAT, proxy=None,
+        ) as socket:
+            check_control(socket.transport.get_extra_info("ssl_object"))
+            self.connected, self._socket = True, socket
+            self.connects += 1
+            self.heard = time.time()
+            log.info("stream of the control plane open", extra={"control": self.control})
+            beating = asyncio.create_task(self._beats(socket))
+            try:
+                async for text in socket:
+                    self.heard = time.time()
+                    await self._heard(socket, text)
+            finally:
+                beating.cancel()
+
+    async def _beats(self, socket: Any) -> None:
+        while True:
+            await self._beat(socket)
+            await asyncio.sleep(HEARTBEAT)
+
+    async def _beat(self, socket: Any) -> None:
+        await socket.send(json.dumps({"type": "heartbeat", "healthy": self.healthy(), "draining": self.draining}))
+
+    async def _heard(self, socket: Any, text: str | bytes) -> None:
+        try:
+            message = json.loads(text)
+            kind = message["type"]
+        except (ValueError, TypeError, KeyError):
+            raise Refused("the control plane sent what is no message") from None
+        if kind not in ("assignment", "delta"):
+            return  # of a later version of the protocol
+        version = message.get("version")
+        try:
+            await self.take(message)
+        except OtherBase:
+            self._whole = True
+            raise
+        except Refused as error:
+            self.refused += 1
+            log.error("an assignment is refused, the old one goes on", extra={"version": version, "reason": str(error)})
+            await socket.send(json.dumps({"type": "nack", "version": version, "reason": str(error)[:500]}))
+            return
+        await socket.send(json.dumps({"type": "ack", "version": version}))
+
+    async def take(self, message: dict[str, Any]) -> None:
+        """Verify, apply and write down what came. Raises Refused."""
+        svid = self.svid()
+        fresh = take(message, self.current, svid.roots, svid.domain, svid.service)
+        await self.apply(fresh)
+        self.current = fresh
+        self._whole = False
+        self.applied += 1
+        try:
+            # A disk may take its time, and nobody's request should wait for it. The acknowledgement does: it also says "kept".
+            await asyncio.get_running_loop().run_in_executor(None, self.state.write, ASSIGNMENT, fresh.dump())
+        except OSError as error:
+            # It is in force; after a restart without the control plane the one before would be.
+            log.error("the assignment cannot be written down", extra={"version": fresh.version, "error": error.strerror})
+        log.info("assignment applied", extra={"version": fresh.version, "services": len(fresh.body["services"])})
+
+    def age(self) -> float | None:
+        """Seconds by which the assignment is older than it should get without a word; None while it is fresh."""
+        if self.connected or self.current is None:
+            return None
+        over = time.time() - max(self.heard, float(self.current.body.get("issued", 0))) - float(self.current.body.get("fresh", 0))
+        return over if over > 0 else None
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, (EnrolError, Refused)):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return f"{type(error).__name__}: {error}"[:300]

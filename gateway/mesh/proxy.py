@@ -1,0 +1,294 @@
+"""An assignment made into the snapshot that a sidecar's engine runs: who may come in, and where the app's calls go.
+
+Strategy: the same native objects that an edge's configuration compiles to, built from the assignment directly: a sidecar keeps neither
+the schema nor the YAML reader in memory. Inbound: mutual TLS, authorization, then the app. Outbound: the Host names the service, or the
+listener does; then mutual TLS to one of the service's endpoints. Whatever cannot be built raises, and the old snapshot goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import secrets
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+from gateway._speedups.exchange import Edits, ListenerEntry, RouteEntry, Snapshot, Step
+from gateway._speedups.http2_settings import Http2
+from gateway._speedups.pool import Endpoint, Upstream
+from gateway._speedups.route_trie import RouteTrie
+from gateway._speedups.tls import TlsListener, TlsUpstream
+from gateway._speedups.token_cache import Principal, TokenCache
+from gateway._speedups.user_context import TellUserStep, UserStep
+from gateway.mesh.assignment import Assignment, canonical
+from gateway.mesh.authorization import Denials, make_step
+from gateway.mesh.identity import Svid
+from gateway.mesh.units import seconds, share, size
+from gateway.workload.admission import Admit, Revoked, admission
+from gateway.workload.user import HEADER, PROOF, Author, Reader
+
+Made = TypeVar("Made")
+
+log = logging.getLogger("crossway.mesh")
+
+INBOUND, OUTBOUND = "inbound", "outbound"
+CALLER = b"x-crossway-caller"  # tells the app who called; nobody else can
+EVERYBODY = ("0.0.0.0/0", "::/0")  # inbound the handshake has proved a member, outbound it is our own app
+BODY = 1 << 30  # bytes; bodies stream, and the app has the say
+PROTOCOLS = {"http": "http1", "http1": "http1", "http2": "http2", "grpc": "grpc"}  # of a service, and as the engine calls it
+USER_AUTHORS = ("edge",)  # services that may say who the user is, unless the assignment names others
+CONTEXTS = 1 << 20  # bytes of user contexts that are remembered, for each direction
+CALLERS = 200  # whose requests are counted apart
+APP_TIMES: dict[str, Any] = {"connect": 2.0, "head": 60.0, "idle": 60.0, "total": 300.0}  # seconds; the caller's own are shorter
+
+
+class Spec(NamedTuple):
+    """Which requests a route takes, in the trie's form."""
+
+    hosts: tuple[str, ...] = ()
+    path: str | None = None
+    prefix: str | None = "/"
+    methods: tuple[str, ...] = ()
+    headers: tuple[Any, ...] = ()
+    query: tuple[Any, ...] = ()
+
+
+@dataclass
+class Surroundings:
+    """What a sidecar's snapshots have in common."""
+
+    app: str  # host:port, numeric
+    ports: Mapping[str, str]  # service -> name of its own outbound listener
+    memory: Any  # SharedState
+    intercepts: bool = False  # the outbound listener gets what the kernel redirects
+    zone: str | None = None
+    app_protocol: str = "http1"
+    denials: Denials = field(default_factory=Denials)
+    seed: int = field(default_factory=lambda: secrets.randbits(63))
+    versions: int = 0
+    callers: set[str] = field(default_factory=set)
+    kept: dict[Any, Any] = field(default_factory=dict)  # parts of the last snapshot, by all that they were made of
+
+
+class Parts:
+    """Parts of a snapshot: what would be made of the same as in the one before is taken over, with its pools and its caches.
+
+    An endpoint that comes or goes is a new assignment; it must not cost a TLS context for each service, nor what is known of users.
+    """
+
+    def __init__(self, around: Surroundings) -> None:
+        self._around = around
+        self._fresh: dict[Any, Any] = {}
+
+    def get(self, key: Any, make: Callable[[], Made]) -> Made:
+        """Return the part of this key, `make` it if the last snapshot had none."""
+        made: Made = self._around.kept[key] if key in self._around.kept else make()
+        self._fresh[key] = made
+        return made
+
+    def commit(self) -> None:
+        """The snapshot was built: the next one goes by its parts."""
+        self._around.kept = self._fresh
+
+
+def build(assignment: Assignment, svid: Svid, around: Surroundings) -> Snapshot:
+    """Return the snapshot of an assignment. Raises ValueError, KeyError, TypeError or TlsError for what cannot be made."""
+    around.versions += 1
+    parts = Parts(around)
+    body = assignment.body
+    revoked = Revoked(body.get("revoked") or {})
+    firsts = frozenset(f"spiffe://{svid.domain}/service/{name}" for name in body.get("user_authors", USER_AUTHORS))
+    rests = repr((sorted(revoked.serials), sorted(revoked.identities), sorted(firsts))).encode()
+    digest = hashlib.sha256(b"".join(each.der for each in (svid.leaf, *svid.roots)) + rests).digest()
+    admit = admission(svid.domain, revoked)
+    app = parts.get("app", lambda: Upstream(
+        "app", [Endpoint(around.app)], **APP_TIMES, host="preserve", table=around.memory.upstreams, attempts=1,
+        retry_on=("connect-failure",), protocol=around.app_protocol,
+    ))  # fmt: skip
+    upstreams, routes = {"app": app}, []
+    reader = Reader(svid.identity, svid.roots, firsts, admit, around.seed)
+    user = parts.get(("user", digest), lambda: UserStep("user", reader.check, TokenCache(CONTEXTS), from_caller=True))
+    heard = parts.get(
+        ("heard", digest), lambda: UserStep("user", partial(reader.check, keep=True), TokenCache(CONTEXTS), from_caller=False)
+    )
+    rules = ("rules", digest, canonical(body["authorization"]))
+    inbound = parts.get(rules, lambda: _inbound(body["authorization"], svid, app, around, user))
+    services = {name: settings for name, settings in body["services"].items() if spoken(name, settings)}
+    for name, settings in services.items():
+        try:
+            alpn = ("http/1.1",) if _protocol(settings) == "http1" else ("h2",)
+            tls = parts.get(("tls", name, digest, alpn), partial(_tls, name, svid, digest, admit, alpn))
+            made = ("service", name, digest, canonical(settings))
+            upstreams[f"service:{name}"] = parts.get(made, partial(upstream_of, name, settings, tls, around))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"service {name}: {error}") from None
+    for name in services:
+        told = parts.get(("tell", name, digest), partial(_teller, svid, name))
+        routes.append(_outbound(name, upstreams[f"service:{name}"], around, (heard, told)))
+    listeners = _listeners(
+        inbound, routes, services, svid.domain, around,
+        parts.get(("inbound", digest), lambda: TlsListener(
+            INBOUND, [(svid.chain, svid.key, None)], digest=digest, authorities=svid.roots, client_auth="required", tickets=False,
+            admit=admit, alpn=("h2", "http/1.1"),
+        )),
+    )  # fmt: skip
+    parts.commit()
+    snapshot = Snapshot(around.versions, f"{assignment.version}", listeners, upstreams, [inbound, *routes])
+    snapshot.identity_names = (CALLER, HEADER)
+    return snapshot
+
+
+def _protocol(settings: Mapping[str, Any]) -> str:
+    return PROTOCOLS[settings.get("protocol", "http")]
+
+
+def _tls(name: str, svid: Svid, digest: bytes, admit: Admit, alpn: tuple[str, ...]) -> TlsUpstream:
+    return TlsUpstream(
+        digest=hashlib.sha256(digest + f"{name} {' '.join(alpn)}".encode()).digest(), authorities=svid.roots, chain=svid.chain,
+        key=svid.key, sans=[f"spiffe://{svid.domain}/service/{name}"], admit=admit, alpn=alpn,
+    )  # fmt: skip
+
+
+def _teller(svid: Svid, name: str) -> TellUserStep:
+    return TellUserStep("tell-user", partial(_tell, Author(svid.chain, svid.key), f"spiffe://{svid.domain}/service/{name}"))
+
+
+def _tell(author: Author, audience: str, user: Principal) -> tuple[bytes, int]:
+    """Tell the next service of the user, with what was told to us as the proof."""
+    return author.sign(user, (audience,), user.claims[PROOF])
+
+
+def _inbound(said: Mapping[str, Any], svid: Svid, app: Upstream, around: Surroundings, user: Step) -> RouteEntry:
+    """The way in: authorization, then the app. Each caller's requests are counted as its own."""
+    prefix = f"spiffe://{svid.domain}/service/"
+
+    def entry(identity: str, step: Step) -> RouteEntry | None:
+        caller = identity.removeprefix(prefix)
+        if caller not in around.callers:
+            if len(around.callers) >= CALLERS:
+                caller = "others"
+            around.callers.add(caller)
+        name = f"{INBOUND}>{caller}"
+        told = Edits((CALLER,), CALLER + b": " + identity.encode("ascii") + b"\r\n")
+        return RouteEntry(name, 0, upstream=app, metric=around.memory.names.add(name), steps=(user, step), request_edits=told)
+
+    step = make_step(said, svid.domain, around.denials, entry)
+    return RouteEntry(
+        INBOUND, 0, upstream=app, metric=around.memory.names.add(f"{INBOUND}>unknown"), steps=(user, step), request_edits=Edits((CALLER,))
+    )
+
+
+def _outbound(name: str, upstream: Upstream, around: Surroundings, steps: tuple[Step, ...]) -> RouteEntry:
+    return RouteEntry(f"{OUTBOUND}>{name}", 1, upstream=upstream, metric=around.memory.names.add(f"{OUTBOUND}>{name}"), steps=steps)
+
+
+def _listeners(
+    inbound: RouteEntry, routes: list[RouteEntry], services: Mapping[str, Any], domain: str, around: Surroundings, tls: TlsListener
+) -> dict[str, ListenerEntry]:
+    """Every service has an outbound listener of its own as well: for its own port, and for connections redirected on their way to it."""
+
+    def listener(name: str, trie: RouteTrie, **more: Any) -> ListenerEntry:
+        return ListenerEntry(name, trie, body_limit=BODY, trusted=EVERYBODY, requests=1_000_000, **more)
+
+    by_host = [(route, Spec(hosts=(name, f"{name}.{domain}"))) for route, name in zip(routes, services, strict=True)]
+    originals = destinations(services) if around.intercepts else None
+    found = {
+        INBOUND: listener(INBOUND, RouteTrie([(inbound, Spec())]), tls=tls, http2=Http2()),
+        OUTBOUND: listener(OUTBOUND, RouteTrie(by_host), originals=originals, http2=Http2(clear=True)),
+    }
+    for route, name in zip(routes, services, strict=True):
+        own = RouteTrie([(route, Spec(hosts=("*",)))])
+        found[f"{OUTBOUND}:{name}"] = listener(f"{OUTBOUND}:{name}", own, http2=Http2(clear=True))
+    for name in around.ports.values():
+        if name not in found:  # its service is not in the assignment now: nothing is there
+            found[name] = listener(name, RouteTrie([]))
+    return found
+
+
+def spoken(name: str, settings: Mapping[str, Any]) -> bool:
+    """Whether the engine speaks a service's protocol; one that it does not is left out, since guessing would pass by the policy."""
+    protocol = settings.get("protocol", "http")
+    if protocol in PROTOCOLS:
+        return True
+    log.warning("a service is left out: its protocol is not in this version", extra={"service": name, "protocol": protocol})
+    return False
+
+
+def destinations(services: Mapping[str, Any]) -> dict[tuple[str, int], str]:
+    """Where an app's own connections go, by the address it dials: a service's app ports, and its sidecars' own addresses."""
+    found: dict[tuple[str, int], str] = {}
+    for name, settings in services.items():
+        for each in settings.get("endpoints", ()):
+            host, _, port = each["address"].rpartition(":")
+            host = host.strip("[]")
+            found[host, int(port)] = f"{OUTBOUND}:{name}"
+            app = str((each.get("labels") or {}).get("app-port", ""))
+            if app.isdecimal():
+                found[host, int(app)] = f"{OUTBOUND}:{name}"
+    return found
+
+
+def upstream_of(name: str, said: Mapping[str, Any], tls: TlsUpstream, around: Surroundings) -> Upstream:
+    """Return the upstream of a service. Raises ValueError or TypeError for settings that are not understood."""
+    unknown = set(said) - {"protocol", "timeout", "retries", "balance", "endpoints", "labels", "zone", "http2"}
+    if unknown:
+        raise ValueError(f"{', '.join(sorted(unknown))} is not known to this version")
+    options: dict[str, Any] = {**_retries(said.get("retries")), **_balance(said.get("balance"))}
+    if said.get("timeout") is not None:
+        total = seconds(said["timeout"])
+        options |= {"total": total, "head": total, "idle": total}
+    return Upstream(
+        f"service:{name}", endpoints_of(name, said.get("endpoints", ())), host="preserve", table=around.memory.upstreams,
+        tls=tls, protocol=_protocol(said), zone=around.zone, eject={"failures": 7, "ratio": 0, "minimum": 5, "base": 1, "maximum": 60, "share": 0.5},
+        keep_connections=1024, **options,
+    )  # fmt: skip
+
+
+def endpoints_of(name: str, said: Iterable[Mapping[str, Any]]) -> list[Endpoint]:
+    """Return the endpoints that can be used; one whose address is no number is left out, and told."""
+    found: dict[str, Endpoint] = {}
+    for each in said:
+        try:
+            found.setdefault(each["address"], Endpoint(each["address"], int(each.get("weight") or 1), zone=each.get("zone")))
+        except ValueError as error:
+            log.error("an endpoint is left out", extra={"service": name, "error": str(error)})
+    return list(found.values())
+
+
+def _retries(said: Any) -> dict[str, Any]:
+    """As `upstreams.retries` of a gateway's file: a number, or settings."""
+    if said is None:
+        return {}
+    if isinstance(said, int):
+        return {"attempts": said}
+    read: dict[str, tuple[str, Callable[[Any], Any]]] = {
+        "attempts": ("attempts", int), "on": ("retry_on", lambda on: tuple(map(str, [on] if isinstance(on, (str, int)) else on))),
+        "per_try": ("per_try", seconds), "budget": ("budget", share), "reserve": ("reserve", int), "body": ("replay", size),
+        "idempotency_key": ("honours_key", bool),
+    }  # fmt: skip
+    options: dict[str, Any] = {}
+    for key, value in said.items():
+        if key == "backoff":
+            options |= {"backoff": seconds(value.get("base", 0.025)), "backoff_max": seconds(value.get("max", 0.25))}
+        elif key not in read:
+            raise ValueError(f"retries.{key} is not known to this version")
+        elif value is not None:
+            option, parse = read[key]
+            options[option] = parse(value)
+    return options
+
+
+def _balance(said: Any) -> dict[str, Any]:
+    """As `upstreams.balance` of a gateway's file: an algorithm, or maglev with its key."""
+    if said is None:
+        return {}
+    if isinstance(said, str):
+        return {"balance": said}
+    maglev = said.get("maglev")
+    if maglev:
+        load = maglev.get("load")  # a percentage above 100, as text or as its number
+        percent = {} if load is None else {"load": load if isinstance(load, int) else round(share(load) * 100)}
+        return {"balance": "maglev", "key": maglev["key"], **percent}
+    return {"balance": said["algorithm"]}

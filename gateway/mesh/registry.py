@@ -1,0 +1,183 @@
+"""Who is there: instances of services, how they are, and which control plane hears them.
+
+Strategy: the store holds the truth for all control planes; each one writes what it hears itself and reads the rest. Whoever is silent is out: an
+instance by its control plane's judgement, and all instances of a control plane that is silent itself, after the same time. A control plane that
+starts gives everybody time to come back before it calls them gone, so that its own restart takes no endpoint away.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from gateway.config.web import parse_address
+from gateway.mesh.store import Row, Store, Value
+
+INSTANCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,62}")
+LABELS, LABEL_VALUE = 32, 128
+NOWHERE = ("0.0.0.0:0", "[::]:0")  # of a member that nobody calls, such as an edge
+COMEBACK = 30.0  # seconds that members have after a start: longer than any of their pauses
+KEPT = 7 * 86400  # seconds that an instance without a certificate is remembered
+
+
+class BadInstance(Exception):
+    """What an instance says of itself cannot be used."""
+
+
+class Registry:
+    """The instances of one mesh, as one control plane (`replica`) sees and changes them."""
+
+    def __init__(self, store: Store, replica: str, heartbeat: float) -> None:
+        self.store = store
+        self.replica = replica
+        self.heartbeat = heartbeat
+        self.started = time.time()
+        self.rows: list[Row] = []  # as they were read last
+        self._came = time.monotonic()
+        self._signs: dict[str, tuple[float, float]] = {}  # of each control plane: what it wrote last, and when that was seen here
+
+    async def start(self) -> None:
+        """Enter this control plane."""
+        await self.store.run(
+            "INSERT INTO replicas (id, started, seen) VALUES (?, ?, ?) ON CONFLICT (id) DO UPDATE SET seen = excluded.seen",
+            self.replica, self.started, time.time(),
+        )  # fmt: skip
+
+    async def beat(self) -> None:
+        """Say that this control plane lives."""
+        await self.start()
+
+    # -- what is heard
+
+    async def joined(self, service: str, instance: str, inbound: str | None, labels: dict[str, str], zone: str | None) -> None:
+        """Note where an instance will be; it counts when its stream opens."""
+        await self.store.run(
+            "INSERT INTO instances (service, instance, inbound, labels, zone, replica, connected, healthy, draining, since)"
+            " VALUES (?, ?, ?, ?, ?, ?, 0, 0, 0, ?) ON CONFLICT (service, instance) DO UPDATE SET"
+            " inbound = excluded.inbound, labels = excluded.labels, zone = excluded.zone",
+            service, instance, inbound, json.dumps(labels, sort_keys=True), zone, self.replica, time.time(),
+        )  # fmt: skip
+        await self.touch()
+
+    async def connected(self, service: str, instance: str, serial: str, not_after: int) -> None:
+        """Note that an instance's stream is open here."""
+        await self.store.run(
+            "INSERT INTO instances (service, instance, labels, replica, connected, healthy, draining, since, serial, not_after)"
+            " VALUES (?, ?, '{}', ?, 1, 0, 0, ?, ?, ?) ON CONFLICT (service, instance) DO UPDATE SET"
+            " replica = excluded.replica, healthy = CASE WHEN instances.connected = 1 THEN instances.healthy ELSE 0 END,"
+            " connected = 1, draining = 0, since = excluded.since, serial = excluded.serial, not_after = excluded.not_after",
+            service, instance, self.replica, time.time(), serial, not_after,
+        )  # fmt: skip
+        await self.touch()
+
+    async def is_now(self, service: str, instance: str, healthy: bool, draining: bool) -> None:
+        """Note how an instance says it is."""
+        await self.store.run(
+            "UPDATE instances SET healthy = ?, draining = ? WHERE service = ? AND instance = ? AND replica = ?",
+            int(healthy), int(draining), service, instance, self.replica,
+        )  # fmt: skip
+        await self.touch()
+
+    async def moved(self, service: str, instance: str, inbound: str | None, labels: dict[str, str], zone: str | None) -> None:
+        """Note that an instance is reached elsewhere now."""
+        await self.joined(service, instance, inbound, labels, zone)
+
+    async def left(self, service: str, instance: str) -> None:
+        """Note that an instance is gone, unless another control plane has it by now."""
+        changed = await self.store.run(
+            "UPDATE instances SET connected = 0, healthy = 0 WHERE service = ? AND instance = ? AND replica = ?", service, instance, self.replica
+        )
+        if changed:
+            await self.touch()
+
+    async def told(self, rows: Sequence[Sequence[Value]]) -> None:
+        """Note what instances were sent and what they made of it: (sent, sent_at, applied, applied_at, refused, reason, service, instance)."""
+        await self.store.many(
+            "UPDATE instances SET sent = ?, sent_at = ?, applied = ?, applied_at = ?, refused = ?, reason = ? WHERE service = ? AND instance = ?", rows
+        )
+
+    async def touch(self) -> None:
+        """Tell every control plane that something changed."""
+        await self.store.run("UPDATE counters SET value = value + 1 WHERE name = 'changes'")
+
+    async def changes(self) -> int:
+        """Return a number that changes with every touch()."""
+        return int((await self.store.rows("SELECT value FROM counters WHERE name = 'changes'"))[0]["value"])
+
+    # -- what is known
+
+    async def load(self) -> None:
+        """Read who is there."""
+        hearing = await self.hearing()
+        rows = await self.store.rows("SELECT * FROM instances ORDER BY service, instance")
+        for row in rows:
+            row["present"] = bool(row["connected"]) and hearing.get(row["replica"], self._starting())
+        self.rows = rows
+
+    async def hearing(self) -> dict[str, bool]:
+        """Whether each control plane still hears its instances, or may be about to be followed by another.
+
+        Judged by its signs going on, not by the time in them: clocks of several machines differ.
+        """
+        now = time.monotonic()
+        for row in await self.store.rows("SELECT id, seen FROM replicas"):
+            if self._signs.get(row["id"], (None, 0.0))[0] != row["seen"]:
+                self._signs[row["id"]] = row["seen"], now
+        return {
+            name: name == self.replica or self._starting() or now - since < self.heartbeat for name, (_, since) in self._signs.items()
+        }
+
+    def _starting(self) -> bool:
+        return time.monotonic() < self._came + max(COMEBACK, self.heartbeat)
+
+    def endpoints(self, revoked: Collection[str] = ()) -> dict[str, list[dict[str, Any]]]:
+        """Return the endpoints of each service that has any, in a fixed order; none whose certificate's serial is `revoked`."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for row in self.rows:
+            if row["present"] and row["healthy"] and not row["draining"] and row["inbound"] and row["serial"] not in revoked:
+                each = {"address": row["inbound"], "weight": 1, "zone": row["zone"], "labels": json.loads(row["labels"])}
+                found.setdefault(row["service"], []).append(each)
+        return found
+
+    async def clean(self) -> None:
+        """Forget what has been over for long."""
+        now = int(time.time())
+        await self.store.run("DELETE FROM instances WHERE connected = 0 AND since < ? AND COALESCE(not_after, 0) < ?", now - KEPT, now)
+        await self.store.run("DELETE FROM certificates WHERE not_after < ?", now - KEPT)
+        await self.store.run("DELETE FROM replicas WHERE seen < ?", now - KEPT)
+        await self.store.run("DELETE FROM revocations WHERE until IS NOT NULL AND until < ?", now)
+
+
+def read_place(said: dict[str, Any]) -> tuple[str | None, dict[str, str], str | None]:
+    """Return (inbound, labels, zone) of what an instance says. Raises BadInstance."""
+    inbound, labels, zone = said.get("inbound"), said.get("labels"), said.get("zone")
+    labels = {} if labels is None else labels
+    if inbound in NOWHERE:
+        inbound = None
+    if inbound is not None:
+        try:
+            address = parse_address(inbound)
+        except Exception:  # noqa: BLE001 - the schema's own error: its text is for a file
+            raise BadInstance("inbound: host:port is expected") from None
+        if not address.literal or address.host in ("0.0.0.0", "::"):
+            raise BadInstance("inbound: a numeric address that others can reach is expected")
+        inbound = str(address)
+    if not isinstance(labels, dict) or len(labels) > LABELS:
+        raise BadInstance(f"labels: a mapping of at most {LABELS} is expected")
+    for name, value in labels.items():
+        if not LABEL.fullmatch(name) or not isinstance(value, str) or len(value) > LABEL_VALUE or not value.isprintable():
+            raise BadInstance("labels: short names and printable values are expected")
+    if zone is not None and (not isinstance(zone, str) or not LABEL.fullmatch(zone)):
+        raise BadInstance("zone: a short name is expected")
+    return inbound, labels, zone
+
+
+def read_instance(said: object) -> str:
+    """Return the name of an instance. Raises BadInstance."""
+    if not isinstance(said, str) or not INSTANCE.fullmatch(said):
+        raise BadInstance("instance: letters, digits, dots, - and _ are expected, at most 128")
+    return said

@@ -1,0 +1,199 @@
+"""The process of a mesh's control plane: uvicorn with mutual TLS 1.3 for members, pages for the admin, signals, the way out.
+
+Strategy: uvicorn does not tell an application who its client is, so the protocol that it makes for a connection asks the TLS layer once, when the
+handshake is done, and puts the answer into the state that every scope of the connection carries, the WebSocket's too. Certificates are
+optional for TLS and required by the application: only /v1/join opens without. No session tickets: a resumed session would not show its chain.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import resource
+import signal
+import socket
+import ssl
+import time
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+import uvloop
+
+from gateway.config.web import Bind
+from gateway.mesh.api import Api, Pages
+from gateway.mesh.control import SERVER_LIFE, ControlPlane
+from gateway.mesh.peers import Peers
+from gateway.mesh.stream import MESSAGE_MAX
+from gateway.server import log as logs
+from gateway.server.admin import BoundedProtocol, Server
+from gateway.server.guard import Guard
+from gateway.server.systemd import Notifier
+
+log = logging.getLogger("crossway.mesh")
+
+BACKLOG = 1024
+CONNECTIONS = 10_000  # and requests; 503 beyond
+FIRST = 10.0  # seconds that a connection has for the head of its first request
+IDLE = 15  # seconds of a connection between two requests
+LEAVE = 5  # seconds for what is in flight at the end
+
+
+class CannotStart(Exception):
+    """The control plane cannot serve; the text is for a person."""
+
+
+def members_protocol(peers: Peers) -> type[BoundedProtocol]:
+    """Return the protocol of members' connections."""
+
+    class MembersProtocol(BoundedProtocol):
+        def connection_made(self, transport: Any) -> None:
+            # A copy of this goes into the scope of each request, and the WebSocket protocol is made with it.
+            self.app_state = {**self.app_state, "peer": peers.meet(transport)}
+            super().connection_made(transport)
+            # uvicorn waits for ever for the first request.
+            self._first = self.loop.call_later(FIRST, transport.close)
+
+        def on_headers_complete(self) -> None:
+            self._first.cancel()
+            super().on_headers_complete()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._first.cancel()
+            super().connection_lost(exc)
+
+    return MembersProtocol
+
+
+class Tls:
+    """The context of members' connections, whose certificate and roots follow the authority."""
+
+    def __init__(self, plane: ControlPlane) -> None:
+        self.plane = plane
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.options |= ssl.OP_NO_TICKET
+        context.num_tickets = 0
+        context.verify_mode = ssl.CERT_OPTIONAL
+        context.set_alpn_protocols(["http/1.1"])
+        self.context = context
+        self._from, self._until, self._roots = "", 0.0, ""
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take what the authority has now. Roots are only added here: the application judges by those of now (mesh/peers.py)."""
+        ca = self.plane.ca
+        roots = ca.bundle + "".join(each.pem for each in self.plane.peers.bank)
+        if roots != self._roots:
+            self.context.load_verify_locations(cadata=roots)
+            self._roots = roots
+        mark = ca.fingerprint()
+        if mark == self._from and time.time() < self._until:
+            return
+        pem, ends = ca.server_pem(SERVER_LIFE)
+        # ssl reads keys from files only; this one has no name and is nowhere on a disk.
+        handle = os.memfd_create("control", os.MFD_CLOEXEC)
+        try:
+            os.write(handle, pem)
+            self.context.load_cert_chain(f"/proc/self/fd/{handle}")
+        finally:
+            os.close(handle)
+        self._from, self._until = mark, (time.time() + ends) / 2
+
+
+def listen(bind: Bind) -> socket.socket:
+    """Return a listening socket. Raises CannotStart."""
+    family = socket.AF_UNIX if bind.unix else socket.AF_INET6 if ":" in bind.host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        if bind.unix:
+            Path(bind.path).unlink(missing_ok=True)
+            mask = os.umask(0o177)
+            try:
+                sock.bind(bind.path)
+            finally:
+                os.umask(mask)
+        else:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind((bind.host, bind.port))
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise CannotStart(f"{bind}: {error.strerror}") from None
+    sock.setblocking(False)
+    return sock
+
+
+def _name(sock: socket.socket) -> str:
+    if sock.family == socket.AF_UNIX:
+        return f"unix:{sock.getsockname()}"
+    host, port = sock.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _server(app: Any, http: type[BoundedProtocol], ws: str, context: ssl.SSLContext | None) -> Server:
+    config = uvicorn.Config(
+        app, http=http, ws=ws, lifespan="off", log_config=None, access_log=False, server_header=False, proxy_headers=False,
+        limit_concurrency=CONNECTIONS, timeout_keep_alive=IDLE, timeout_graceful_shutdown=LEAVE, ws_max_size=MESSAGE_MAX, ws_per_message_deflate=False,
+        ws_ping_interval=None,
+    )  # fmt: skip
+    config.load()
+    config.ssl = context
+    return Server(config)
+
+
+async def _serve(path: Path) -> None:
+    loop = asyncio.get_running_loop()
+    leaving = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, leaving.set)
+    plane = await ControlPlane.open(path)
+    loop.add_signal_handler(signal.SIGHUP, lambda: loop.create_task(plane.reload()))
+    try:
+        sockets = [listen(plane.mesh.control.bind)]
+        tls = Tls(plane)
+        plane.server_changed = tls.refresh
+        servers = [_server(Api(plane).app, members_protocol(plane.peers), "websockets-sansio", tls.context)]
+        if plane.mesh.control.admin is not None:
+            sockets.append(listen(plane.mesh.control.admin))
+            servers.append(_server(Guard(Pages(plane).app, plane.mesh.control.admin, None), BoundedProtocol, "none", None))
+        await _until(leaving, plane, sockets, servers)
+    finally:
+        await plane.close()
+
+
+async def _until(leaving: asyncio.Event, plane: ControlPlane, sockets: list[socket.socket], servers: list[Server]) -> None:
+    serving = [asyncio.ensure_future(server.serve(sockets=[sock])) for server, sock in zip(servers, sockets, strict=True)]
+    working = asyncio.ensure_future(plane.run())
+    waiting = asyncio.ensure_future(leaving.wait())
+    for name, sock in zip(("control", "admin"), sockets, strict=False):
+        print(f"{name:8} {'https' if name == 'control' else 'http'}://{_name(sock)}", flush=True)
+    notifier = Notifier.from_environment()
+    notifier.ready("serving members")
+    try:
+        await asyncio.wait([*serving, working, waiting], return_when=asyncio.FIRST_COMPLETED)
+        log.info("the control plane ends; members go on with what they have")
+        notifier.stopping("ending")
+        await plane.hub.close()
+    finally:
+        waiting.cancel()
+        for server in servers:
+            server.should_exit = True
+        await asyncio.gather(*serving, return_exceptions=True)
+        working.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await working
+
+
+def run(path: Path, level: str) -> None:
+    """Be the control plane until a signal. Raises ConfigError, CaError, StoreError or CannotStart when it cannot begin."""
+    # Every member holds a connection; many systems give a process 1,024 unless it asks.
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    logs.set_up(level=level)
+    logs.name_process("control")
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # it tells of its own start and end, and of every client that left
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # a handshake that fails is the client's affair
+    uvloop.run(_serve(path))

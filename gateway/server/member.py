@@ -1,0 +1,210 @@
+"""A gateway's membership of a mesh: joined before the first configuration is built, then kept in the admin process.
+
+Strategy: workers know nothing of the mesh. What the control plane says becomes files in the member's folder (endpoints, certificate,
+bundle) that upstreams watch like any others; a renewed certificate is a changed file, and reloads as one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from gateway.config.mesh_member import REVOKED, endpoints_file
+from gateway.mesh import metrics
+from gateway.mesh.assignment import Assignment, Refused
+from gateway.mesh.enrol import EnrolError, join
+from gateway.mesh.identity import Identity, Svid, load
+from gateway.mesh.link import Link, read_assignment
+from gateway.mesh.state import BUNDLE, State, StateError
+
+if TYPE_CHECKING:
+    from gateway.config import Config
+    from gateway.config.mesh_member import Mesh
+
+log = logging.getLogger("crossway.mesh")
+
+FIRST = 10.0  # seconds that a start waits for the control plane's first word
+RETRY = 0.5  # seconds; the admin process of before may still hold the folder
+NOWHERE = "0.0.0.0:0"  # nobody calls an edge through the mesh
+
+
+class MemberError(Exception):
+    """The gateway cannot become a member; the text says why."""
+
+
+def job_of(mesh: Mesh, state: State, zone: str | None) -> dict[str, Any]:
+    return {
+        "service": mesh.service, "control": mesh.control, "instance": state.instance(mesh.service), "inbound": NOWHERE, "zone": zone,
+        "labels": {},
+    }  # fmt: skip
+
+
+def _proof(mesh: Mesh) -> dict[str, Any]:
+    """What to join with."""
+    if mesh.certificate is not None:
+        return {"pair": [str(mesh.certificate.cert), str(mesh.certificate.key)], "control_ca": str(mesh.control_ca)}
+    assert mesh.token is not None
+    return {"token": mesh.token.read_text("ascii")}
+
+
+def prepare(mesh: Mesh, zone: str | None) -> None:
+    """Join if there is no valid certificate, and have a file of endpoints for every service. Raises MemberError."""
+    try:
+        state = State(mesh.state)
+        held = load(state)
+        if held is None or held.leaf.not_after <= time.time():
+            if mesh.token is None and mesh.certificate is None:
+                raise MemberError(f"{mesh.state} holds no valid certificate: name a token of `crossway mesh token {mesh.service}` in mesh.token")
+            outcome = join(state, {**job_of(mesh, state, zone), **_proof(mesh)})
+            log.info("joined the mesh", extra=outcome)
+            held = load(state)
+        assert held is not None
+        if held.service != mesh.service:
+            raise MemberError(f"{mesh.state} belongs to {held.service}, not {mesh.service}")
+        kept = read_assignment(state, held)
+        if kept is not None:
+            write_down(state, kept)
+        else:
+            _first(mesh, state, zone, held)
+    except EnrolError as error:
+        raise MemberError(f"cannot join the mesh: {error}") from None
+    except (StateError, UnicodeDecodeError) as error:
+        raise MemberError(str(error)) from None
+    except OSError as error:
+        raise MemberError(f"cannot join the mesh: {error.filename or mesh.control}: {error.strerror or error}") from None
+
+
+def _first(mesh: Mesh, state: State, zone: str | None, held: Svid) -> None:
+    """Hear the control plane once; without its word every service is without endpoints."""
+
+    async def hear() -> None:
+        told = asyncio.Event()
+
+        async def apply(assignment: Assignment) -> None:
+            write_down(state, assignment)
+            told.set()
+
+        link = Link(state, mesh.control, state.instance(mesh.service), lambda: held, apply)
+        task = asyncio.create_task(link.run())
+        try:
+            async with asyncio.timeout(FIRST):
+                await told.wait()
+                while not link.applied:
+                    await asyncio.sleep(0.01)
+        except TimeoutError:
+            log.warning("the control plane said nothing yet; no service has endpoints", extra={"control": mesh.control})
+        await link.close()
+        task.cancel()
+
+    asyncio.run(hear())
+
+
+def ensure_files(mesh: Mesh, services: list[str]) -> None:
+    """Have a file for each service that the configuration names, whether or not the control plane knows it."""
+    state = State(mesh.state)
+    for service in services:
+        if not endpoints_file(state.folder, service).exists():
+            state.write(f"endpoints/{service}.yaml", b"[]\n")
+
+
+def write_down(state: State, assignment: Assignment) -> None:
+    """Write what changed: the deny list, and one file a service, in the form of `discovery: {file: ...}`; one that is gone has none."""
+    wanted = {name: _list(settings) for name, settings in assignment.body["services"].items()}
+    folder = state.folder / "endpoints"
+    for path in folder.glob("*.yaml") if folder.is_dir() else ():
+        wanted.setdefault(path.stem, b"[]\n")
+    files = {f"endpoints/{name}.yaml": content for name, content in wanted.items()}
+    files[REVOKED] = json.dumps(assignment.body.get("revoked") or {}, sort_keys=True).encode()
+    for name, content in files.items():
+        if state.read(name) != content:
+            state.write(name, content)
+
+
+def _list(settings: dict[str, Any]) -> bytes:
+    rows = []
+    for each in settings.get("endpoints", ()):
+        row = {"address": each["address"], "weight": int(each.get("weight") or 1)}
+        if each.get("zone"):
+            row["zone"] = each["zone"]
+        rows.append(json.dumps(row))
+    return ("[" + ",\n".join(rows) + "]\n").encode()
+
+
+class Member:
+    """Keeps a gateway's certificate and endpoints current, for as long as the admin process lives."""
+
+    def __init__(self, config: Config) -> None:
+        assert config.mesh is not None
+        self.mesh, self.zone = config.mesh, config.zone
+        self.services = {
+            route.name: {name: config.upstreams[name].service for name in route.upstreams if config.upstreams[name].service}
+            for route in config.routes
+        }
+        self.state = State(self.mesh.state)
+        self.identity: Identity | None = None
+        self.link: Link | None = None
+
+    async def run(self) -> None:
+        """Be the member; returns only by cancellation."""
+        while True:
+            try:
+                self.state.lock()
+                break
+            except StateError:
+                await asyncio.sleep(RETRY)
+        try:
+            held = load(self.state)
+            if held is None:
+                raise StateError(f"{self.state.folder}: the certificate is gone")
+            self.identity = Identity(self.state, job_of(self.mesh, self.state, self.zone), self._renewed, held)
+            self.link = Link(self.state, self.mesh.control, self.identity.job["instance"], self._svid, self._apply)
+            self.link.healthy = lambda: True
+            self.link.current = read_assignment(self.state, held)
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self.identity.keep())
+                group.create_task(self.link.run())
+        except StateError as error:
+            log.error("the gateway's membership of the mesh has ended", extra={"error": str(error)})
+        finally:
+            self.state.unlock()
+
+    def _svid(self) -> Svid:
+        assert self.identity is not None and self.identity.svid is not None
+        return self.identity.svid
+
+    def _renewed(self, svid: Svid) -> None:
+        if self.link is not None:
+            self.link.renewed()
+
+    async def _apply(self, assignment: Assignment) -> None:
+        try:
+            if assignment.bundle != self.state.read(BUNDLE):
+                self.state.write(BUNDLE, assignment.bundle)
+                fresh = load(self.state)
+                assert fresh is not None and self.identity is not None
+                self.identity.svid = fresh
+            write_down(self.state, assignment)
+        except (OSError, StateError, ValueError, KeyError, TypeError) as error:
+            raise Refused(f"it cannot be written down: {error}") from None
+
+    def hop(self, route: str) -> dict[str, str] | None:
+        """The labels of a route that leads to a service of the mesh; `route` may name the upstream that it chose."""
+        name, _, upstream = route.partition(">")
+        ways = self.services.get(name) or {}
+        service = ways.get(upstream) if upstream else next(iter(ways.values()), None) if len(ways) == 1 else None
+        domain = self.mesh.joined
+        if service is None or domain is None:
+            return None
+        return metrics.labels("source", self.mesh.service, service, domain)
+
+    def exposition(self, memory: Any) -> Iterator[str]:
+        """Lines for /metrics, behind the gateway's own."""
+        if self.identity is None or self.link is None or self.identity.svid is None:
+            return
+        yield from metrics.numbers(metrics.membership(self.identity, self.link))
+        yield from metrics.istio(memory, self.hop)
+

@@ -1,0 +1,68 @@
+"""A very small HTTP server for a process that has no room for a real one: GET, a few pages, one answer per connection.
+
+Strategy: for loopback and for scrapers. The head has a bound in bytes and in time, connections are counted, and everything but a GET of a
+known page is refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Mapping
+
+HEAD = 8192  # bytes
+PATIENCE = 5.0  # seconds for the head, and for the answer to be taken
+OPEN = 32  # connections
+REASONS = {200: "OK", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed", 500: "Internal Server Error", 503: "Service Unavailable"}
+
+Page = Callable[[], tuple[int, str, bytes]]  # status, media type, body
+
+
+class Pages:
+    """Serves `pages` by path. `hosts` are the names by which it may be asked: a web page of elsewhere must not read it."""
+
+    def __init__(self, pages: Mapping[str, Page]) -> None:
+        self.pages = pages
+        self._open = 0
+        self._server: asyncio.Server | None = None
+
+    async def start(self, host: str, port: int) -> tuple[str, int]:
+        """Listen; return the address that it became. Raises OSError."""
+        self._server = await asyncio.start_server(self._serve, host, port, limit=HEAD)
+        name = self._server.sockets[0].getsockname()
+        return name[0], name[1]
+
+    def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._open += 1
+        try:
+            if self._open <= OPEN:
+                async with asyncio.timeout(PATIENCE):
+                    head = await reader.readuntil(b"\r\n\r\n")
+                    status, media, body = self._answer(head)
+                    writer.write(
+                        f"HTTP/1.1 {status} {REASONS[status]}\r\ncontent-type: {media}\r\ncontent-length: {len(body)}\r\n"
+                        "cache-control: no-store\r\nconnection: close\r\n\r\n".encode("ascii") + body
+                    )
+                    await writer.drain()
+        except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+            pass
+        finally:
+            self._open -= 1
+            with contextlib.suppress(Exception):
+                writer.close()
+
+    def _answer(self, head: bytes) -> tuple[int, str, bytes]:
+        words = head.split(b"\r\n", 1)[0].split(b" ")
+        if len(words) != 3 or not words[2].startswith(b"HTTP/1."):
+            return 400, "text/plain", b"not a request\n"
+        if words[0] not in (b"GET", b"HEAD"):
+            return 405, "text/plain", b"only GET\n"
+        page = self.pages.get(words[1].split(b"?", 1)[0].decode("ascii", "replace"))
+        if page is None:
+            return 404, "text/plain", ("there are: " + " ".join(self.pages) + "\n").encode("ascii")
+        status, media, body = page()
+        return status, media, b"" if words[0] == b"HEAD" else body

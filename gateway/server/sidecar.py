@@ -1,0 +1,445 @@
+"""A service's sidecar: one process with the engine, the member's certificate and the stream of the control plane.
+
+Strategy: the engine and its snapshots are those of a worker; a new assignment or certificate becomes a new snapshot beside the one that
+serves, and takes its place by one assignment or not at all. One process, because a second one would cost more memory than all that it
+holds; who starts it (systemd, Kubernetes) starts it again, and it serves at once from the signed assignment on its disk. The way out is
+in order: leave the registry, wait, close inbound, and keep outbound until the app is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import json
+import logging
+import os
+import signal
+import socket
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gateway._speedups.certificates import ClientCertificate
+from gateway._speedups.engine import Engine
+from gateway.mesh import metrics
+from gateway.mesh.assignment import Assignment, Refused
+from gateway.mesh.enrol import EnrolError, address_of, read_token
+from gateway.mesh.identity import Identity, Svid, load, pause
+from gateway.mesh.link import Link, read_assignment
+from gateway.mesh.proxy import INBOUND, OUTBOUND, Surroundings, build
+from gateway.mesh.state import BUNDLE, State, StateError
+from gateway.server import log as logs
+from gateway.server.pages import Pages
+from gateway.server.systemd import Notifier
+from gateway.telemetry.shared import SharedState
+from gateway.workload.admission import Revoked
+
+log = logging.getLogger("crossway.mesh")
+
+LOOK = 2.0  # seconds between two looks whether the app is there
+CONNECT = 1.0  # seconds for one of them
+BACKLOG = 1024
+CHECK = 0.02  # seconds between two looks while draining
+
+
+class CannotStart(Exception):
+    """The sidecar cannot serve; the text is for a person."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the command line says."""
+
+    service: str
+    app: tuple[str, int]
+    inbound: tuple[str, int]
+    outbound: tuple[str, int]
+    control: str
+    state: str
+    token: str | None = None  # a file
+    pair: tuple[str, str] | None = None  # instead: files of a certificate of the bank's PKI and its key
+    control_ca: str | None = None  # and of the control plane's root
+    ports: dict[str, tuple[str, int]] = field(default_factory=dict)  # service -> a local address of its own
+    admin: tuple[str, int] | None = None
+    zone: str | None = None
+    labels: dict[str, str] = field(default_factory=dict)
+    advertise: str | None = None  # host:port by which others reach inbound, when it is not what is bound
+    intercept: bool = False
+    app_protocol: str = "http1"
+    drain_delay: float = 2.0  # seconds
+    drain_deadline: float = 30.0
+
+
+def address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+class Sidecar:
+    """The life of one sidecar, from its certificate to its last connection."""
+
+    def __init__(self, setup: Setup, loop: asyncio.AbstractEventLoop) -> None:
+        self.setup = setup
+        self.loop = loop
+        self.state = State(setup.state)
+        self.state.lock()
+        self.memory = SharedState(workers=1, bucket_slots=1024)
+        self.gauges = self.memory.slot(0)
+        self.engine = Engine(0, self.gauges, self.memory.buckets)
+        self.around = Surroundings(
+            address(*setup.app), {name: f"{OUTBOUND}:{name}" for name in setup.ports}, self.memory, setup.intercept, setup.zone,
+            setup.app_protocol,
+        )
+        self.sockets: dict[str, socket.socket] = {}
+        self.listening = False
+        self.app_there = False
+        self.draining = False
+        self.revoked = Revoked({})
+        self.cut = 0  # connections of revoked members
+        self.ended: asyncio.Future[None] = loop.create_future()
+        self.hurry = asyncio.Event()
+        self.tasks: set[asyncio.Task[Any]] = set()
+        self.notifier = Notifier.from_environment()
+        self.pages = Pages({
+            "/livez": lambda: (200, "application/json", b'{"status":"alive"}\n'),
+            "/readyz": self._readyz, "/metrics": self._metrics, "/status": self._status,
+        })  # fmt: skip
+
+    # -- start
+
+    def bind(self) -> None:
+        """Bind every socket; nothing is listened on yet. Raises CannotStart."""
+        wanted = {INBOUND: self.setup.inbound, OUTBOUND: self.setup.outbound}
+        wanted |= {f"{OUTBOUND}:{name}": where for name, where in self.setup.ports.items()}
+        for name, (host, port) in wanted.items():
+            try:
+                sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                sock.bind((host, port))
+            except OSError as error:
+                raise CannotStart(f"cannot bind {name} to {address(host, port)}: {error.strerror}") from None
+            self.sockets[name] = sock
+
+    def _job(self) -> dict[str, Any]:
+        """What the control plane is told of this instance."""
+        bound = self.sockets[INBOUND].getsockname()
+        return {
+            "service": self.setup.service, "control": self.setup.control, "instance": self.state.instance(self.setup.service),
+            "inbound": self.setup.advertise or address(bound[0], bound[1]), "zone": self.setup.zone,
+            "labels": {**self.setup.labels, "app-port": str(self.setup.app[1])},
+        }  # fmt: skip
+
+    async def run(self) -> None:
+        """Serve until drained. Raises CannotStart."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.loop.add_signal_handler(number, self._stop)
+        self.loop.add_signal_handler(signal.SIGUSR1, logs.reopen)
+        self.loop.add_signal_handler(signal.SIGHUP, lambda: log.info("nothing to reload: the control plane says what there is to do"))
+        self.bind()
+        if self.setup.admin is not None:
+            try:
+                self.admin_at = await self.pages.start(*self.setup.admin)
+            except OSError as error:
+                raise CannotStart(f"cannot bind admin to {address(*self.setup.admin)}: {error.strerror}") from None
+        job = self._job()
+        self.identity = Identity(self.state, job, self._renewed)
+        await self._become_member()
+        assert self.identity.svid is not None
+        self.link = Link(self.state, self.setup.control, job["instance"], self._svid, self.apply)
+        self.link.healthy = lambda: self.app_there
+        self.engine.start(self.loop)
+        self._from_disk()
+        self._task(self._watch_app())
+        self._task(self.identity.keep())
+        self._task(self.link.run())
+        self._tick()
+        gc.collect()
+        gc.freeze()
+        try:
+            await self.ended
+        finally:
+            for task in self.tasks:
+                task.cancel()
+            self.pages.close()
+            self.engine.close()
+            self.state.unlock()
+
+    async def _become_member(self) -> None:
+        """Take the certificate that is there, or join by the token, for as long as it takes."""
+        try:
+            held = load(self.state)
+        except StateError as error:
+            raise CannotStart(str(error)) from None
+        if held is not None and held.service != self.setup.service:
+            raise CannotStart(f"{self.state.folder} belongs to {held.service}, not {self.setup.service}")
+        if held is not None and held.leaf.not_after > time.time():
+            self.identity.svid = held
+            return
+        proof, until = self._proof(held)
+        while not await self.identity.join(proof):
+            if self.identity.lasting:
+                raise CannotStart(f"cannot join the mesh: {self.identity.error}")
+            if self.hurry.is_set() or time.time() > until:
+                raise CannotStart(f"cannot join the mesh before the token ends: {self.identity.error}")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.hurry.wait(), min(10.0, pause(self.identity.failures, self.identity.draw())))
+
+    def _proof(self, held: Svid | None) -> tuple[dict[str, Any], float]:
+        """What to join with, and until when that makes sense."""
+        setup = self.setup
+        try:
+            address_of(setup.control)
+            if setup.pair is not None:
+                return {"pair": list(setup.pair), "control_ca": setup.control_ca}, float("inf")
+            if setup.token is None:
+                what = "the certificate in it has expired" if held is not None else "there is no certificate in it"
+                raise CannotStart(f"{self.state.folder}: {what}; make a token with `crossway mesh token {setup.service}` and give it with --token")
+            text = Path(setup.token).read_text("ascii")
+            return {"token": text}, read_token(text).expires
+        except (OSError, UnicodeDecodeError) as error:
+            raise CannotStart(f"{setup.token}: {error.strerror if isinstance(error, OSError) else 'not a token'}") from None
+        except EnrolError as error:
+            raise CannotStart(str(error)) from None
+
+    def _from_disk(self) -> None:
+        svid = self._svid()
+        kept = read_assignment(self.state, svid)
+        if kept is None:
+            return
+        try:
+            self._take_effect(kept, svid)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the control plane may bring a better one
+            log.error("the assignment on disk cannot be used", extra={"version": kept.version, "reason": str(error)})
+            return
+        self.link.current = kept
+        log.info("serving from the assignment on disk", extra={"version": kept.version, "issued": kept.body.get("issued")})
+
+    def _svid(self) -> Svid:
+        assert self.identity.svid is not None
+        return self.identity.svid
+
+    # -- changes
+
+    async def apply(self, assignment: Assignment) -> None:
+        """Make an assignment take effect. Raises Refused, and then nothing has changed."""
+        svid = self._svid()
+        if assignment.bundle != self.state.read(BUNDLE):
+            try:
+                self.state.write(BUNDLE, assignment.bundle)
+                fresh = load(self.state)
+            except (OSError, StateError) as error:
+                raise Refused(f"the new bundle cannot be used: {error}") from None
+            assert fresh is not None
+            svid = self.identity.svid = fresh
+            log.info("bundle changed", extra={"roots": len(svid.roots)})
+        try:
+            self._take_effect(assignment, svid)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the old snapshot goes on
+            raise Refused(f"it cannot be built: {error}") from None
+
+    def _take_effect(self, assignment: Assignment, svid: Svid) -> None:
+        snapshot = build(assignment, svid, self.around)
+        if self.draining:
+            snapshot.listeners[INBOUND].leaving = True
+        self.engine.apply(snapshot)
+        revoked = Revoked(assignment.body.get("revoked") or {})
+        if revoked.serials - self.revoked.serials or revoked.identities - self.revoked.identities:
+            self._cut(revoked)
+        self.revoked = revoked
+        if not self.listening:
+            self._listen()
+
+    def _cut(self, revoked: Revoked) -> None:
+        """Close the connections of those who are revoked now; new ones are refused by the snapshot."""
+
+        def condemned(certificate: ClientCertificate) -> bool:
+            return revoked.holds(certificate.leaf)
+
+        closed = self.engine.close_clients(condemned)
+        self.cut += closed
+        if closed:
+            log.warning("connections of revoked members closed", extra={"connections": closed})
+
+    def _renewed(self, svid: Svid) -> None:
+        """A new certificate: new handshakes use it; connections that are open stay, and those to services are made anew."""
+        if not hasattr(self, "link") or self.link.current is None:
+            return
+        try:
+            self._take_effect(self.link.current, svid)
+        except Exception:
+            log.exception("the new certificate cannot be used; the old one goes on")
+            return
+        self.link.renewed()
+
+    def _listen(self) -> None:
+        self.listening = True
+        for name, sock in self.sockets.items():
+            sock.listen(BACKLOG)
+            self.engine.listen(name, sock.fileno())
+        self.gauges.set_gauge("pid", os.getpid())
+        self.gauges.set_gauge("started", int(time.time()))
+        self.gauges.set_gauge("ready", 1)
+        self._announce()
+        self.notifier.ready(f"{self._svid().identity}, assignment {self.engine_version()}")
+
+    def engine_version(self) -> int:
+        return self.around.versions
+
+    def _announce(self) -> None:
+        rows = [(name, f"{'https' if name == INBOUND else 'http'}://{address(*sock.getsockname()[:2])}") for name, sock in self.sockets.items()]
+        if self.setup.admin is not None:
+            rows.append(("admin", f"http://{address(*self.admin_at)}"))
+        rows += [("app", f"http://{address(*self.setup.app)}"), ("identity", self._svid().identity)]
+        with contextlib.suppress(OSError):
+            print("\n".join(f"{name:<{max(len(each) for each, _ in rows)}}  {text}" for name, text in rows), flush=True)
+
+    def _task(self, coroutine: Any) -> None:
+        task = self.loop.create_task(coroutine)
+        self.tasks.add(task)
+        task.add_done_callback(self._task_ended)
+
+    def _task_ended(self, task: asyncio.Task[Any]) -> None:
+        self.tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("a task of the sidecar failed", exc_info=task.exception())
+            if not self.ended.done():
+                self.ended.set_exception(CannotStart("a part of the sidecar failed; see the log"))
+
+    def _tick(self) -> None:
+        self.gauges.set_gauge("cpu_us", time.process_time_ns() // 1000)
+        if self.notifier.watchdog:
+            self.notifier.ping()
+        self.loop.call_later(self.notifier.watchdog or LOOK, self._tick)
+
+    # -- the app
+
+    async def _app_answers(self) -> bool:
+        """Whether the app takes connections now."""
+        try:
+            async with asyncio.timeout(CONNECT):
+                _, writer = await asyncio.open_connection(*self.setup.app)
+            writer.close()
+        except (OSError, TimeoutError):
+            return False
+        return True
+
+    async def _watch_app(self) -> None:
+        while True:
+            there = await self._app_answers()
+            if there != self.app_there:
+                self.app_there = there
+                log.log(logging.INFO if there else logging.WARNING, "the app takes connections" if there else "the app takes no connections")
+                await self.link.beat()
+            await asyncio.sleep(LOOK if there else CONNECT)
+
+    # -- the end
+
+    def _stop(self) -> None:
+        """SIGTERM: drain; a second one: now."""
+        if self.draining or not self.listening:
+            self.hurry.set()
+            if not self.listening and not self.ended.done():
+                self.ended.set_result(None)
+            return
+        self.draining = True
+        self.notifier.stopping("Draining")
+        self._task(self._drain())
+
+    async def _pause(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.hurry.wait(), seconds)
+
+    async def _drain(self) -> None:
+        setup, began = self.setup, self.loop.time()
+        log.info("stopping", extra={"delay": setup.drain_delay, "deadline": setup.drain_deadline})
+        self.gauges.set_gauge("ready", 0)
+        self.gauges.set_gauge("draining", 1)
+        await self.link.drain()
+        await self._pause(setup.drain_delay)
+
+        def in_time() -> bool:
+            return not self.hurry.is_set() and self.loop.time() < began + setup.drain_delay + setup.drain_deadline
+
+        self.engine.leave(INBOUND)
+        self.sockets[INBOUND].close()
+        log.info("inbound closed")
+        while in_time() and self.engine.serving(INBOUND):
+            await asyncio.sleep(CHECK)
+        while in_time() and await self._app_answers():
+            await self._pause(10 * CHECK)
+        self.engine.drain()
+        for sock in self.sockets.values():
+            sock.close()
+        log.info("outbound closed")
+        while in_time() and self.engine.active():
+            await asyncio.sleep(CHECK)
+        for exchange in self.engine.unfinished():
+            log.warning("exchange cut off at the end of the drain", extra={"exchange": exchange})
+        await self.link.close()
+        log.info("stopped", extra={"forced": self.hurry.is_set()})
+        if not self.ended.done():
+            self.ended.set_result(None)
+
+    # -- pages
+
+    def _ready(self) -> tuple[bool, str]:
+        if self.draining:
+            return False, "draining"
+        if not self.listening:
+            return False, "no assignment yet"
+        return (True, "serving") if self.app_there else (False, "the app takes no connections")
+
+    def _readyz(self) -> tuple[int, str, bytes]:
+        ready, detail = self._ready()
+        body = json.dumps({"status": "ready" if ready else "not ready", "detail": detail}) + "\n"
+        return 200 if ready else 503, "application/json", body.encode()
+
+    def _status(self) -> tuple[int, str, bytes]:
+        ready, detail = self._ready()
+        svid = getattr(self, "identity", None) and self.identity.svid
+        link = getattr(self, "link", None)
+        shown = {
+            "ready": ready, "detail": detail, "service": self.setup.service, "identity": svid and svid.identity,
+            "certificate": svid and {"serial": svid.leaf.serial, "not_after": svid.leaf.not_after, "renewals": self.identity.renewals,
+                                     "failures": self.identity.failures, "error": self.identity.error},
+            "assignment": link and link.current and {"version": link.current.version, "issued": link.current.body.get("issued"),
+                                                     "services": sorted(link.current.body["services"]), "overdue": link.age()},
+            "control": link and {"address": self.setup.control, "connected": link.connected, "connects": link.connects,
+                                 "applied": link.applied, "refused": link.refused},
+            "revoked_connections_closed": self.cut,
+            "live": self.engine.live(),
+        }  # fmt: skip
+        return 200, "application/json", (json.dumps(shown) + "\n").encode()
+
+    def _metrics(self) -> tuple[int, str, bytes]:
+        if not self.listening:
+            return 503, "text/plain", b"no assignment yet\n"
+        rows = [
+            *metrics.membership(self.identity, self.link),
+            ("crossway_mesh_revoked_connections_closed_total", "counter", "Connections of members that were revoked.", self.cut),
+            ("crossway_http2_connections_total", "counter", "HTTP/2 connections of members and of the app.", self.gauges.counter("h2_connections")),
+            ("crossway_mesh_app_up", "gauge", "1 while the app takes connections.", self.app_there),
+            ("process_cpu_seconds_total", "counter", "Processor time.", time.process_time()),
+        ]  # fmt: skip
+        domain = self._svid().domain
+        hops = metrics.istio(self.memory, lambda route: metrics.hop(route, self.setup.service, domain))
+        text = [*metrics.numbers(rows), *metrics.denied(self.around.denials), *hops]
+        return 200, metrics.MEDIA_TYPE, ("\n".join(text) + "\n").encode()
+
+
+def run(setup: Setup) -> int:
+    """Be a sidecar; return the exit code."""
+    import uvloop
+
+    logs.name_process("sidecar")
+    loop = uvloop.new_event_loop()
+    asyncio.set_event_loop(loop)
+    try:
+        loop.run_until_complete(Sidecar(setup, loop).run())
+        return 0
+    except (CannotStart, StateError) as error:
+        import sys
+
+        print(f"crossway: {error}", file=sys.stderr)
+        return 1

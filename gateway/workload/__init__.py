@@ -1,0 +1,1 @@
+"""Workload identities: whose certificate is a member's, and what one member tells another of the user for whom it acts."""

@@ -1,0 +1,305 @@
+"""Parts of the control plane: the file, the authority, assignments and deltas, limits, the store."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway._speedups.certificates import chain_fault, parse_certificates
+from gateway.cli.mesh_status import span
+from gateway.config.mesh_load import is_mesh, load_mesh, mesh_findings, mesh_schema
+from gateway.config.values import Rate
+from gateway.errors import ConfigError
+from gateway.mesh.assign import Assignments, World, content_of
+from gateway.mesh.assignment import Refused, take
+from gateway.mesh.ca import BadRequest, Ca, CaError, read_request
+from gateway.mesh.enrol import make_request
+from gateway.mesh.limit import ADDRESSES, Bucket, Buckets
+from gateway.mesh.registry import BadInstance, read_instance, read_place
+from gateway.mesh.revocation import DenyList, read
+from gateway.mesh.sign import Signer
+from gateway.mesh.spiffe import control_id, parse_domain, service_id, service_of
+from gateway.mesh.store import StoreError, numbered, open_store
+from gateway.workload.admission import identity_of, svid_fault
+
+MESH = """\
+version: 1
+trust_domain: bank.test
+services: {edge: {}, payments: {}, ledger: {timeout: 1.5s}, accounts: {}}
+authorization:
+  rules:
+    - {name: edge-to-payments, from: [edge], to: payments}
+    - {name: payments-to-ledger, from: [payments], to: ledger, methods: [GET]}
+"""
+
+
+def write(folder: Path, text: str = MESH) -> Path:
+    path = folder / "mesh.yaml"
+    path.write_text(text)
+    return path
+
+
+# -- the file
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "place", "message"),
+    [
+        ("bank.test", "Bank Test", "2:15", "not a trust domain"),
+        ("to: ledger,", "to: leger,", "7:56", "unknown service 'leger'"),
+        ("name: payments-to-ledger", "name: edge-to-payments", "7:14", "duplicate rule name"),
+        ("from: [edge]", "form: [edge]", "6:32", "unknown key 'form'"),
+        ("methods: [GET]", "methods: []", "7:73", "must not be empty"),
+        ("timeout: 1.5s", "timeout: 1.5", "3:54", "duration without a unit"),
+        ("edge: {}", "Edge: {}", "3:12", "not the name of a service"),
+        ("authorization:", "certificates: {lifetime: 30d}\nauthorization:", "4:26", "between 1m and 7d"),
+        ("authorization:", 'revoked: {serials: ["xyz"]}\nauthorization:', "4:21", "not a serial number"),
+        ("authorization:", "control: {admin: 0.0.0.0:9}\nauthorization:", "4:18", "not on loopback"),
+        ("authorization:", 'control: {state: "mysql://x"}\nauthorization:', "4:18", "not a file or a postgresql:// URL"),
+    ],
+)
+def test_mistakes_have_places(tmp_path: Path, old: str, new: str, place: str, message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load_mesh(write(tmp_path, MESH.replace(old, new)))
+    found = {f"{problem.line}:{problem.column}": problem.message for problem in raised.value.problems}
+    assert place in found and message in found[place], found
+
+
+def test_files_are_beside_the_meshs_file_also_when_nothing_is_said(tmp_path: Path) -> None:
+    mesh = load_mesh(write(tmp_path))
+    assert mesh.control.ca == tmp_path / "ca" and mesh.control.state == str(tmp_path / "mesh.db")
+
+
+def test_doubts_are_told(tmp_path: Path) -> None:
+    more = "    - {name: again, from: [edge], to: payments, methods: [GET]}\n  default: audit\n"
+    text = MESH.replace("ledger: {timeout: 1.5s}", "ledger: {protocol: tcp}") + more
+    said = [problem.message for problem in mesh_findings(load_mesh(write(tmp_path, text)))]
+    assert any("again allows nothing that edge-to-payments" in each for each in said)
+    assert any("speaks tcp" in each for each in said) and any(each.startswith("audit") for each in said)
+
+
+def test_a_meshs_file_is_told_from_a_gateways(tmp_path: Path) -> None:
+    assert is_mesh(write(tmp_path))
+    assert not is_mesh(write(tmp_path, "version: 1\nlisteners: {}\n"))
+
+
+def test_the_schema_names_everything() -> None:
+    schema = mesh_schema()
+    assert set(schema["properties"]) == {"version", "trust_domain", "control", "certificates", "services", "authorization", "revoked"}
+    assert "from" in schema["$defs"]["Rule"]["properties"]
+    json.dumps(schema)
+
+
+def test_a_password_is_not_dumped(tmp_path: Path) -> None:
+    mesh = load_mesh(write(tmp_path, MESH.replace("authorization:", 'control: {state: "postgresql://me:hunter2@db/mesh"}\nauthorization:')))
+    assert "hunter2" not in mesh.model_dump_json() and "hunter2" in mesh.control.state
+
+
+# -- ids
+
+
+def test_ids() -> None:
+    assert service_of(service_id("bank.test", "payments"), "bank.test") == "payments"
+    assert service_of(service_id("other.test", "payments"), "bank.test") is None
+    assert service_of(control_id("bank.test"), "bank.test") is None
+    with pytest.raises(ValueError, match="trust domain"):
+        parse_domain("Bank")
+
+
+# -- the authority
+
+
+def test_rotation_keeps_every_path_valid_while_generations_overlap(tmp_path: Path) -> None:
+    ca = Ca(tmp_path / "ca", "bank.test").open()
+
+    def issued() -> Any:
+        return parse_certificates(ca.issue(make_request("payments")[0], "payments", 3600).chain.encode())
+
+    old, old_roots = issued(), parse_certificates(ca.bundle.encode())
+    assert identity_of(old[0]) == ("bank.test", "payments") and svid_fault(old[0]) is None
+    ca.prepare()
+    both = parse_certificates(ca.bundle.encode())
+    ca.activate()
+    new = issued()
+    assert chain_fault(new, old_roots) is None  # by the cross certificate
+    assert chain_fault(new, both) is None and chain_fault(old, both) is None
+    ca.retire()
+    only_new = parse_certificates(ca.bundle.encode())
+    assert chain_fault(new, only_new) is None and chain_fault(issued(), only_new) is None
+    assert chain_fault(old, only_new) is not None
+    assert ca.generations.keys() == {2}
+    with pytest.raises(CaError, match="only generation"):
+        ca.retire()
+
+
+def test_the_authority_refuses_what_others_can_read(tmp_path: Path) -> None:
+    folder = tmp_path / "ca"
+    Ca(folder, "bank.test").open()
+    (folder / "1/issuing.key").chmod(0o640)
+    with pytest.raises(CaError, match="chmod 0600"):
+        Ca(folder, "bank.test").open()
+    (folder / "1/issuing.key").chmod(0o600)
+    folder.chmod(0o755)
+    with pytest.raises(CaError, match="chmod 0700"):
+        Ca(folder, "bank.test").open()
+
+
+def test_the_authority_is_of_one_trust_domain(tmp_path: Path) -> None:
+    Ca(tmp_path / "ca", "bank.test").open()
+    with pytest.raises(CaError, match=r"other\.test|the file says"):
+        Ca(tmp_path / "ca", "other.test").open()
+
+
+def test_a_key_in_a_request_is_proved(tmp_path: Path) -> None:
+    text, _ = make_request("payments")
+    other, _ = make_request("payments")
+    read_request(text)
+    body, wrong = text.splitlines(), other.splitlines()
+    with pytest.raises(BadRequest):
+        read_request("\n".join([*body[:-2], wrong[-2], body[-1]]))
+    with pytest.raises(BadRequest):
+        read_request("x" * 20_000)
+
+
+# -- assignments
+
+
+def world(folder: Path, text: str = MESH, *, endpoints: Any = None, deny: DenyList | None = None, policy: int = 1) -> World:
+    ca = Ca(folder / "ca", "bank.test").open()
+    return World(load_mesh(write(folder, text)), policy, ca.bundle, endpoints or {}, deny or DenyList())
+
+
+def test_a_delta_makes_the_whole_that_was_signed(tmp_path: Path) -> None:
+    ca = Ca(tmp_path / "ca", "bank.test").open()
+    roots = parse_certificates(ca.bundle.encode())
+    signer = Signer(ca)
+    assignments = Assignments(signer.sign)
+    at = [{"address": "127.0.0.1:1", "weight": 1, "zone": None, "labels": {}}]
+    worlds = [
+        world(tmp_path), world(tmp_path, endpoints={"ledger": at}), world(tmp_path, endpoints={"ledger": at * 2}, policy=2),
+        world(tmp_path, deny=DenyList(("ab",), ()), endpoints={"ledger": at}),
+        world(tmp_path, MESH.replace("from: [payments], to: ledger", "from: [payments], to: accounts")),
+    ]  # fmt: skip
+    held = None
+    kinds = []
+    for version, each in enumerate(worlds, 1):
+        assignments.put("payments", content_of("payments", each), version)
+        message = json.loads(assignments.message("payments", version - 1))
+        kinds.append(message["type"])
+        held = take(message, held, roots, "bank.test", "payments")
+        now = assignments.current("payments")
+        assert now is not None and held.body == now.body
+    assert kinds[0] == "assignment" and "delta" in kinds
+    assert held is not None and set(held.body["services"]) == {"accounts"}
+    with pytest.raises(Refused, match="signature is wrong"):
+        take({**json.loads(now.whole), "assignment": {**held.body, "fresh": 1e9}}, None, roots, "bank.test", "payments")
+
+
+def test_unknown_bases_get_the_whole(tmp_path: Path) -> None:
+    assignments = Assignments(lambda body: "x")
+    for version in range(1, 20):
+        assignments.put("payments", {**content_of("payments", world(tmp_path)), "fresh": version}, version)
+    assert json.loads(assignments.message("payments", 0))["type"] == "assignment"
+    assert json.loads(assignments.message("payments", 2))["type"] == "assignment"  # forgotten by now
+    assert len(assignments.message("payments", 18)) < len(assignments.message("payments", 0))
+
+
+def test_only_what_concerns_a_service_changes_its_assignment(tmp_path: Path) -> None:
+    assignments = Assignments(lambda body: "x")
+    before = world(tmp_path)
+    for service in ("edge", "payments", "accounts"):
+        assignments.put(service, content_of(service, before), 1)
+    after = world(tmp_path, endpoints={"ledger": [{"address": "127.0.0.1:1", "weight": 1, "zone": None, "labels": {}}]})
+    changed = {service for service in ("edge", "payments", "accounts") if assignments.changed(service, content_of(service, after))}
+    assert changed == {"payments"}
+
+
+def test_audit_shows_every_service(tmp_path: Path) -> None:
+    said = content_of("accounts", world(tmp_path, MESH.replace("authorization:", "authorization:\n  default: audit")))
+    assert set(said["services"]) == {"edge", "payments", "ledger"} and said["authorization"]["default"] == "audit"
+
+
+# -- limits, what instances say, revocation
+
+
+def test_a_bucket_refills() -> None:
+    now = [0.0]
+    bucket = Bucket(Rate(3, 1.0), lambda: now[0])
+    assert [bucket.take() for _ in range(4)] == [True, True, True, False]
+    now[0] = 0.34
+    assert [bucket.take() for _ in range(2)] == [True, False]
+    now[0] = 100.0
+    assert [bucket.take() for _ in range(4)] == [True, True, True, False]
+
+
+def test_addresses_are_told_apart_and_bounded() -> None:
+    buckets = Buckets(Rate(1, 10.0), lambda: 0.0)
+    assert buckets.take("a") and not buckets.take("a") and buckets.take("b")
+    for number in range(ADDRESSES + 10):
+        buckets.take(str(number))
+    assert len(buckets._kept) == ADDRESSES
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"inbound": "ledger:1"}, {"inbound": "0.0.0.0:1"}, {"inbound": "127.0.0.1"}, {"inbound": 5}, {"labels": []}, {"labels": {"a b": "c"}},
+        {"labels": {"a": "x\n"}}, {"labels": {"a": 1}}, {"labels": {str(n): "" for n in range(33)}}, {"zone": "a b"}, {"zone": 3},
+    ],
+)  # fmt: skip
+def test_what_an_instance_says_is_checked(said: dict[str, Any]) -> None:
+    with pytest.raises(BadInstance):
+        read_place(said)
+
+
+def test_places_of_instances() -> None:
+    assert read_place({"inbound": "[::1]:9", "labels": {"app-port": "9001"}, "zone": "a"}) == ("[::1]:9", {"app-port": "9001"}, "a")
+    assert read_place({}) == (None, {}, None)
+    assert read_place({"inbound": "0.0.0.0:0"})[0] is None  # an edge: nobody calls it
+    for name in ("", "a/b", "x" * 200, None):
+        with pytest.raises(BadInstance):
+            read_instance(name)
+
+
+def test_what_can_be_revoked(tmp_path: Path) -> None:
+    mesh = load_mesh(write(tmp_path))
+    assert read("payments", mesh) == ("service", "payments")
+    assert read("spiffe://bank.test/service/ledger", mesh) == ("service", "ledger")
+    assert read("0A:BC:DE:F0:12:34", mesh) == ("serial", "abcdef01234")
+    for wrong in ("paymnts", "spiffe://other.test/service/ledger", "12"):
+        with pytest.raises(ValueError, match="neither|no service"):
+            read(wrong, mesh)
+
+
+# -- the store
+
+
+def test_the_state_is_the_owners_alone_and_lasting(tmp_path: Path) -> None:
+    place = tmp_path / "mesh.db"
+
+    async def use() -> tuple[str, int]:
+        store = await open_store(str(place))
+        mode = (await store.rows("PRAGMA journal_mode"))[0]["journal_mode"], (await store.rows("PRAGMA synchronous"))[0]["synchronous"]
+        with pytest.raises(StoreError):
+            await store.many("INSERT INTO replicas (id, started, seen) VALUES (?, 0, 0)", [("a",), ("b",), ("a",)])
+        assert await store.rows("SELECT id FROM replicas") == []  # all or none
+        await store.close()
+        with pytest.raises((StoreError, RuntimeError)):
+            await store.rows("SELECT 1")
+        return mode
+
+    assert asyncio.run(use()) == ("wal", 2)  # 2: FULL
+    assert stat.S_IMODE(place.stat().st_mode) == 0o600
+
+
+def test_question_marks_are_numbered() -> None:
+    assert numbered("a = ? AND b IN (?, ?)") == "a = $1 AND b IN ($2, $3)"
+
+
+def test_spans_of_time() -> None:
+    assert [span(each) for each in (0.4, 61, 600, 7200, 200_000)] == ["0 s", "61 s", "10 min", "2 h 0 min", "2 d"]
