@@ -127,6 +127,8 @@ cdef class Downstream(Connection):
                 upstream.record(OUTCOME_GRPC, GRPC_DEADLINE_EXCEEDED, 0)
             else:
                 upstream.record(OUTCOME_TIMEOUT, 0, 0)
+            if upstream.link is not None:
+                upstream.link.suspect(upstream.sent_at)
         if why == T_UP_HEAD and x.hedge is not None:
             promote_hedge(x, OUTCOME_TIMEOUT)
             return 0

@@ -271,6 +271,7 @@ cdef class BackLink(Link):
     cdef list waiting                       # UpstreamConnections whose streams may be opened once it stands
     cdef bint stands
     cdef bint retiring                      # takes no more streams
+    cdef int64_t heard_at                   # when bytes came last
     cdef bint resting                       # counted among the idle connections
     cdef uint32_t served
     cdef int connected(self, uint32_t events) except -1
@@ -278,6 +279,7 @@ cdef class BackLink(Link):
     cdef int serve(self) except -1
     cdef int refuse(self, int status, bytes slug, bytes detail) except -1
     cdef bint usable(self, int64_t now) noexcept
+    cdef void suspect(self, int64_t sent_at) noexcept
     cdef bint left(self) noexcept
 
 # A client of a raw TCP listener: D_HANDSHAKE until it is known where it goes, D_ACTIVE until an endpoint is connected, then D_TUNNEL.

@@ -11,6 +11,7 @@ cdef enum:
     DRAIN_US = 1000000          # how long the client's answer to the first GOAWAY is waited for
     REFUSALS = 3                # times that a request is sent again because a server refused it unread
     PUSHES = 4                  # times that woken streams may fill what goes out in one turn
+    SILENT_US = 1000000         # an upstream's connection that says nothing for so long while it is asked may be dead
 
 cdef int speaks_http2(const Buffer* inb) noexcept nogil:
     """Whether the connection begins with the preface of HTTP/2: 1 yes, -1 so far, 0 no."""
@@ -383,7 +384,13 @@ cdef class BackLink(Link):
         return 0
 
     cdef void count_in(self, ssize_t n) noexcept:
-        pass                                        # the streams count their payload
+        self.heard_at = self.engine.now             # the streams count their payload
+
+    cdef void suspect(self, int64_t sent_at) noexcept:
+        """A request was not answered in time. If nothing at all came since, the connection may have been dropped on its way without a word: it
+        gets no further requests. A server that is only slow costs a new connection, once a second at most."""
+        if self.heard_at < sent_at and self.engine.now - self.heard_at >= SILENT_US:
+            self.retiring = True
 
     cdef int connected(self, uint32_t events) except -1:
         if cw_socket_error(self.fd):
@@ -418,6 +425,7 @@ cdef class BackLink(Link):
         """The connection stands: the requests that wait for it go out, as many as it takes before it has said its limit."""
         cdef UpstreamConnection u
         self.stands = True
+        self.heard_at = self.engine.now
         self.readable = self.writable = True
         self.h2.secure = self.tls is not None
         self.h2.begin(True, self.upstream.http2, HEAD_MAX, self.engine.slot.counters)

@@ -215,6 +215,15 @@ def test_what_the_configuration_says_to_finish_is_finished(calls: Calls) -> None
 # -- silence
 
 
+def test_silence_before_the_service_has_said_anything(calls: Calls) -> None:
+    """Nobody can tell who waits for whom: the listener's `timeouts: {body}` bounds it, and says so as a deadline."""
+    name = fresh()
+    with calls.raw("brief") as client:
+        answer = client.answer(begin(client, "Talk", ("x-id", name), ("x-hold", "0"), end=False))
+    assert (answer.status, status(answer)) == (200, "4")
+    assert calls.service.ended(name)["ended"] == "cancelled"
+
+
 def test_a_client_that_only_listens_is_not_slow(calls: Calls) -> None:
     """The listener's `timeouts: {body}` is for a request that is wanted: a stream of both that says nothing for longer goes on."""
     name = fresh()

@@ -385,6 +385,29 @@ def test_active_checks_ask_the_health_service(bank: Bank, name: str) -> None:
         eventually(lambda: bank.state(name, ports[0]) == "up", "its return")
 
 
+def test_a_connection_that_fell_silent_gets_no_further_calls(bank: Bank) -> None:
+    """As one that a firewall has forgotten: it takes all that is sent and says nothing, and a new one works."""
+    silent: list[Any] = []
+
+    async def script(call: Call) -> None:
+        if not silent:
+            silent.append(call.link)
+        elif call.link is silent[0]:
+            await call.gone.wait()
+            return
+        await answer(call)
+
+    bank.origin.script = script
+    with connect_h2(bank.gateway.port()) as client:
+        said = []
+        for _ in range(3):
+            stream = client.open(request("scripted.test", "Book", ("grpc-timeout", "1500m")), end=False)
+            client.data(stream, framed(b"1"))
+            got = client.answer(stream)
+            said.append(got.get("grpc-status") or dict(got.trailers)["grpc-status"])
+    assert said == ["0", "4", "0"]
+
+
 # -- connections that end in peace
 
 
