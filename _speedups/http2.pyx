@@ -754,8 +754,8 @@ cdef class Http2Session:
     cdef int stream_error(self, Http2Stream stream, uint32_t error) except -1:
         """The other side broke the rules within one stream."""
         stream.give_up(error)
-        if self.pay_reset():
-            self.stirred(stream, STIR_RESET)
+        self.pay_reset()
+        self.stirred(stream, STIR_RESET)            # also when that was one too many: lost() passes over what is reset
         return 0
 
     # DATA ............................................................................................................

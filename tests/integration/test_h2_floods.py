@@ -256,6 +256,22 @@ def test_a_rapid_reset_starts_no_more_upstream_than_streams_are_allowed(h2: Subj
     assert len(h2.origin.calls) <= 200                  # `resets` and `streams` are 100 each
 
 
+def test_the_stream_that_was_one_too_many_ends_at_the_upstream_like_the_others(h2: Subject) -> None:
+    """The connection ends in the middle of that stream's own end."""
+    with h2.client("tight") as client:
+        for _ in range(20):
+            if client.gone or client.end:
+                break
+            stream = client.open(head("/two/held", "POST"), end=False)
+            client.barrier()
+            client.send(window_update(stream, 0))
+            client.until(lambda stream=stream: client.answer_of(stream).over or client.end, "an end")
+        client.ended()
+        assert client.gone
+    eventually(lambda: all(call.gone.is_set() for call in h2.origin.calls), "the cancels")
+    eventually(lambda: not h2.watched.metrics()["crossway_exchanges"], "the end of the exchanges")
+
+
 @pytest.mark.parametrize(
     ("flood", "counter"),
     [
