@@ -53,11 +53,14 @@ routes:
 
 
 def call(sidecar: Sidecar, service: str, path: str = "/v1/x") -> tuple[int, dict[str, str], bytes]:
+    """Status 0: the connection was cut, as that of a revoked caller is."""
     connection = http.client.HTTPConnection("127.0.0.1", sidecar.outbound, timeout=PATIENCE)
     try:
         connection.request("GET", path, headers={"host": service})
         answer = connection.getresponse()
         return answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
+    except (ConnectionError, http.client.HTTPException):
+        return 0, {}, b""
     finally:
         connection.close()
 
