@@ -275,7 +275,8 @@ cdef class Http2Probe(Http2Session):
         cdef char* block = <char*>malloc(kept + len(data) + 1)
         if block == NULL:
             raise MemoryError
-        memcpy(block, self.inb.base + self.inb.start, kept)
+        if kept:
+            memcpy(block, self.inb.base + self.inb.start, kept)
         memcpy(block + kept, <const char*>data, len(data))
         if self.inb.base != NULL:
             free(self.inb.base)

@@ -71,6 +71,7 @@ def test_services_call_each_other_through_the_mesh(tmp_path: Path, app: int) -> 
         assert json.loads(call(payments, "ledger")[2]) == {"caller": "spiffe://bank.test/service/payments"}
         assert call(payments, "accounts")[0] == 404  # no rule: not even its name
         eventually(lambda: control.command("status", "--check").returncode == 0, "all well")
+        eventually(lambda: all(row["applied"] for row in control.status()["instances"]), "everybody's acknowledgement")
         rows = {row["service"]: row for row in control.status()["instances"]}
         assert rows["ledger"]["state"] == "healthy" and rows["ledger"]["inbound"] == f"127.0.0.1:{ledger.inbound}"
         assert rows["payments"]["applied"] == payments.status()["assignment"]["version"]

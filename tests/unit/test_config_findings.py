@@ -425,7 +425,7 @@ def test_check_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_schema_prints_json_schema(capsys: pytest.CaptureFixture[str]) -> None:
-    assert schema.run(argparse.Namespace()) == 0
+    assert schema.run(argparse.Namespace(mesh=False)) == 0
     data = json.loads(capsys.readouterr().out)
     assert data == json_schema()
     assert data["$schema"] == "https://json-schema.org/draft/2020-12/schema"

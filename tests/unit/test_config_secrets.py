@@ -36,7 +36,7 @@ def everything(path: Path, capsys: pytest.CaptureFixture[str]) -> str:
     """Return whatever can be printed about the file: text, JSON, exception, repr, str and dumps."""
     parts = []
     for output in ("text", "json"):
-        check.run(argparse.Namespace(config=str(path), strict=True, output=output))
+        check.run(argparse.Namespace(config=str(path), file=None, strict=True, output=output))
         parts.append(capsys.readouterr().out)
     try:
         config = load(path)
