@@ -80,7 +80,7 @@ class Subject:
 
     def only_ours(self) -> None:
         if not self.echoes:
-            pytest.skip("a rule of this gateway, not of the RFC alone")
+            pytest.skip("H2_SUBJECT names another server, and this is a rule of Crossway's own where RFC 9113 leaves a choice")
 
     @property
     def watched(self) -> WatchedGateway:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import json
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,11 +18,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from tests.integration.browser_kit import CHROMIUM, QUIET, needs_chromium
 from tests.integration.faults import ScriptedOrigin, Stream, ok
 from tests.integration.processes import eventually
 from tests.integration.websocket_kit import Tunnels, tunnels_at
 
-CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), "")
 LARGE = 3_000_000
 
 PAGE = """<!doctype html><title>bank</title><script>
@@ -106,14 +105,13 @@ def pin(certificate: Path) -> str:
     return base64.b64encode(digest.finalize()).decode()
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed (Debian: apt-get install chromium)")
+@needs_chromium
 def test_a_browser(tunnels: Tunnels, tmp_path: Path) -> None:
     site = tunnels.origin.script = Site()
     before = tunnels.gateway.metrics()
     with (tmp_path / "browser.log").open("wb") as log:
         browser = subprocess.Popen([
-            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-proxy-server", "--no-first-run",
-            "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-extensions", "--remote-debugging-port=0",
+            CHROMIUM, *QUIET, "--no-first-run", "--disable-component-update", "--disable-sync", "--disable-extensions", "--remote-debugging-port=0",
             f"--user-data-dir={tmp_path / 'profile'}", f"--ignore-certificate-errors-spki-list={pin(tmp_path / 'edge.crt')}",
             f"https://127.0.0.1:{tunnels.gateway.port('secure')}/plain/page",
         ], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log)  # fmt: skip

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import shutil
 import socket
 import subprocess
 from pathlib import Path
@@ -16,16 +15,11 @@ import h2.events
 import httpx
 import pytest
 
+from tests.integration.browser_kit import CHROMIUM, QUIET, needs_chromium
 from tests.integration.h2_kit import dial
 from tests.integration.h2_origin import Call, by_path, pattern
 from tests.integration.h2_subject import Subject
 from tests.integration.processes import PATIENCE
-
-CHROMIUM = next((name for name in ("chromium", "chromium-browser", "google-chrome") if shutil.which(name)), "")
-
-
-def needs(program: str) -> pytest.MarkDecorator:
-    return pytest.mark.skipif(shutil.which(program) is None, reason=f"{program} is not installed")
 
 
 def run(*command: str, said: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
@@ -44,7 +38,6 @@ def curl(h2: Subject, listener: str, path: str, *arguments: str, said: bytes | N
 # -- curl
 
 
-@needs("curl")
 @pytest.mark.parametrize("up", ["", "/two", "/secure"], ids=["to-one", "to-two", "to-secure"])
 @pytest.mark.parametrize("listener", ["two", "secure"])
 def test_curl(h2: Subject, listener: str, up: str) -> None:
@@ -56,14 +49,12 @@ def test_curl(h2: Subject, listener: str, up: str) -> None:
     assert curl(h2, listener, f"{up}/bytes/7", "-I").startswith(b"HTTP/2 200")
 
 
-@needs("curl")
 def test_curl_without_a_choice_speaks_http2_over_tls_and_http1_in_clear_text(h2: Subject) -> None:
     ca = str(h2.folder / "root.crt")
     for url, version in [(f"https://localhost:{h2.watched.port('secure')}/bytes/1", "2"), (f"http://localhost:{h2.watched.port('two')}/bytes/1", "1.1")]:
         assert run("curl", "-sS", "--noproxy", "*", "--cacert", ca, "-o", "/dev/null", "-w", "%{http_version}", url).stdout.decode() == version
 
 
-@needs("curl")
 def test_curl_that_asks_for_an_upgrade_gets_http1(h2: Subject) -> None:
     """`Upgrade: h2c` is withdrawn: the request is served in HTTP/1.1 and the header goes no further."""
     url = f"http://localhost:{h2.watched.port('two')}/report"
@@ -73,7 +64,6 @@ def test_curl_that_asks_for_an_upgrade_gets_http1(h2: Subject) -> None:
     assert not {"upgrade", "http2-settings"} & {name for name, _ in json.loads(said)["fields"]}
 
 
-@needs("curl")
 def test_curl_in_parallel_over_one_connection(h2: Subject) -> None:
     port = h2.watched.port("secure")
     urls = [f"https://localhost:{port}{'/two' if number % 2 else ''}/bytes/{number * 1000}" for number in range(30)]
@@ -89,7 +79,6 @@ def test_curl_in_parallel_over_one_connection(h2: Subject) -> None:
 # -- nghttp, h2load
 
 
-@needs("nghttp")
 @pytest.mark.parametrize("listener", ["two", "secure"])
 def test_nghttp(h2: Subject, listener: str, tmp_path: Path) -> None:
     url = f"{'https' if listener == 'secure' else 'http'}://localhost:{h2.watched.port(listener)}"
@@ -103,7 +92,6 @@ def test_nghttp(h2: Subject, listener: str, tmp_path: Path) -> None:
     assert h2.origin.calls[-1].trailers == [("x-sum", "abc")]
 
 
-@needs("h2load")
 @pytest.mark.parametrize("path", ["/bytes/1000", "/two/bytes/1000", "/two/bytes/100000"])
 @pytest.mark.parametrize("listener", ["two", "secure"])
 def test_h2load(h2: Subject, listener: str, path: str) -> None:
@@ -113,7 +101,6 @@ def test_h2load(h2: Subject, listener: str, path: str) -> None:
     assert "status codes: 400 2xx" in shown
 
 
-@needs("h2load")
 def test_h2load_with_bodies(h2: Subject, tmp_path: Path) -> None:
     body = tmp_path / "body"
     body.write_bytes(pattern(30_000))
@@ -202,7 +189,7 @@ PAGE = b"""<!doctype html><title>page</title><body>waiting<script>
 </script>"""
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed")
+@needs_chromium
 def test_chromium(h2: Subject, tmp_path: Path) -> None:
     async def script(call: Call) -> None:
         if call.path == "/page":
@@ -212,8 +199,7 @@ def test_chromium(h2: Subject, tmp_path: Path) -> None:
 
     h2.origin.script = script
     done = run(
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-proxy-server", f"--user-data-dir={tmp_path}",
-        "--ignore-certificate-errors", "--disable-background-networking", "--virtual-time-budget=10000", "--dump-dom",
+        CHROMIUM, *QUIET, f"--user-data-dir={tmp_path}", "--ignore-certificate-errors", "--virtual-time-budget=10000", "--dump-dom",
         f"https://localhost:{h2.watched.port('secure')}/page",
     )  # fmt: skip
     assert b"done 190000 200000 h2" in done.stdout, (done.stdout[-500:], done.stderr[-500:])

@@ -59,17 +59,17 @@ def command(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]
 def missing() -> str:
     """Why this machine cannot run these tests; empty when it can."""
     if os.geteuid() != 0:
-        return "needs root"
+        return "making network namespaces and nftables rules needs root; the rules themselves are tested as text without it"
     for program in ("ip", "nft", "curl"):
         if shutil.which(program) is None:
-            return f"needs {program}"
+            return f"{program} is missing, which makes the namespaces in which connections are intercepted; script/setup --test installs it for root"
     name = f"cwt{secrets.token_hex(3)}"
     if command("ip", "netns", "add", name, check=False).returncode:
-        return "may not make network namespaces"
+        return "the kernel does not allow network namespaces here (a container without CAP_SYS_ADMIN)"
     try:
         script = rules(Interception("probe", PAYMENTS, 0, 9102, 9101, APP))
         done = subprocess.run(["ip", "netns", "exec", name, "nft", "-f", "-"], input=script, text=True, capture_output=True, check=False)
-        return f"nft does not work here: {done.stderr.strip()[:100]}" if done.returncode else ""
+        return f"the kernel refuses nftables' NAT rules here: {done.stderr.strip()[:100]}" if done.returncode else ""
     finally:
         command("ip", "netns", "del", name)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,22 +9,14 @@ from pathlib import Path
 import pytest
 
 from tests.integration.control_kit import FILE, ControlProcess, Member, serial_of
-from tests.integration.postgres_kit import Postgres, missing, open_postgres
+from tests.integration.postgres_kit import Postgres, open_postgres
 from tests.integration.processes import PATIENCE, eventually
-
-pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
 
 @pytest.fixture
 def postgres() -> Iterator[Postgres]:
-    # pytest's own folder is closed to the user that the server runs as.
-    folder = Path(tempfile.mkdtemp(prefix="crossway-pg-"))
-    folder.chmod(0o755)
-    try:
-        with open_postgres(folder / "server") as server:
-            yield server
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with open_postgres() as server:
+        yield server
 
 
 @pytest.fixture

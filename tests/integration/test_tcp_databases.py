@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
-import shutil
-import signal
 import socket
 import ssl
 import subprocess
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import asyncpg
 import pytest
 
 from tests.integration.bank import WatchedGateway
 from tests.integration.pki import Authority
+from tests.integration.postgres_kit import open_postgres, program
 from tests.integration.processes import PATIENCE, eventually
 from tests.integration.redis_kit import RedisServer, free_port
 from tests.integration.test_tcp_streams import lines
@@ -40,46 +35,7 @@ upstreams:
   onward: {{targets: [127.0.0.1:{secure}]}}
   redis: {{targets: [127.0.0.1:{redis}]}}
 """
-USER = "postgres"  # a server does not run as root
-
-
-def program(name: str) -> str:
-    found = shutil.which(name) or next(iter(sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"), reverse=True)), None)
-    assert found is not None, f"{name} is missing: script/setup --test installs postgresql"
-    return str(found)
-
-
-@contextlib.contextmanager
-def postgres(authority: Authority) -> Iterator[int]:
-    """A PostgreSQL of our own, with TLS as well; yields its port."""
-    folder = Path(tempfile.mkdtemp(prefix="pg"))
-    as_user = {"user": USER} if os.getuid() == 0 else {}
-    authority.issue("db.bank.test").write(folder, "server")
-    (folder / "server.key").chmod(0o600)
-    if as_user:
-        for path in (folder, *folder.iterdir()):
-            shutil.chown(path, USER)
-    port = free_port()
-    server = None
-    try:
-        subprocess.run(
-            [program("initdb"), "-D", str(folder / "data"), "-U", USER, "--auth=trust", "--no-sync"],
-            check=True, capture_output=True, timeout=120, cwd=folder, **as_user,
-        )  # fmt: skip
-        options = [
-            "-p", str(port), "-h", "127.0.0.1", "-k", "", "-c", "ssl=on", "-c", f"ssl_cert_file={folder}/server.crt", "-c",
-            f"ssl_key_file={folder}/server.key", "-F",
-        ]  # fmt: skip
-        with (folder / "log").open("wb") as log:
-            server = subprocess.Popen([program("postgres"), "-D", str(folder / "data"), *options], stdout=log, stderr=log, cwd=folder, **as_user)
-        ready = [program("pg_isready"), "-h", "127.0.0.1", "-p", str(port), "-q"]
-        eventually(lambda: subprocess.run(ready, timeout=PATIENCE, check=False).returncode == 0, "PostgreSQL")
-        yield port
-    finally:
-        if server is not None:
-            server.send_signal(signal.SIGINT)
-            server.wait(PATIENCE)
-        shutil.rmtree(folder)
+USER = "postgres"
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +48,8 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WatchedGateway
     redis = RedisServer(folder / "redis")
     path = folder / "edge.yaml"
     try:
-        with postgres(authority) as pg:
-            path.write_text(CONFIG.format(pg=pg, redis=redis.port, secure=free_port()))
+        with open_postgres(owner=USER, identity=authority.issue("db.bank.test")) as pg:
+            path.write_text(CONFIG.format(pg=pg.port, redis=redis.port, secure=free_port()))
             with WatchedGateway(path) as gateway:
                 yield gateway
     finally:
@@ -155,7 +111,8 @@ def test_asyncpg(gateway: WatchedGateway, listener: str, monkeypatch: pytest.Mon
 
     assert asyncio.run(many()) == [(5000, 5000 * 4999 // 2, "x" * 1000)] * 4
     ended = eventually(lambda: [line for line in lines(gateway, listener) if line["bytes_in"] > 5_000_000])
-    assert all(line["reason"] == "closed" for line in ended)
+    # asyncpg says goodbye and drops its socket: what the server says after that finds nobody, if it is not quicker.
+    assert {line["reason"] for line in ended} <= {"closed", "client-reset"}, ended
     if listener == "secure":
         assert ended[0]["certificate"] == "CN=teller.bank.test"
 
