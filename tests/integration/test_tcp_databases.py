@@ -111,8 +111,8 @@ def test_asyncpg(gateway: WatchedGateway, listener: str, monkeypatch: pytest.Mon
 
     assert asyncio.run(many()) == [(5000, 5000 * 4999 // 2, "x" * 1000)] * 4
     ended = eventually(lambda: [line for line in lines(gateway, listener) if line["bytes_in"] > 5_000_000])
-    # asyncpg says goodbye and drops its socket: what the server says after that finds nobody, if it is not quicker.
-    assert {line["reason"] for line in ended} <= {"closed", "client-reset"}, ended
+    # asyncpg says goodbye, and both sides drop their sockets at once: which of the ends is seen first is not ours to say.
+    assert {line["reason"] for line in ended} <= {"closed", "client-reset", "upstream-reset"}, ended
     if listener == "secure":
         assert ended[0]["certificate"] == "CN=teller.bank.test"
 
