@@ -407,6 +407,7 @@ cdef class Engine:
     cdef UpstreamConnection obtain(self, Exchange x, Endpoint endpoint, bint fresh)
     cdef UpstreamConnection connect(self, Exchange x, Endpoint endpoint)
     cdef UpstreamConnection obtain_stream(self, Exchange x, Endpoint endpoint)
+    cdef int dial(self, Connection connection, Upstream upstream, Endpoint endpoint) except -1
     cdef BackLink link_to(self, Exchange x, Endpoint endpoint)
     cdef void uncork(self)
     cdef void force_held(self)

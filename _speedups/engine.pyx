@@ -53,6 +53,8 @@ cdef enum:
     SPARE_EXCHANGES = 256
     HEAD_MAX = 65536            # of an upstream's answer
     INFORMATIONAL_MAX = 8
+    DIALLED = 1                 # dial(): the connection stands
+    DIALLED_LATER = 2           # ... an event will tell
     TROUBLE = -998              # no errno: what was to be sent cannot be
     LINGER_US = 2000000
     LINGER_BYTES = 1048576
@@ -980,19 +982,7 @@ cdef class Engine:
     cdef BackLink link_to(self, Exchange x, Endpoint endpoint):
         """A new link to the endpoint; None when there can be none."""
         cdef BackLink link
-        cdef int fd, result
         if not x.upstream.open_one():
-            return None
-        fd = cw_socket(endpoint.sockaddr.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
-        if fd < 0:
-            x.upstream.close_one()
-            return None
-        cw_nodelay(fd)
-        result = cw_connect(fd, <sockaddr*>&endpoint.sockaddr, endpoint.length)
-        if result < 0 and errno != EINPROGRESS:
-            cw_close(fd)
-            x.upstream.close_one()
-            self.slot.counters[C_UPSTREAM_CONNECT_FAILURES] += 1
             return None
         link = BackLink.__new__(BackLink)
         link.engine = self
@@ -1003,16 +993,10 @@ cdef class Engine:
         link.h2 = LinkSession.__new__(LinkSession)
         link.h2.link = link
         link.h2.settings = x.upstream.http2
-        try:
-            self.register(link, fd, WATCH)
-        except OSError as error:                    # closed already; as good as unreachable
-            self.log.error("cannot watch a connection", exc_info=error)
-            x.upstream.close_one()
+        if not self.dial(link, x.upstream, endpoint):
             return None
         self.set_timer(link, T_CONNECT, self.now + x.upstream.connect_us)
         endpoint.links.append(link)
-        self.upstreams += 1
-        self.slot.counters[C_UPSTREAM_CONNECTS] += 1
         return link
 
     cdef void force_held(self):
@@ -1042,35 +1026,43 @@ cdef class Engine:
 
     cdef UpstreamConnection connect(self, Exchange x, Endpoint endpoint):
         cdef UpstreamConnection connection
-        cdef int fd, result
+        cdef int dialled
         if not x.upstream.open_one() and not (x.upgrade and make_room(x.upstream) and x.upstream.open_one()):
-            return None
-        fd = cw_socket(endpoint.sockaddr.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
-        if fd < 0:
-            x.upstream.close_one()
-            return None
-        cw_nodelay(fd)
-        result = cw_connect(fd, <sockaddr*>&endpoint.sockaddr, endpoint.length)
-        if result < 0 and errno != EINPROGRESS:
-            cw_close(fd)
-            x.upstream.close_one()
-            self.slot.counters[C_UPSTREAM_CONNECT_FAILURES] += 1
             return None
         connection = UpstreamConnection.__new__(UpstreamConnection)
         connection.engine = self
         connection.endpoint = endpoint
         connection.upstream = x.upstream
         connection.born = self.now
-        connection.state = U_CONNECTING if result < 0 or x.upstream.tls is not None else U_HEAD
+        dialled = self.dial(connection, x.upstream, endpoint)
+        if not dialled:
+            return None
+        connection.state = U_CONNECTING if dialled == DIALLED_LATER or x.upstream.tls is not None else U_HEAD
+        return connection
+
+    cdef int dial(self, Connection connection, Upstream upstream, Endpoint endpoint) except -1:
+        """Connects it to the endpoint, in the place that the upstream has given. 0 when that failed at once: the place is given back."""
+        cdef int result
+        cdef int fd = cw_socket(endpoint.sockaddr.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
+        if fd < 0:
+            upstream.close_one()
+            return 0
+        cw_nodelay(fd)
+        result = cw_connect(fd, <sockaddr*>&endpoint.sockaddr, endpoint.length)
+        if result < 0 and errno != EINPROGRESS:
+            cw_close(fd)
+            upstream.close_one()
+            self.slot.counters[C_UPSTREAM_CONNECT_FAILURES] += 1
+            return 0
         try:
             self.register(connection, fd, WATCH)
         except OSError as error:                    # closed already; as good as unreachable
             self.log.error("cannot watch a connection", exc_info=error)
-            x.upstream.close_one()
-            return None
+            upstream.close_one()
+            return 0
         self.upstreams += 1
         self.slot.counters[C_UPSTREAM_CONNECTS] += 1
-        return connection
+        return DIALLED_LATER if result < 0 else DIALLED
 
 
 cdef str redirected(ListenerEntry listener, int fd):

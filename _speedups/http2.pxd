@@ -102,7 +102,6 @@ cdef class Http2Session:
     cdef uint32_t refuse_above          # streams of higher ids are not taken up: GOAWAY was sent
     cdef uint32_t recent[256]           # ids of streams that were, by their lower bits; bit 31: given up by us
     cdef int active                     # streams, and exchanges that outlived theirs
-    cdef uint32_t opened_total
     cdef int64_t send_window
     cdef int64_t window
     cdef uint32_t owed

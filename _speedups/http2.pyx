@@ -24,6 +24,7 @@ from gateway._speedups.headers cimport (
     F_AUTHORIZATION, F_CONTENT_ENCODING, F_CONTENT_TYPE, F_COOKIE, F_EXPECT, F_IDEMPOTENCY_KEY, F_ORIGIN, F_TRACEPARENT, F_TRAILER, F_X_API_KEY,
     F_X_REQUEST_ID, field_id, field_is_identity)
 from gateway._speedups.hpack cimport hpack_answer, hpack_lines, hpack_request
+from gateway._speedups.http2_settings cimport WINDOW_DEFAULT, WINDOW_MAX
 from gateway._speedups.sockets cimport EAGAIN, ECONNRESET, EPIPE, cw_monotonic_us
 from gateway._speedups.wire cimport CW_TOKEN, CW_UPPER, cw_class, cw_decimal, cw_equals_folded, cw_reason, cw_span_value
 
@@ -75,8 +76,6 @@ cdef enum:                      # settings
 
 cdef enum:
     HEAD = 9                    # bytes of a frame's head
-    WINDOW_DEFAULT = 65535
-    WINDOW_MAX = 0x7fffffff
     OUT_HIGH = 131072           # payload is taken while less than this waits to be sent
     OUT_LOW = 32768
     OUT_MAX = 4194304           # whoever makes us say so much and reads nothing of it is cut off
@@ -483,7 +482,6 @@ cdef class Http2Session:
         self.table[slot] = <void*>stream
         stream.counted = True
         self.active += 1
-        self.opened_total += 1
         self.recent[(stream.id >> 1) & (RECENT - 1)] = stream.id
         self.counters[C_H2_STREAMS] += 1
 

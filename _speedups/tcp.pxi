@@ -275,7 +275,6 @@ cdef class TcpDownstream(Connection):
                 return 0
             upstream.finish(endpoint, endpoint.ticket, engine.now, OUTCOME_CONNECT, 0, 0, 0)
             upstream.stop(endpoint)
-            engine.slot.counters[C_UPSTREAM_CONNECT_FAILURES] += 1
             self.series.connect_failures += 1
             if not self.may_try():
                 return self.end(END_UNREACHABLE, True)
@@ -463,15 +462,6 @@ cdef TcpUpstream connect_tcp(TcpDownstream d, Endpoint endpoint):
     cdef Engine engine = d.engine
     cdef Upstream upstream = d.target.upstream
     cdef TcpUpstream u
-    cdef int fd = cw_socket(endpoint.sockaddr.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
-    if fd < 0:
-        upstream.close_one()
-        return None
-    cw_nodelay(fd)
-    if cw_connect(fd, <sockaddr*>&endpoint.sockaddr, endpoint.length) < 0 and errno != EINPROGRESS:
-        cw_close(fd)
-        upstream.close_one()
-        return None
     u = TcpUpstream.__new__(TcpUpstream)
     u.engine = engine
     u.downstream = d
@@ -480,15 +470,7 @@ cdef TcpUpstream connect_tcp(TcpDownstream d, Endpoint endpoint):
     u.ticket = endpoint.ticket
     u.born = engine.now
     u.state = U_CONNECTING
-    try:
-        engine.register(u, fd, WATCH)
-    except OSError as error:                        # closed already; as good as unreachable
-        engine.log.error("cannot watch a connection", exc_info=error)
-        upstream.close_one()
-        return None
-    engine.upstreams += 1
-    engine.slot.counters[C_UPSTREAM_CONNECTS] += 1
-    return u
+    return u if engine.dial(u, upstream, endpoint) else None
 
 
 cdef class TcpUpstream(Connection):
