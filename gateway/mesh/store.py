@@ -186,8 +186,12 @@ class PostgresStore:
 
         try:
             async with self._pool.acquire(timeout=COMMAND) as connection:
-                return await work(connection)
-        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+                try:
+                    return await work(connection)
+                except asyncpg.InternalClientError:
+                    connection.terminate()  # a server that went away in the middle leaves asyncpg's own state in disorder
+                    raise
+        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
             raise StoreError(f"{self._where}: {_words(error)}") from None
 
 

@@ -117,7 +117,8 @@ class Stream:
     async def _take(self, message: dict[str, Any]) -> None:
         kind = message["type"]
         if kind == "heartbeat":
-            await self._beat(message)
+            with contextlib.suppress(StoreError):  # streams outlive the state: what was not written down, the next heartbeat says again
+                await self._beat(message)
         elif kind in ("ack", "nack") and message["version"] == self.sent and not self._answered.is_set():
             if kind == "ack":
                 assert self.sent is not None
@@ -135,16 +136,17 @@ class Stream:
             place = read_place(message)
             if place != self.place:
                 self._may_change()
-                self.place = place
                 await self.hub.registry.moved(self.service, self.instance, *place)
+                self.place = place
                 self.hub.changed()
         if state != self.state:
             self._may_change()
-            self.state = state
             await self.hub.registry.is_now(self.service, self.instance, *state)
+            self.state = state
             self.hub.changed()
 
     def _may_change(self) -> None:
+        """Takes a change from the member's allowance. One that cannot be written down takes its share all the same: tries are bounded too."""
         if not self.changes.take():
             raise BadInstance("its state changes too often")
 

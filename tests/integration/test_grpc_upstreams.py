@@ -239,7 +239,7 @@ def test_a_service_that_dies_in_the_middle_never_looks_like_success(bank: Bank, 
             heard, code = [b"one"], code_of(refused)
         else:
             heard, code = hear(client.list() if kind == "server" else client.talk([b"1"]))
-    assert heard == [b"one"]
+    assert heard in ([b"one"], [])          # grpcio may drop what it has received when it learns that the call has failed
     assert code in (("UNKNOWN", "INTERNAL") if how is ends else ("UNAVAILABLE",))     # what clients make of an end without a status
 
 

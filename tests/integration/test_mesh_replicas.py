@@ -127,6 +127,7 @@ def test_streams_outlive_the_database(pair: tuple[ControlProcess, ControlProcess
         assert payments.join()[0] == 200
         payments.open()
         payments.has(lambda held: held["version"], "an assignment")
+        eventually(lambda: [row["state"] for row in one.status()["instances"]] == ["healthy"], "its place in the registry")
         postgres.stop()
         eventually(lambda: one.logged("the state or the authority cannot be used; streams go on"), "the line in the log")
         assert one.page("/readyz")[0] == 503
