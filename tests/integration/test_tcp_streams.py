@@ -281,8 +281,9 @@ def test_who_may_not_come_is_refused_by_the_address_that_counts(gateway: Watched
         (b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c\x0a\1\2\3\x0a\0\0\1\x12\x68\x15\x38", True),
     ]:
         with connect(gateway.port("behind")) as client:
-            client.send(header, b"hello")
-            client.half_close()
+            with contextlib.nullcontext() if passes else contextlib.suppress(OSError):  # refused, it may be gone before we end
+                client.send(header, b"hello")
+                client.half_close()
             assert client.rest()[0] == (b"hello" if passes else b"")
     assert origin.accepted == before + 2
     found = eventually(lambda: [line for line in lines(gateway, "behind") if line["client"].startswith("10.")])

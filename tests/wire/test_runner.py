@@ -106,7 +106,7 @@ def test_rows_are_put_in(world: World, tmp_path: Path) -> None:
 def test_any_difference_fails(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, reason: str
 ) -> None:
-    monkeypatch.setattr(runner, "FAILURE_AFTER", 0.5)
+    monkeypatch.setattr(runner, "FAILURE_AFTER", 2.0)
     assert old in EXCHANGE
     with pytest.raises(Mismatch, match=reason):
         play(world, tmp_path, EXCHANGE.replace(old, new, 1))
@@ -129,7 +129,7 @@ def test_any_difference_fails(
 def test_what_is_left_over_or_missing_fails(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: str, reason: str
 ) -> None:
-    monkeypatch.setattr(runner, "FAILURE_AFTER", 0.5)
+    monkeypatch.setattr(runner, "FAILURE_AFTER", 2.0)
     with pytest.raises(Mismatch, match=reason):
         play(world, tmp_path, steps)
 
