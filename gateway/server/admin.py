@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -146,14 +145,12 @@ class Admin:
 
     def hear(self) -> None:
         try:
-            messages = self.channel.receive()
+            messages = self.channel.messages()
         except ChannelClosed:
             self.loop.remove_reader(self.channel.fileno())
             self.leaving.set()
             return
-        for message, fds in messages:
-            for fd in fds:
-                os.close(fd)
+        for message in messages:
             self._take(message)
 
     def _take(self, message: Message) -> None:

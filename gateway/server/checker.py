@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
 import signal
 
 import uvloop
@@ -65,14 +64,12 @@ class Checker:
 
     def _hear(self) -> None:
         try:
-            messages = self.channel.receive()
+            messages = self.channel.messages()
         except ChannelClosed:
             self.loop.remove_reader(self.channel.fileno())
             self.leaving.set()
             return
-        for message, fds in messages:
-            for fd in fds:
-                os.close(fd)
+        for message in messages:
             if message["type"] == "checked":
                 self.still_checked = message["upstreams"]
             elif message["type"] == "drain":

@@ -112,7 +112,7 @@ def _await_message(channel: Channel) -> Message | None:
     try:
         while True:
             select.select([channel], [], [])
-            for message, _ in channel.receive():
+            for message in channel.messages():
                 return message
     except ChannelClosed:
         return None

@@ -165,14 +165,12 @@ class Supervisor:
 
     def _read(self, child: Child) -> None:
         try:
-            messages = child.channel.receive()
+            messages = child.channel.messages()
         except ChannelClosed:
             # It ends, or closed the channel and lives on without us: then it may not live on.
             self.kill_after(child, LAST_WORDS)
             return
-        for message, fds in messages:
-            for fd in fds:
-                os.close(fd)
+        for message in messages:
             self._take(child, message)
 
     def _take(self, child: Child, message: Message) -> None:
@@ -281,7 +279,7 @@ class Supervisor:
             child = self.children.get(pid)
             if child is not None:  # as PID 1 of a container we also inherit orphans; reaping them is all they need
                 with contextlib.suppress(ChannelClosed):
-                    for message, _ in child.channel.receive():
+                    for message in child.channel.messages():
                         self._take(child, message)
                 self._buried(self.children.pop(pid), status)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.bank import Bank, open_bank
+from tests.integration.echo import Echo
 from tests.integration.grpc_kit import Calls, open_calls
 from tests.integration.h2_pairs import PAIRS, Pair
 from tests.integration.h2_subject import Subject, open_subject
@@ -25,6 +26,14 @@ def origin() -> Iterator[Origin]:
 @pytest.fixture
 def config(tmp_path: Path, origin: Origin) -> Path:
     return write_config(tmp_path / "edge.yaml", origin.port)
+
+
+@pytest.fixture(scope="module")
+def echo() -> Iterator[Echo]:
+    """An origin that tells what reached it."""
+    origin = Echo()
+    yield origin
+    origin.close()
 
 
 @pytest.fixture(scope="session")

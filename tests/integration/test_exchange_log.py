@@ -27,13 +27,6 @@ FLOOD = 300
 
 
 @pytest.fixture(scope="module")
-def echo() -> Iterator[Echo]:
-    origin = Echo()
-    yield origin
-    origin.close()
-
-
-@pytest.fixture(scope="module")
 def gateway(echo: Echo, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     folder = tmp_path_factory.mktemp("log")
     with socket.socket() as nobody:             # bound, never listening: connections are refused while it is there

@@ -49,13 +49,6 @@ routes:
 
 
 @pytest.fixture(scope="module")
-def echo() -> Iterator[Echo]:
-    origin = Echo()
-    yield origin
-    origin.close()
-
-
-@pytest.fixture(scope="module")
 def gateway(echo: Echo, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     folder = tmp_path_factory.mktemp("audit")
     (folder / "jwks.json").write_text(jwks(("RS256", "rs")))

@@ -67,13 +67,6 @@ routes:
 
 
 @pytest.fixture(scope="module")
-def echo() -> Iterator[Echo]:
-    origin = Echo()
-    yield origin
-    origin.close()
-
-
-@pytest.fixture(scope="module")
 def gateway(echo: Echo, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     folder = tmp_path_factory.mktemp("identify")
     (folder / "jwks.json").write_text(jwks(*KEYS.items()))

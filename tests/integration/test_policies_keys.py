@@ -61,13 +61,6 @@ class Issuer:
 
 
 @pytest.fixture(scope="module")
-def echo() -> Iterator[Echo]:
-    origin = Echo()
-    yield origin
-    origin.close()
-
-
-@pytest.fixture(scope="module")
 def issuer() -> Iterator[Issuer]:
     made = Issuer()
     yield made

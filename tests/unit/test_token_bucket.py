@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway._speedups.token_bucket import BucketTable, RateLimit
+from tests.unit.forked import fork
 
 SECOND = 1_000_000
 DAY = 86_400 * SECOND
@@ -143,28 +144,6 @@ def test_bad_geometry_is_refused() -> None:
     BucketTable(memory, 64, 64)
     with pytest.raises(ValueError, match="64 slots, not 8"):
         BucketTable(memory, 64, 8)
-
-
-def fork(workers: int, work) -> None:
-    """Run work(index) in forked processes that start together; fails if one of them fails."""
-    gate_read, gate_write = os.pipe()
-    pids = []
-    for index in range(workers):
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            signal.alarm(30)                   # a child never outlives its test
-            try:
-                os.close(gate_write)
-                os.read(gate_read, 1)          # returns when the parent closes its end
-                work(index)
-                code = 0
-            finally:
-                os._exit(code)
-        pids.append(pid)
-    os.close(gate_read)
-    os.close(gate_write)
-    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * workers
 
 
 def test_eight_processes_share_one_bucket_exactly() -> None:

@@ -17,6 +17,7 @@ import pytest
 
 from gateway._speedups.testing import contend
 from gateway._speedups.upstream_table import UpstreamTable
+from tests.unit.forked import fork, killed
 from tests.unit.upstream_memory import (
     CONNECT,
     EJECT,
@@ -29,8 +30,6 @@ from tests.unit.upstream_memory import (
     SECOND,
     START,
     USABLE,
-    fork,
-    killed,
     seen_by,
     send,
     table,

@@ -7,9 +7,6 @@ most of what is shared is tested without forking; what needs real races and real
 from __future__ import annotations
 
 import mmap
-import os
-import signal
-from collections.abc import Callable
 
 from gateway._speedups.upstream_state import EVENT_NAMES, OUTCOME_NAMES, EndpointState, UpstreamState
 from gateway._speedups.upstream_table import UpstreamTable
@@ -49,42 +46,3 @@ def send(upstream: UpstreamState, endpoint: EndpointState, outcome: int, now: in
     """One request that is admitted and ends at the same moment; the event, -1 when it was not admitted."""
     ticket = endpoint.admit(now, PROBE)
     return endpoint.report(upstream, outcome, ticket, now) if ticket else -1
-
-
-def fork(workers: int, work: Callable[[int], None]) -> None:
-    """Run work(index) in forked processes that start together; fails if one of them fails."""
-    gate_read, gate_write = os.pipe()
-    pids = []
-    for index in range(workers):
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            signal.alarm(60)                    # a child never outlives its test
-            try:
-                os.close(gate_write)
-                os.read(gate_read, 1)           # returns when the parent closes its end
-                work(index)
-                code = 0
-            finally:
-                os._exit(code)
-        pids.append(pid)
-    os.close(gate_read)
-    os.close(gate_write)
-    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * workers
-
-
-def killed(work: Callable[[Callable[[], None]], None]) -> None:
-    """Run work(tell) in a forked process and kill it with SIGKILL some time after it has called tell()."""
-    read, write = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        signal.alarm(60)
-        try:
-            work(lambda: os.write(write, b"!") and None)
-        finally:
-            os._exit(1)
-    assert os.read(read, 1) == b"!"
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    os.close(read)
-    os.close(write)
