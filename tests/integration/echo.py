@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
@@ -22,7 +22,7 @@ import jwt
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 
-from tests.integration.processes import PATIENCE, Gateway
+from tests.integration.processes import PATIENCE, Gateway, QuietServer
 
 ISSUER = "https://auth.bank.test"
 AUDIENCE = "payments"
@@ -75,14 +75,7 @@ class Echo:
             def log_message(self, format: str, *args: Any) -> None:
                 pass
 
-        class Server(ThreadingHTTPServer):
-            daemon_threads = True
-            request_queue_size = 1024
-
-            def handle_error(self, request: Any, client_address: Any) -> None:
-                pass                                # connections that tests break on purpose
-
-        self.server = Server(("127.0.0.1", 0), Answer)
+        self.server = QuietServer(("127.0.0.1", 0), Answer)
         self.port = self.server.server_port
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 

@@ -34,6 +34,16 @@ def eventually(condition: Callable[[], Any], what: str = "the condition") -> Any
     return value
 
 
+class QuietServer(ThreadingHTTPServer):
+    """Takes many at once, and says nothing of connections that are broken on purpose."""
+
+    daemon_threads = True
+    request_queue_size = 1024
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass
+
+
 class Origin:
     """An HTTP server in threads; requests below /held wait for `release`."""
 
@@ -60,14 +70,7 @@ class Origin:
             def log_message(self, format: str, *args: Any) -> None:
                 pass
 
-        class Server(ThreadingHTTPServer):
-            daemon_threads = True
-            request_queue_size = 1024
-
-            def handle_error(self, request: Any, client_address: Any) -> None:
-                pass  # a gateway that was killed: what these tests are about
-
-        self.server = Server(("127.0.0.1", 0), Answer)
+        self.server = QuietServer(("127.0.0.1", 0), Answer)
         self.port = self.server.server_port
         self._thread = threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()

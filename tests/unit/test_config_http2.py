@@ -9,10 +9,10 @@ import pytest
 from gateway import snapshot
 from gateway._speedups.exchange import Snapshot
 from gateway._speedups.http2_settings import Http2
-from gateway.config import Config, findings, load
-from gateway.errors import ConfigError, Problem
+from gateway.config import Config, load
 from gateway.snapshot.matching import build_trie
 from tests.integration.pki import Authority
+from tests.unit.checked import problems
 
 UPSTREAM_DEFAULT = Http2(streams=100, window=1 << 20, connection_window=4 << 20)
 ALL = "{name: all, match: {prefix: /}, upstream: origin}"
@@ -42,14 +42,6 @@ def write(folder: Path, *, listener: str = "", upstream: str = "", routes: str =
         "routes:\n" + "".join(f"  - {route}\n" for route in routes.splitlines())
     )
     return path
-
-
-def problems(path: Path) -> list[Problem]:
-    try:
-        config = load(path)
-        return [*findings(config), *snapshot.check(config)]
-    except ConfigError as error:
-        return list(error.problems)
 
 
 def only(path: Path, severity: str, message: str, line: int, hint: str = "") -> None:

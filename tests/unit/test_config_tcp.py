@@ -7,11 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from gateway import snapshot
 from gateway.cli import main
-from gateway.config import findings, load
-from gateway.errors import ConfigError, Problem
 from tests.integration.pki import Authority
+from tests.unit.checked import problems
 
 UPSTREAMS = "pg: {targets: [127.0.0.1:9001]}, legacy: {targets: [127.0.0.1:9002]}"
 
@@ -20,14 +18,6 @@ def write(folder: Path, db: str, *, upstreams: str = UPSTREAMS, more: str = "") 
     path = folder / "edge.yaml"
     path.write_text(f"version: 1\nworkers: 1\nlisteners:\n  db: {{bind: 127.0.0.1:5432, {db}}}\nupstreams: {{{upstreams}}}\n{more}")
     return path
-
-
-def problems(path: Path) -> list[Problem]:
-    try:
-        config = load(path)
-        return [*findings(config), *snapshot.check(config)]
-    except ConfigError as error:
-        return list(error.problems)
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from gateway import snapshot
 from gateway._speedups.certificates import TlsError, parse_certificates, parse_key, parse_revocations
-from gateway.config import findings, load
+from gateway.config import load
 from gateway.config.check_tls import file_versions
-from gateway.errors import ConfigError, Problem
+from gateway.errors import Problem
 from gateway.server.tickets import interval
 from gateway.server.watch import REMIND, Watch
 from tests.integration.pki import DAY, Authority, Issued, make_key
+from tests.unit.checked import problems
 
 ROOT = Path(__file__).parents[2]
 LISTENER = "certificates: [{cert: bank.crt, key: bank.key}]"
@@ -44,14 +44,6 @@ def write(folder: Path, listener: str = LISTENER, upstream: str = "") -> Path:
         "routes:\n  - {name: all, match: {prefix: /}, upstream: origin}\n"
     )
     return path
-
-
-def problems(path: Path) -> list[Problem]:
-    try:
-        config = load(path)
-        return [*findings(config), *snapshot.check(config)]
-    except ConfigError as error:
-        return list(error.problems)
 
 
 def only(path: Path, severity: str, message: str) -> Problem:
