@@ -289,6 +289,8 @@ cdef class TcpDownstream(Connection):
     cdef TcpTarget target                   # None until it is chosen
     cdef TcpUpstream upstream               # None until one is being connected
     cdef bint proxied                       # a PROXY header is still due
+    cdef bint greeting                      # a client of PostgreSQL's may still ask for TLS
+    cdef bint refused_gss                   # it has asked for GSSAPI, which is not offered
     cdef bint admitted                      # its address was looked at
     cdef bint placed                        # counted as open
     cdef bint entered                       # in flight at its upstream
@@ -305,6 +307,7 @@ cdef class TcpDownstream(Connection):
     cdef int64_t accepted, opened           # monotonic us; 0: not yet
     cdef int step(self) except -1
     cdef int take_header(self) except -2
+    cdef int take_request(self) except -2
     cdef int secure(self) except -1
     cdef int read_hello(self) except -1
     cdef int alert(self, int ending, int description) except -1
@@ -325,7 +328,10 @@ cdef class TcpUpstream(Connection):
     cdef Upstream upstream
     cdef uint32_t ticket
     cdef int64_t born, took                 # monotonic us; us until it was connected, 0: it is not
+    cdef bint asking                        # a server of PostgreSQL's was asked for TLS
     cdef int connected(self) except -1
+    cdef int asked(self) except -1
+    cdef int begin(self) except -1
     cdef int secure(self) except -1
     cdef int failed(self) except -1
     cdef int stands(self) except -1

@@ -1,9 +1,9 @@
 # Raw TCP: a connection of a `tcp` listener, from its first byte to its record (included by engine.pyx).
 #
-# Strategy: what has to be known is found out first, within one deadline: a PROXY header where one is due, then the TLS handshake, or
-# the name in a ClientHello that is passed on unread. Then an endpoint is connected, another one if that fails; nothing was
-# sent to it yet, so that is always safe. From then on bytes pass both ways as they come (relay.pxi). Each connection ends in
-# end(), once: counted, and told in one line of the log. Python is called from here: per connection.
+# Strategy: what has to be known is found out first, within one deadline: a PROXY header where one is due, PostgreSQL's request for TLS
+# in clear text, then the TLS handshake, or the name in a ClientHello that is passed on unread. Then an endpoint is connected, another
+# one if that fails; nothing of the client's was sent to it yet, so that is always safe. From then on bytes pass both ways as they come
+# (relay.pxi). Each connection ends in end(), once: counted, and told in one line of the log. Python is called from here: per connection.
 
 from gateway._speedups.histogram import TCP_ENDS as _tcp_ends
 
@@ -13,6 +13,13 @@ cdef enum:
     SAID_OTHERS = 20                # ... about others, which strangers cause at will
     ALERT_DECODE = 50               # RFC 8446 6.2
     ALERT_NAME = 112
+    PG_REQUEST = 8                  # bytes of a request before TLS: its length and a code (PostgreSQL, protocol 3)
+
+cdef const char* PG_SSL = b"\x00\x00\x00\x08\x04\xd2\x16\x2f"
+cdef const char* PG_GSS = b"\x00\x00\x00\x08\x04\xd2\x16\x30"
+cdef const char* PG_CANCEL = b"\x00\x00\x00\x10\x04\xd2\x16\x2e"
+cdef bytes PG_REFUSAL = b"SFATAL\0VFATAL\0C28000\0Mthis address takes TLS only: connect with sslmode=require or stricter\0\0"
+PG_REFUSAL = b"E" + (len(PG_REFUSAL) + 4).to_bytes(4, "big") + PG_REFUSAL
 
 
 cdef void accept_tcp(Engine engine, ListenerEntry listener, int fd, sockaddr_storage* address):
@@ -25,6 +32,7 @@ cdef void accept_tcp(Engine engine, ListenerEntry listener, int fd, sockaddr_sto
     d.listener = listener
     d.tcp = tcp
     d.proxied = listener.proxy_protocol != 0
+    d.greeting = tcp.postgres
     d.client = address[0]
     d.text_len = cw_address_text(address, d.text, sizeof(d.text), &port)
     cw_address_bytes(address, d.address)
@@ -99,6 +107,8 @@ cdef class TcpDownstream(Connection):
             # Who may connect to a Unix socket is its file's mode to say.
             if self.tcp.allow is not None and self.client.ss_family != AF_UNIX and not self.tcp.allow.contains(self.address):
                 return self.end(END_FORBIDDEN, True)
+        if self.greeting and self.take_request() <= 0:
+            return 0
         if self.listener.tls is not None:
             if self.secure() <= 0:
                 return 0
@@ -137,6 +147,40 @@ cdef class TcpDownstream(Connection):
         self.engine.slot.counters[C_BAD_REQUESTS] += 1
         self.end(END_HANDSHAKE, True)
         return -1
+
+    cdef int take_request(self) except -2:
+        """What PostgreSQL's clients say in clear text before TLS. 1 TLS is next, 0 bytes are missing, -1 ended.
+
+        A request is taken from the kernel by itself, never with what is behind it: nothing that came in clear text can be read as if it had
+        come within TLS (CVE-2021-23214). A client that begins with TLS at once is let on.
+        """
+        cdef char asked[PG_REQUEST]
+        cdef ssize_t n
+        while True:
+            n = cw_peek(self.fd, asked, PG_REQUEST) if self.readable else -EAGAIN
+            if n > 0 and asked[0] == 22:
+                break
+            if n == -EAGAIN or (0 < n < PG_REQUEST and not self.ended):
+                self.readable = False
+                return 0
+            if n == PG_REQUEST and memcmp(asked, PG_SSL, PG_REQUEST) == 0:
+                cw_recv(self.fd, asked, PG_REQUEST)
+                if cw_send(self.fd, b"S", 1) == 1:
+                    break
+            elif n == PG_REQUEST and memcmp(asked, PG_GSS, PG_REQUEST) == 0 and not self.refused_gss:
+                self.refused_gss = True
+                cw_recv(self.fd, asked, PG_REQUEST)
+                if cw_send(self.fd, b"N", 1) == 1:
+                    continue
+            elif n == PG_REQUEST and memcmp(asked, PG_CANCEL, PG_REQUEST):
+                self.engine.slot.counters[C_BAD_REQUESTS] += 1
+                cw_send(self.fd, <const char*>PG_REFUSAL, len(PG_REFUSAL))
+                self.alert(END_HANDSHAKE, 0)
+                return -1
+            self.end(END_HANDSHAKE, True)
+            return -1
+        self.greeting = False
+        return 1
 
     cdef int secure(self) except -1:
         """The TLS handshake. 1 complete, 0 it goes on later, or the connection ended."""
@@ -484,6 +528,8 @@ cdef class TcpUpstream(Connection):
             return d.pump()
         if events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR):
             self.ended = True
+        if self.asking:
+            return self.asked()
         if self.tls is not None:
             self.tls.wake(self.ended)
             return self.secure()
@@ -504,6 +550,28 @@ cdef class TcpUpstream(Connection):
             length = compose_proxy_header(header, &self.downstream.client, &here)
             if cw_send(self.fd, header, length) != length:      # nothing was sent before it: there is room, unless it is broken
                 return self.failed()
+        if self.downstream.tcp.postgres and (self.upstream.tls is not None or self.downstream.tcp.reads_name):
+            if cw_send(self.fd, PG_SSL, PG_REQUEST) != PG_REQUEST:
+                return self.failed()
+            self.asking = True
+            return 0
+        return self.begin()
+
+    cdef int asked(self) except -1:
+        """What a server of PostgreSQL's answers, one byte: nothing behind it may be taken for what comes within TLS (CVE-2021-23222)."""
+        cdef char answer = 0
+        cdef ssize_t n = cw_recv(self.fd, &answer, 1)
+        if n == -EAGAIN and not self.ended:
+            return 0
+        self.asking = False
+        if n != 1 or answer != 83:
+            self.engine.complain("a server of PostgreSQL's does not take TLS", {
+                "upstream": self.upstream.name, "endpoint": self.endpoint.address, "reason": "it answered N" if answer == 78 else "no answer"})
+            return self.failed()
+        return self.begin()
+
+    cdef int begin(self) except -1:
+        """TLS of our own where the upstream has it, else the client's bytes."""
         if self.upstream.tls is None:
             return self.stands()
         self.tls = self.upstream.tls.connect(self.fd, self.endpoint.address, self.endpoint.host)

@@ -22,5 +22,6 @@ cdef class TcpListener:
     cdef int64_t idle_us, hello_us
     cdef Networks allow                 # None: everybody
     cdef bint announce                  # the client's address to the upstream, by PROXY v2
+    cdef bint postgres                  # clients ask for TLS as PostgreSQL's do, and so do we
     # None when connections with this name are refused; `name` of length 0: none was given.
     cdef TcpTarget choose(self, const char* name, uint32_t n)

@@ -19,11 +19,11 @@ cdef class TcpTarget:
 cdef class TcpListener:
     """See tcp_listener.pxd; `idle` and `hello` in seconds. `sni` maps names and *.suffixes to targets; empty: no name is read.
 
-    connections: open at once, over all workers. allow: networks; None: everybody.
+    connections: open at once, over all workers. allow: networks; None: everybody. postgres: TLS is asked for in clear text first, on both sides.
     """
 
     def __init__(self, uint32_t metric, *, TcpTarget default=None, dict sni=None, double idle=3600, double hello=10,
-                 uint32_t connections=1024, allow=None, bint announce=False):
+                 uint32_t connections=1024, allow=None, bint announce=False, bint postgres=False):
         self.metric = metric
         self.only = default
         self.exact = {}
@@ -43,6 +43,7 @@ cdef class TcpListener:
         self.most = connections
         self.allow = None if allow is None else Networks(allow)
         self.announce = announce
+        self.postgres = postgres
 
     cdef TcpTarget choose(self, const char* name, uint32_t n):
         cdef const char* dot

@@ -23,6 +23,7 @@ class TcpListener:
         connections: int = 1024,
         allow: Iterable[str] | None = None,
         announce: bool = False,
+        postgres: bool = False,
     ) -> None: ...
     @property
     def metric(self) -> int: ...

@@ -66,6 +66,11 @@ def _listener(listener: Listener, place: Place, document: Document) -> None:
                 document.report(
                     (*place, "tls", name), f"`{name}` is of HTTP, and this listener passes raw TCP", "remove it"
                 )
+    if tcp.starttls != "off" and listener.tls is None and not tcp.sni:
+        document.report(
+            (*place, "tcp", "starttls"), "there is no TLS here to ask for: without `tls` and `sni` what clients ask passes to the upstream as it comes",
+            "remove it, or add `tls` or `sni`",
+        )  # fmt: skip
     if listener.tls is not None and document.has((*place, "tcp", "hello")):
         document.warn((*place, "tcp", "hello"), "with `tls`, its `handshake` is the deadline", "write `tls: {handshake: ...}`")
     if tcp.allow is not None and listener.bind.unix and listener.proxy_protocol == "off":

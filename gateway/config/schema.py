@@ -148,7 +148,9 @@ class Listener(Model):
     @property
     def alpn(self) -> tuple[str, ...]:
         """Return the protocols that are offered above TLS."""
-        offered = self.tls.alpn if self.tls is not None and self.tcp is None else ()
+        if self.tcp is not None:
+            return self.tcp.alpn if self.tls is not None else ()
+        offered = self.tls.alpn if self.tls is not None else ()
         return tuple(name for name in offered if name != "h2" or self.http2 is not None)
 
     @property

@@ -55,6 +55,9 @@ class Tcp(Model):
     allow: Annotated[tuple[Network, ...], listed("network"), Field(min_length=1)] | None = setting(
         None, "who may connect; default: everybody who can reach it"
     )
+    starttls: Literal["off", "postgres"] = setting(
+        "off", "how clients ask for TLS before they begin it: `postgres` answers SSLRequest, and asks the upstream's servers with it"
+    )
     proxy_protocol: Literal["off", "v2"] = setting("off", "tell the upstream who the client is: PROXY protocol v2, before all else")
 
     @model_validator(mode="after")
@@ -66,6 +69,11 @@ class Tcp(Model):
         if self.default is not None and not self.sni:
             raise fault("`default` without `sni`", "write `upstream: NAME` instead", at=("default",))
         return self
+
+    @property
+    def alpn(self) -> tuple[str, ...]:
+        """Return what is spoken above TLS, as far as it is known; PostgreSQL 17's clients that begin with TLS insist on being told."""
+        return ("postgresql",) if self.starttls == "postgres" else ()
 
     @property
     def upstreams(self) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ def write(folder: Path, db: str, *, upstreams: str = UPSTREAMS, more: str = "") 
     "tcp",
     [
         "tcp: {upstream: pg}",
+        "tcp: {sni: {a.test: pg}, default: legacy, starttls: postgres}",
         "tcp: {upstream: pg, idle: 2h, connections: 100, allow: [10.0.0.0/8, '::1'], proxy_protocol: v2}, proxy_protocol: required",
         "tcp: {upstream: pg, allow: 10.0.0.0/8}, limits: {connections: 5}, backlog: 10",
         "tcp: {sni: {db.bank.test: pg, '*.legacy.test': legacy}, default: legacy, hello: 5s}",
@@ -44,6 +45,8 @@ WEB = UPSTREAMS + ", web: {targets: [127.0.0.1:9003]}"
         ("tcp: {}", "neither `upstream` nor `sni`", {}),
         ("tcp: {upstream: pg, sni: {a.test: pg}}", "both `upstream` and `sni`", {}),
         ("tcp: {upstream: pg, default: pg}", "`default` without `sni`", {}),
+        ("tcp: {upstream: pg, starttls: postgres}", "there is no TLS here to ask for", {}),
+        ("tcp: {upstream: pg, starttls: mysql}", "", {}),
         ("tcp: {upstream: pq}", "unknown upstream 'pq'", {}),
         ("tcp: {sni: {a.test: pq}}", "unknown upstream 'pq'", {}),
         ("tcp: {sni: {a.test: pg}, default: lagacy}", "unknown upstream 'lagacy'", {}),
