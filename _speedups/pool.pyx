@@ -31,6 +31,7 @@ cdef dict RETRY_BITS = {"connect-failure": RETRY_CONNECT, "reset": RETRY_RESET, 
                         "500": RETRY_500, "502": RETRY_502, "503": RETRY_503, "504": RETRY_504}
 cdef dict KEY_KINDS = {"": KEY_NONE, "client": KEY_CLIENT, "source": KEY_SOURCE, "header": KEY_HEADER, "cookie": KEY_COOKIE}
 
+SHARED_WINDOW = 100 << 18               # of a connection that carries many clients' streams: as much as all of theirs, so that none waits for another
 cdef dict PROTOCOLS = {"http1": PROTOCOL_HTTP1, "http2": PROTOCOL_HTTP2, "grpc": PROTOCOL_GRPC}
 
 
@@ -110,7 +111,7 @@ cdef class Upstream:
         self.name = name
         self.tls = tls
         self.protocol = PROTOCOLS[protocol]
-        self.http2 = None if self.protocol == PROTOCOL_HTTP1 else Http2() if http2 is None else http2
+        self.http2 = None if self.protocol == PROTOCOL_HTTP1 else Http2(connection_window=SHARED_WINDOW) if http2 is None else http2
         self.unresolved = set()
         self.zone = zone
         self.table = private_table() if table is None else table

@@ -9,6 +9,8 @@ from gateway._speedups.upstream_table import UpstreamTable
 
 def private_table() -> UpstreamTable: ...
 
+SHARED_WINDOW: int
+
 class Endpoint:
     retired: bool
     def __init__(self, address: str, weight: int = 1, *, target: str | None = None, zone: str | None = None) -> None: ...

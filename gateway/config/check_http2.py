@@ -48,10 +48,10 @@ def _listener(listener: Listener, place: Place, document: Document) -> None:
 
 
 def _windows(http2: ListenerHttp2 | UpstreamHttp2, place: Place, document: Document) -> None:
-    if http2.window > http2.connection_window:
+    if http2.window > http2.whole_window:
         document.warn(
             (*place, "window") if document.has((*place, "window")) else (*place, "connection_window"),
-            f"one stream may have {http2.window} bytes under way, all of the connection together {http2.connection_window}",
+            f"one stream may have {http2.window} bytes under way, all of the connection together {http2.whole_window}",
             "raise `connection_window`, or lower `window`",
         )
 

@@ -52,8 +52,13 @@ class ListenerHttp2(_Connection):
 
     @model_validator(mode="after")
     def _windows(self) -> Self:
-        self._check(self.window, self.connection_window)
+        self._check(self.window, self.whole_window)
         return self
+
+    @property
+    def whole_window(self) -> int:
+        """Return the connection's window in bytes."""
+        return self.connection_window
 
 
 class UpstreamHttp2(_Connection):
@@ -63,13 +68,22 @@ class UpstreamHttp2(_Connection):
         default=100, ge=1, le=STREAMS_MAX,
         description="requests that a connection carries at once; fewer when the server allows fewer",
     )
-    window: Size = setting("1MiB", "bytes of an answer's body that may arrive before they are taken; 16KiB to 2147483647")
-    connection_window: Size = setting("4MiB", "the same for all answers of a connection together; from 65535")
+    window: Size = setting("256KiB", "bytes of an answer's body that may arrive before they are taken; 16KiB to 2147483647")
+    connection_window: Size | None = setting(
+        None, "the same for all answers of a connection together; from 65535; default: `streams` times `window`, so that no client waits for another"
+    )
 
     @model_validator(mode="after")
     def _windows(self) -> Self:
-        self._check(self.window, self.connection_window)
+        self._check(self.window, self.whole_window)
         return self
+
+    @property
+    def whole_window(self) -> int:
+        """Return the connection's window in bytes, said or not."""
+        if self.connection_window is not None:
+            return self.connection_window
+        return max(WINDOW_DEFAULT, min(self.streams * self.window, WINDOW_MAX))
 
 
 def widen_http2(raw: Any) -> Any:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from gateway._speedups.exchange import Edits, ListenerEntry, RouteEntry, Snapshot, Step
 from gateway._speedups.http2_settings import Http2
-from gateway._speedups.pool import Endpoint, Upstream
+from gateway._speedups.pool import SHARED_WINDOW, Endpoint, Upstream
 from gateway._speedups.route_trie import RouteTrie
 from gateway._speedups.tls import TlsListener, TlsUpstream
 from gateway._speedups.token_cache import Principal, TokenCache
@@ -195,7 +195,7 @@ def _listeners(
     by_host = [(route, Spec(hosts=(name, f"{name}.{domain}"))) for route, name in zip(routes, services, strict=True)]
     originals = destinations(services) if around.intercepts else None
     found = {
-        INBOUND: listener(INBOUND, RouteTrie([(inbound, Spec())]), tls=tls, http2=Http2()),
+        INBOUND: listener(INBOUND, RouteTrie([(inbound, Spec())]), tls=tls, http2=Http2(connection_window=SHARED_WINDOW)),
         OUTBOUND: listener(OUTBOUND, RouteTrie(by_host), originals=originals, http2=Http2(clear=True)),
     }
     for route, name in zip(routes, services, strict=True):

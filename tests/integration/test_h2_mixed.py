@@ -309,7 +309,7 @@ def test_a_client_that_leaves_behind_a_whole_answer_takes_nothing_with_it(h2: Su
     """The answer waits for the client's window, complete, when the client breaks off: it ends without him, on a connection that others use."""
     for _ in range(20):
         with h2.client(offer={INITIAL_WINDOW: 0}) as client:
-            stream = client.open(head(("" if up == "one" else "/two") + "/bytes/300000", "POST"))
+            stream = client.open(head(("" if up == "one" else "/two") + "/bytes/200000", "POST"))
             client.headed(stream)
             eventually(lambda: h2.origin.calls and h2.origin.calls[-1].done, "the whole answer")
             client.barrier()

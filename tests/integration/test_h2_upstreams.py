@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import struct
@@ -143,6 +144,31 @@ def test_clients_that_do_not_read_starve_nobody_who_shares_their_upstream_connec
             lazy.headed(stream)
         for _ in range(5):
             assert len(busy.ask(head("/narrow/bytes/200000")).body) == 200_000
+        for stream in streams:
+            lazy.send(rst(stream))
+        lazy.barrier()
+
+
+def test_clients_that_do_not_read_do_not_hold_what_is_under_way_for_others(h2: Subject) -> None:
+    """The others' answers began before, on the same connection, and end while the lazy ones are not taken."""
+    go = threading.Event()
+    chunk = b"x" * 400_000
+
+    async def script(call: Call) -> None:
+        while "patient" in call.path and not go.is_set():
+            await asyncio.sleep(0.01)
+        await call.answer(chunk)
+
+    h2.origin.script = script
+    with h2.client(offer={INITIAL_WINDOW: 0}, credit=False) as lazy, h2.client() as patient:
+        waiting = [patient.open(head(f"/two/patient/{n}")) for n in range(4)]
+        streams = [lazy.open(head(f"/two/lazy/{n}")) for n in range(40)]
+        for stream in streams:
+            lazy.headed(stream)
+        assert len({id(call.link) for call in h2.origin.calls}) == 1
+        go.set()
+        for stream in waiting:
+            assert len(patient.answer(stream).body) == len(chunk)
         for stream in streams:
             lazy.send(rst(stream))
         lazy.barrier()

@@ -14,7 +14,7 @@ from gateway.snapshot.matching import build_trie
 from tests.integration.pki import Authority
 from tests.unit.checked import problems
 
-UPSTREAM_DEFAULT = Http2(streams=100, window=1 << 20, connection_window=4 << 20)
+UPSTREAM_DEFAULT = Http2(streams=100, window=1 << 18, connection_window=100 << 18)
 ALL = "{name: all, match: {prefix: /}, upstream: origin}"
 GRPC = [(b"content-type", b"application/grpc+proto")]
 
@@ -139,6 +139,8 @@ def test_a_listener_that_cannot_be_meant(folder: Path, listener: str, severity: 
             "grpc",
             Http2(streams=3, window=16384, connection_window=65535),
         ),
+        (", protocol: http2, http2: {streams: 3, window: 16KiB}", "http2", Http2(streams=3, window=16384, connection_window=65535)),
+        (", protocol: http2, http2: {streams: 10000, window: 1GiB}", "http2", Http2(streams=10000, window=1 << 30, connection_window=2**31 - 1)),
     ],
 )
 def test_what_is_spoken_with_an_upstream(folder: Path, upstream: str, protocol: str, spoken: Http2 | None) -> None:
@@ -157,7 +159,7 @@ def test_over_tls_the_upstream_is_offered_what_is_spoken(folder: Path, protocol:
     [
         (", http2: {streams: 5}", "error", "settings of HTTP/2 for an upstream that is spoken to in HTTP/1.1", "add `protocol: http2`"),
         (", protocol: http2, http2: {window: 1KiB}", "error", "a stream's window is", ""),
-        (", protocol: http2, http2: {window: 8MiB}", "warning", "one stream may have 8388608 bytes under way", ""),
+        (", protocol: http2, http2: {window: 8MiB, connection_window: 1MiB}", "warning", "one stream may have 8388608 bytes under way", ""),
         (", protocol: http2, http2: {resets: 5}", "error", "resets", ""),
         (", protocol: h2", "error", "", ""),
         (", protocol: grpc, health: {check: {http: {}}}", "warning", "a GET, which servers of gRPC seldom answer", "`grpc: {}`"),

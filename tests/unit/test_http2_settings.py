@@ -6,7 +6,7 @@ import pytest
 
 from gateway._speedups.exchange import ListenerEntry
 from gateway._speedups.http2_settings import Http2
-from gateway._speedups.pool import Endpoint, Upstream
+from gateway._speedups.pool import SHARED_WINDOW, Endpoint, Upstream
 from gateway._speedups.route_trie import RouteTrie
 from gateway._speedups.tls import TlsUpstream
 
@@ -56,7 +56,7 @@ def test_connections_that_announced_other_windows_are_not_taken_over() -> None:
 
 def test_an_upstream_has_http2_settings_exactly_when_it_speaks_http2() -> None:
     assert upstream(protocol="http1", http2=Http2()).http2 is None
-    assert upstream(protocol="http2").http2 == Http2()
+    assert upstream(protocol="http2").http2 == Http2(connection_window=SHARED_WINDOW)
     assert upstream(protocol="grpc", http2=Http2(streams=5)).http2 == Http2(streams=5)
     assert [upstream(protocol=name).protocol_name for name in ("http1", "http2", "grpc")] == ["http1", "http2", "grpc"]
     with pytest.raises(KeyError):
