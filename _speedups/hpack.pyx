@@ -1,21 +1,24 @@
 """HPACK encoding; see hpack.pxd.
 
-Strategy: one pass over the text, line by line. Names of up to LOOKED_UP bytes are looked up in a small hash table made at import.
+Strategy: one pass over the text, line by line. Names of up to LOOKED_UP bytes are made lower case eight bytes at a time and looked
+up in a small hash table made at import.
 Python is called from here: at import.
 
-Safety: every write is preceded by a reservation of the line's length and MARGIN bytes: a line of n bytes makes at most n bytes
-of name and value, and 13 of representation, index and two lengths. Reads end at a line end found inside text[0:n).
+Safety: every write is preceded by a look at the room there is, and a reservation when a line's length and MARGIN bytes do not fit: a
+line of n bytes makes at most n bytes of name and value and 13 of representation, index and two lengths; the copy of a name, of
+which a constant size is written, ends at most 2 + LOOKED_UP bytes behind the line's begin. Reads end at a line end found inside
+text[0:n); a name is read by words only where LOOKED_UP bytes of the text are left.
 """
 
-from libc.stdint cimport int8_t, uint8_t, uint32_t
-from libc.string cimport memchr, memcmp, memcpy
+from libc.stdint cimport int8_t, uint8_t, uint32_t, uint64_t
+from libc.string cimport memchr, memcmp, memcpy, memset
 from gateway._speedups.buffers cimport Buffer, buffer_reserve
 from gateway._speedups.wire cimport cw_decimal, cw_lower
 
 cdef enum:
     LOOKED_UP = 32
     SLOTS = 256
-    MARGIN = 32
+    MARGIN = 64
     LEFT_OUT = 255              # in place of an index: HTTP/1.1 alone knows this field (RFC 9113 8.2.2)
     NO_INDEX = 0x00             # literal without indexing (RFC 7541 6.2.2)
     NEVER_INDEX = 0x10          # (6.2.3) a secret: nobody on the way may keep it in a table
@@ -98,53 +101,102 @@ cdef inline char* put_text(char* at, const char* p, uint32_t n) noexcept nogil:
     return at + n
 
 
-cdef int put_line(Buffer* out, const char* line, uint32_t n) noexcept nogil:
-    """One field, line[0:n) without its line end."""
-    cdef const char* colon = <const char*>memchr(line, 58, n)
+cdef extern from *:
+    """
+    static const uint64_t CW_ONES = 0x0101010101010101ULL, CW_TOPS = 0x8080808080808080ULL;
+    /* Eight bytes with A to Z in lower case: of each byte below 0x80, bit 7 of the first sum says `at least A`, of the second `above Z`. */
+    static inline uint64_t cw_lower_word(uint64_t v) {
+        uint64_t low = v & ~CW_TOPS;
+        return v | (((low + 0x3f * CW_ONES) & ~(low + 0x25 * CW_ONES) & ~v & CW_TOPS) >> 2);
+    }
+    /* Where the first colon among the eight bytes is, in the order of memory; 8 without one. Borrows run upwards alone, so that the lowest is right. */
+    static inline uint32_t cw_colon_in(uint64_t v) {
+        uint64_t d = v ^ 0x3a * CW_ONES;
+        d = (d - CW_ONES) & ~d & CW_TOPS;
+    #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+        return d ? (uint32_t)__builtin_ctzll(d) >> 3 : 8;
+    #else
+        for (uint32_t i = 0; d && i < 8; i++)
+            if ((uint8_t)(v >> (56 - 8 * i)) == 0x3a) return i;
+        return 8;
+    #endif
+    }
+    """
+    uint64_t cw_lower_word(uint64_t v) nogil
+    uint32_t cw_colon_in(uint64_t v) nogil
+
+
+cdef inline uint32_t lower_name(char* lower, const char* line, uint32_t n, uint32_t there) noexcept nogil:
+    """The name of line[0:n), of whose text `there` bytes are left, in lower case; returns its length, n without a colon.
+
+    What stands in `lower` behind the name says nothing; of a name longer than LOOKED_UP nothing in it does.
+    """
+    cdef const char* colon
+    cdef uint64_t word
+    cdef uint32_t i = 0, at, most
+    if there >= LOOKED_UP:
+        while i < LOOKED_UP:
+            memcpy(&word, line + i, 8)
+            at = i + cw_colon_in(word)
+            word = cw_lower_word(word)
+            memcpy(lower + i, &word, 8)
+            i += 8
+            if at < i:
+                return at if at < n else n
+    colon = <const char*>memchr(line, 58, n)
+    if colon == NULL:
+        return n
+    at = <uint32_t>(colon - line)
+    most = at if at < LOOKED_UP else LOOKED_UP
+    i = 0
+    while i < most:
+        lower[i] = <char>cw_lower(<uint8_t>line[i])
+        i += 1
+    return at
+
+
+cdef inline char* put_line(char* at, const char* line, uint32_t n, uint32_t there) noexcept nogil:
+    """One field, line[0:n) without its line end; there is room for n + MARGIN bytes. Returns the end of what was written."""
     cdef char lower[LOOKED_UP]
     cdef const Name* known = NULL
     cdef const char* value
     cdef uint32_t length, i
-    cdef char* at
-    if colon == NULL or colon == line:
-        return 0
-    length = <uint32_t>(colon - line)
+    memset(lower, 0, LOOKED_UP)
+    length = lower_name(lower, line, n, there)
+    if length == 0 or length == n:
+        return at
     if length <= LOOKED_UP:
-        for i in range(length):
-            lower[i] = <char>cw_lower(<uint8_t>line[i])
         known = look_up(lower, length)
         if known != NULL and known.index == LEFT_OUT:
-            return 0
-    if buffer_reserve(out, n + MARGIN) < 0:
-        return -1
-    at = out.base + out.end
+            return at
     if known != NULL and known.index:
         at = put_number(at, NEVER_INDEX if known.secret else NO_INDEX, 15, known.index)
     else:
         at[0] = NEVER_INDEX if known != NULL else NO_INDEX
         at = put_number(at + 1, 0, 127, length)
         if length <= LOOKED_UP:
-            memcpy(at, lower, length)
+            memcpy(at, lower, LOOKED_UP)            # a constant size is two moves; what is too much is overwritten
         else:
             for i in range(length):
                 at[i] = <char>cw_lower(<uint8_t>line[i])
         at += length
-    value = colon + 1
+    value = line + length + 1
     n -= length + 1
     while n and (value[0] == 32 or value[0] == 9):
         value += 1
         n -= 1
     while n and (value[n - 1] == 32 or value[n - 1] == 9):
         n -= 1
-    at = put_text(at, value, n)
-    out.end = <uint32_t>(at - out.base)
-    return 0
+    return put_text(at, value, n)
 
 
 cdef int put_lines(Buffer* out, const char* text, uint32_t n, uint32_t at, uint32_t* length) noexcept nogil:
     """The lines from `at` on, up to the empty one, whose end becomes *length."""
     cdef const char* end
+    cdef char* to = out.base + out.end
+    cdef char* most = out.base + out.cap
     cdef uint32_t size
+    length[0] = n
     while at < n:
         end = <const char*>memchr(text + at, 13, n - at)
         if end == NULL:
@@ -152,11 +204,16 @@ cdef int put_lines(Buffer* out, const char* text, uint32_t n, uint32_t at, uint3
         size = <uint32_t>(end - text) - at
         if size == 0:
             length[0] = at + 2
-            return 0
-        if put_line(out, text + at, size) < 0:
-            return -1
+            break
+        if <size_t>(most - to) < <size_t>size + MARGIN:
+            out.end = <uint32_t>(to - out.base)
+            if buffer_reserve(out, size + MARGIN) < 0:
+                return -1
+            to = out.base + out.end
+            most = out.base + out.cap
+        to = put_line(to, text + at, size, n - at)
         at += size + 2
-    length[0] = n
+    out.end = <uint32_t>(to - out.base)
     return 0
 
 

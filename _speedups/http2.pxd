@@ -39,6 +39,9 @@ cdef enum:
     PREFACE = 24                # bytes (RFC 9113 3.4)
     FRAME_MAX = 16384           # of payload, in both directions: nobody gains by more
     RECENT = 256                # how many streams' ends are remembered
+    MEMOS = 4                   # heads that are remembered: a gRPC call's answer and trailers, or some requests that take turns
+    MEMO_BLOCK = 24             # bytes of such a block
+    MEMO_TEXT = 1024            # ... and of its text: at most 4.3 KiB for a connection
 
 cdef class Http2Stream:
     cdef Http2Session session           # None once it is closed
@@ -91,6 +94,8 @@ cdef class Http2Session:
     cdef Buffer inb                     # frames not handled
     cdef Buffer out                     # frames to be sent
     cdef void* inflater                 # nghttp2_hd_inflater*, owned
+    cdef void* memos[4]                 # Memo*, owned, or NULL (http2_memos.pxi)
+    cdef int memo_next                  # the oldest one's place
     cdef void* table[64]                # streams by id, chained
     cdef dict blocked                   # streams that wait for window, oldest first (values unused)
     cdef Http2 settings
@@ -180,3 +185,4 @@ cdef class Http2Session:
     cdef int unknown(self, uint32_t id) noexcept
     cdef int put_handshake(self, Buffer* text) except -1
     cdef int decode(self, int what, Buffer* text, Http2Stream stream, const char* p, uint32_t n, bint last=*) except -2
+    cdef int inflate(self, void* into, const char* p, uint32_t n) noexcept       # a Block of http2.pyx

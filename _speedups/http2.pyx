@@ -15,6 +15,7 @@ into a line was checked byte by byte, so that no value can end its line.
 cimport cython
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy, memset, strlen
 from gateway._speedups.buffers cimport Buffer, buffer_append, buffer_consume, buffer_release, buffer_reserve
 from gateway._speedups.grpc cimport is_grpc_type
@@ -127,6 +128,7 @@ cdef inline void write_head(char* p, uint32_t length, uint8_t kind, uint8_t flag
 
 
 include "http2_fields.pxi"
+include "http2_memos.pxi"
 
 
 @cython.freelist(256)
@@ -329,6 +331,7 @@ cdef class Http2Session:
         memset(&self.cookie, 0, sizeof(Buffer))
         memset(self.table, 0, sizeof(self.table))
         memset(self.recent, 0, sizeof(self.recent))
+        memset(self.memos, 0, sizeof(self.memos))
         self.blocked = {}
 
     def __dealloc__(self):
@@ -441,6 +444,7 @@ cdef class Http2Session:
         buffer_release(&self.block)
         buffer_release(&self.pseudo)
         buffer_release(&self.cookie)
+        forget(self)
         if self.inflater != NULL:
             nghttp2_hd_inflate_del(<nghttp2_hd_inflater*>self.inflater)
             self.inflater = NULL
@@ -1105,19 +1109,51 @@ cdef class Http2Session:
     cdef int decode(self, int what, Buffer* text, Http2Stream stream, const char* p, uint32_t n, bint last=True) except -2:
         """Decodes a block into `text`; `last`: the message ends with it. Of BROKEN and BOMB the connection has died already."""
         cdef Block block
-        cdef nghttp2_hd_inflater* inflater = <nghttp2_hd_inflater*>self.inflater
-        cdef nghttp2_nv field
-        cdef int flags
-        cdef ssize_t used
-        cdef uint64_t total = 0
+        cdef int found
+        cdef uint32_t before = text.end - text.start if text != NULL else 0
+        cdef uint32_t limit = TRAILERS_MAX if what == TRAILERS else self.head_limit
+        cdef bint indexed = only_indexed(<const uint8_t*>p, n)
+        cdef bint open = not last and not (what == ANSWER and stream.bodiless)
+        cdef Memo* memo = recall(self, what, open, <const uint8_t*>p, n) if indexed else NULL
+        if memo != NULL and before + memo.size <= limit:
+            said(stream, what, memo.status, memo.expected, memo.trailing, memo.grpc)
+            return SOUND if buffer_append(text, memo_text(memo), memo.size) == 0 else MALFORMED
+        if not indexed:
+            forget(self)
         memset(&block, 0, sizeof(block))
         block.what = what
         block.text = text
         block.pseudo = &self.pseudo
         block.cookie = &self.cookie
-        block.limit = TRAILERS_MAX if what == TRAILERS else self.head_limit
+        block.limit = limit
         block.expected = -1
-        block.open = not last and not (what == ANSWER and stream.bodiless)
+        block.open = open
+        found = self.inflate(&block, p, n)
+        if found != SOUND or what == NOTHING:
+            return found
+        if not block.malformed:
+            finish_block(&block)
+        buffer_release(&self.pseudo)
+        buffer_release(&self.cookie)
+        said(stream, what, block.status, block.expected, block.trailing, block.grpc)
+        stream.too_long = stream.too_long or block.too_long
+        if block.malformed or (what == TRAILERS and block.too_long):
+            return MALFORMED
+        if block.connects:
+            stream.connects = True
+            self.put_handshake(text)
+        elif indexed and not block.too_long:
+            keep(self, &block, <const uint8_t*>p, n, text.base + text.start + before, text.end - text.start - before)
+        return SOUND
+
+    cdef int inflate(self, void* into, const char* p, uint32_t n) noexcept:
+        """Decodes a block's fields one by one into a Block."""
+        cdef Block* block = <Block*>into
+        cdef nghttp2_hd_inflater* inflater = <nghttp2_hd_inflater*>self.inflater
+        cdef nghttp2_nv field
+        cdef int flags
+        cdef ssize_t used
+        cdef uint64_t total = 0
         while True:
             flags = 0
             used = nghttp2_hd_inflate_hd2(inflater, &field, &flags, <const uint8_t*>p, n, 1)
@@ -1131,36 +1167,14 @@ cdef class Http2Session:
                 if total > 4 * <uint64_t>self.head_limit + BLOCK_MAX:
                     self.fail(H2_ENHANCE_YOUR_CALM, b"a head that grows without end")
                     return BOMB
-                if what != NOTHING and not block.malformed:
-                    take_field(&block, field.name, field.namelen, field.value, field.valuelen)
+                if block.what != NOTHING and not block.malformed:
+                    take_field(block, field.name, field.namelen, field.value, field.valuelen)
             if flags & NGHTTP2_HD_INFLATE_FINAL:
                 nghttp2_hd_inflate_end_headers(inflater)
-                break
+                return SOUND
             if not flags & NGHTTP2_HD_INFLATE_EMIT and n == 0:
                 self.fail(H2_COMPRESSION_ERROR, b"a head block that cannot be decoded")
                 return BROKEN
-        if what == NOTHING:
-            return SOUND
-        if not block.malformed:
-            finish_block(&block)
-        buffer_release(&self.pseudo)
-        buffer_release(&self.cookie)
-        if stream is not None:
-            if block.too_long:
-                stream.too_long = True
-            if what == REQUEST:
-                stream.expected = block.expected
-                stream.trailing = block.trailing
-                stream.connects = block.connects
-                stream.grpc = block.grpc
-                if block.connects and not block.malformed:
-                    self.put_handshake(text)
-            elif what == ANSWER and block.status >= 200:
-                stream.headed = True
-                if block.status == 204 or block.status == 304:
-                    stream.bodiless = True
-                stream.expected = block.expected
-        return MALFORMED if block.malformed or (what == TRAILERS and block.too_long) else SOUND
 
     cdef int put_handshake(self, Buffer* text) except -1:
         """The rest of a WebSocket handshake as HTTP/1.1 has it: here the stream itself stands for the key's proof (RFC 8441 5)."""

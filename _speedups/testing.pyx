@@ -16,7 +16,7 @@ from gateway._speedups.grpc_web cimport (
     WEB_BAD_BASE64, WEB_BAD_FRAME, WEB_BINARY, WEB_CUT, WEB_TEXT, WEB_TYPE_MAX, WebBody, web_answer_type, web_decode, web_encode,
     web_finish, web_kind, web_request_type, web_reset, web_trailers, web_wants_text,
 )
-from gateway._speedups.http2 cimport STIR_RESET, Http2Session, Http2Stream
+from gateway._speedups.http2 cimport MEMOS, STIR_RESET, Http2Session, Http2Stream
 from gateway._speedups.http2_settings cimport Http2
 from gateway._speedups.client_hello cimport (
     HELLO_MALFORMED, HELLO_MAX, HELLO_NAME, HELLO_NOT_TLS, HELLO_TOO_LONG, parse_client_hello as parse_hello_records,
@@ -230,15 +230,18 @@ def web_accepts_text(value: bytes) -> bool:
 cdef class Http2Probe(Http2Session):
     """One side of an HTTP/2 connection that takes all it gets and says nothing but what the protocol demands.
 
-    Frames are handled in a block of exactly their size, so that a sanitizer build reports a read of one byte too many.
+    Frames are handled in a block of exactly their size, so that a sanitizer build reports a read of one byte too many. A forgetful one
+    decodes every head anew.
     """
 
     cdef readonly list heads            # texts, requests' or answers'
     cdef readonly list ends             # (id, payload, trailers, whole) of each stream that ended
     cdef dict bodies
+    cdef bint forgetful
     cdef uint64_t numbers[128]
 
-    def __init__(self, bint client, Http2 settings not None, int limit=8192):
+    def __init__(self, bint client, Http2 settings not None, int limit=8192, bint forgetful=False):
+        self.forgetful = forgetful
         self.heads = []
         self.ends = []
         self.bodies = {}
@@ -254,6 +257,10 @@ cdef class Http2Probe(Http2Session):
     cdef int stirred(self, Http2Stream stream, int what) except -1:
         cdef char piece[1000]
         cdef ssize_t n = stream.recv(piece, sizeof(piece))
+        cdef int i
+        for i in range(MEMOS if self.forgetful else 0):
+            free(self.memos[i])
+            self.memos[i] = NULL
         while n > 0:
             self.bodies[stream.id] = self.bodies.get(stream.id, b"") + piece[:n]
             n = stream.recv(piece, sizeof(piece))
