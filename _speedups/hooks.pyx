@@ -358,8 +358,30 @@ cdef list frames_of(error):
     return found
 
 
+cdef class Guarded:
+    """What a policy returned to be awaited, without what would end the worker.
+
+    A task may be cancelled before its first step, and nobody awaits then: a coroutine is closed, or Python would complain of it.
+    """
+
+    cdef object awaitable
+
+    def __await__(self):
+        return guarded(self.awaitable).__await__()
+
+    def __del__(self):
+        if asyncio.iscoroutine(self.awaitable):
+            self.awaitable.close()
+
+
+cdef object guard(object awaitable):
+    cdef Guarded made = Guarded.__new__(Guarded)
+    made.awaitable = awaitable
+    return made
+
+
 async def guarded(awaitable):
-    """What a policy awaits, without what would end the worker: asyncio hands SystemExit through the loop."""
+    """Awaits without letting SystemExit out, which asyncio hands through the loop."""
     try:
         return await awaitable
     except (SystemExit, KeyboardInterrupt) as error:
@@ -422,7 +444,7 @@ cdef class HookStep(Step):
         return self.called(self.on_request(view_of(x)))
 
     cdef object called(self, object result):
-        return guarded(result) if hasattr(result, "__await__") else result
+        return guard(result) if hasattr(result, "__await__") else result
 
     cdef object park_answer(self, Exchange x):
         cdef Response response = Response.__new__(Response)
@@ -485,7 +507,7 @@ cdef class HookStep(Step):
         try:
             result = self.on_end(request, response)
             if hasattr(result, "__await__"):
-                await asyncio.wait_for(guarded(result), self.timeout)
+                await asyncio.wait_for(guard(result), self.timeout)
         except asyncio.CancelledError:
             raise
         except BaseException as error:

@@ -36,12 +36,15 @@ MODULE = '''
 """Policies of the tests."""
 import asyncio
 import json
+import socket
+import struct
 
 from gateway import InvalidBody, Policy, deny, respond
 
 SECRET = "DE8937" + "0400440532013000"            # as if it came from a body; not to be found in the log
 events = []
 kept = []
+leaving = []
 gate = asyncio.Event()
 
 
@@ -72,6 +75,28 @@ class Waits(Policy):
             await gate.wait()
         finally:
             events.append("done " + path)           # request.path would raise here if the client is gone
+
+
+class Asks(Policy):
+    """Sends a request to the gateway, from within."""
+
+    def on_request(self, request):
+        leaving.append(socket.create_connection(("127.0.0.1", int(request.headers["x-port"]))))
+        leaving[-1].sendall(b"GET /leaves HTTP/1.1\\r\\nHost: a\\r\\n\\r\\n")
+        return respond(204)
+
+
+class Leaves(Policy):
+    """The client of that request, which leaves while its policy's coroutine is made."""
+
+    def on_request(self, request):
+        leaving[-1].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        leaving[-1].close()
+        events.append("leaves")
+        return self.later()
+
+    async def later(self):
+        events.append("stays")
 
 
 class Opens(Policy):
@@ -248,6 +273,8 @@ RULES = f"policies:\n  {BANK}\nroutes:\n" + "".join([
     route("tells", "rules:Tells"),
     route("waits", "rules:Waits, timeout: 30s"),
     route("opens", "rules:Opens"),
+    route("asks", "rules:Asks"),
+    route("leaves", "rules:Leaves"),
     route("sees", "bank", "rules:Sees", match="path: '/sees/{kind}/{id}'"),
     route("sees-nobody", "rules:Sees"),
     route("edits", "rules:Edits", "rules:EditsAgain"),
@@ -535,6 +562,7 @@ def waiting(gateway: Gateway, http: httpx.Client, path: str) -> socket.socket:
 
 def test_a_client_that_leaves_cancels_the_policy(gateway: Gateway, http: httpx.Client, echo: Echo) -> None:
     (worker,) = gateway.workers()
+    events(http)                                    # its connection is among the descriptors
     seen, descriptors = len(echo.seen), len(os.listdir(f"/proc/{worker}/fd"))
     for number in range(5):
         path = f"/waits/{number}"
@@ -545,6 +573,18 @@ def test_a_client_that_leaves_cancels_the_policy(gateway: Gateway, http: httpx.C
     eventually(lambda: metric(gateway, "crossway_exchanges") == 0)
     assert echo.seen[seen:] == []
     assert len(os.listdir(f"/proc/{worker}/fd")) == descriptors
+
+
+def test_a_client_that_leaves_before_its_policy_began_is_nothing_to_warn_of(gateway: Gateway, http: httpx.Client) -> None:
+    def tries() -> list[str]:
+        return [event for event in events(http) if event in ("leaves", "stays")]
+
+    for number in range(1, 6):
+        assert http.get("/asks", headers={"x-port": str(http.base_url.port)}).status_code == 204
+        eventually(lambda number=number: tries().count("leaves") == number)
+    eventually(lambda: metric(gateway, "crossway_exchanges") == 0)
+    assert tries().count("stays") < 5, "no client left in time"
+    assert "never awaited" not in gateway.errors.read_text()
 
 
 def test_others_are_served_while_a_policy_waits(gateway: Gateway, http: httpx.Client) -> None:
