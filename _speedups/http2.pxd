@@ -164,25 +164,9 @@ cdef class Http2Session:
     cdef void earn(self, int frames) noexcept
     cdef bint pay_frame(self) noexcept
     cdef bint pay_reset(self) noexcept
-    cdef int frame(self, uint8_t kind, uint8_t flags, uint32_t id, const char* p, uint32_t n) except -1
-    cdef int on_data(self, uint8_t flags, uint32_t id, const char* p, uint32_t n) except -1
-    cdef int on_headers(self, uint8_t flags, uint32_t id, const char* p, uint32_t n) except -1
-    cdef int on_continuation(self, uint8_t flags, const char* p, uint32_t n) except -1
-    cdef int on_block(self, uint8_t flags, uint32_t id, const char* p, uint32_t n) except -1
-    cdef int on_request(self, uint8_t flags, uint32_t id, const char* p, uint32_t n) except -1
-    cdef int on_answer(self, Http2Stream stream, uint8_t flags, const char* p, uint32_t n) except -1
-    cdef int on_trailers(self, Http2Stream stream, uint8_t flags, const char* p, uint32_t n) except -1
-    cdef int on_reset(self, uint32_t id, const char* p, uint32_t n) except -1
-    cdef int on_settings(self, uint8_t flags, uint32_t id, const char* p, uint32_t n) except -1
-    cdef int on_ping(self, uint8_t flags, uint32_t id, const char* p, uint32_t n) noexcept
-    cdef int on_goaway(self, uint32_t id, const char* p, uint32_t n) except -1
-    cdef int on_window(self, uint32_t id, const char* p, uint32_t n) except -1
-    cdef int stream_error(self, Http2Stream stream, uint32_t error) except -1
     cdef int wake(self) except -1
     cdef int force(self) except -1
     cdef void release(self) noexcept
-    cdef bint idle(self, uint32_t id) noexcept
-    cdef int unknown(self, uint32_t id) noexcept
     cdef int put_handshake(self, Buffer* text) except -1
     cdef int decode(self, int what, Buffer* text, Http2Stream stream, const char* p, uint32_t n, bint last=*) except -2
     cdef int inflate(self, void* into, const char* p, uint32_t n) noexcept       # a Block of http2.pyx
