@@ -26,7 +26,8 @@ def register(subparsers: Subparsers) -> None:
     parser.add_argument("--token", metavar="FILE", help="a token of `crossway mesh token`, needed the first time")
     parser.add_argument("--join-cert", metavar="FILE", help="instead of a token: a certificate of the bank's PKI that may join as this service")
     parser.add_argument("--join-key", metavar="FILE", help="its key; default: in the file of --join-cert")
-    parser.add_argument("--control-ca", metavar="FILE", help="the root of the mesh, for --join-cert")
+    parser.add_argument("--join-kubernetes", metavar="FILE", help="instead of a token: this pod's service account token, from a projected volume")
+    parser.add_argument("--control-ca", metavar="FILE", help="the root of the mesh, for --join-cert and --join-kubernetes")
     parser.add_argument("--local", action="append", default=[], type=_local, metavar="SERVICE=HOST:PORT", help="a port of its own for one service; may be repeated")
     parser.add_argument("--admin", type=_loopback, metavar="HOST:PORT", help="/livez, /readyz, /metrics and /status, on loopback")
     parser.add_argument("--advertise", type=_address, metavar="HOST:PORT", help="how others reach --inbound, when that is another address")
@@ -85,8 +86,12 @@ def _seconds(text: str) -> float:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    if (parsed.join_cert is None) != (parsed.control_ca is None) or (parsed.join_key is not None and parsed.join_cert is None):
-        print("crossway: --join-cert and --control-ca belong together: who we are, and who the control plane is", file=sys.stderr)
+    ways = [name for name in ("token", "join_cert", "join_kubernetes") if getattr(parsed, name) is not None]
+    if len(ways) > 1:
+        print(f"crossway: {' and '.join('--' + each.replace('_', '-') for each in ways)}: one way to join is enough", file=sys.stderr)
+        return 2
+    if (parsed.control_ca is None) != (ways not in (["join_cert"], ["join_kubernetes"])) or (parsed.join_key is not None and parsed.join_cert is None):
+        print("crossway: --control-ca belongs to --join-cert or --join-kubernetes: who we are, and who the control plane is", file=sys.stderr)
         return 2
     from gateway.server import log as logs
     from gateway.server.sidecar import Setup, address
@@ -98,6 +103,7 @@ def run(parsed: argparse.Namespace) -> int:
             service=parsed.service, app=parsed.app, inbound=parsed.inbound, outbound=parsed.outbound, control=parsed.control,
             state=parsed.state, token=parsed.token, ports=dict(parsed.local), admin=parsed.admin, zone=parsed.zone,
             pair=None if parsed.join_cert is None else (parsed.join_cert, parsed.join_key or parsed.join_cert), control_ca=parsed.control_ca,
+            pod=parsed.join_kubernetes,
             labels=dict(parsed.label), advertise=None if parsed.advertise is None else address(*parsed.advertise),
             intercept=parsed.intercept, app_protocol=parsed.app_protocol, drain_delay=parsed.drain_delay, drain_deadline=parsed.drain_deadline,
         )

@@ -75,11 +75,11 @@ class State:
             raise StateError(f"{path}: larger than {MOST >> 20} MiB")
         return content
 
-    def instance(self, service: str) -> str:
-        """Return the name of this instance of a service, drawn once. Raises StateError or OSError."""
+    def instance(self, service: str, name: str | None = None) -> str:
+        """Return the name of this instance of a service: `name`, or one that is drawn once. Raises StateError or OSError."""
         held = self.read("instance")
-        if held is None:
-            held = f"{service}-{secrets.token_hex(6)}".encode()
+        if held is None or (name is not None and held != name.encode()):
+            held = (name or f"{service}-{secrets.token_hex(6)}").encode()
             self.write("instance", held)
         return held.decode("ascii", "replace").strip()
 

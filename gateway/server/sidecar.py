@@ -28,6 +28,8 @@ from gateway.mesh.assignment import Assignment, Refused
 from gateway.mesh.enrol import EnrolError, address_of, read_token
 from gateway.mesh.identity import Identity, Svid, load, pause
 from gateway.mesh.link import Link, read_assignment
+from gateway.mesh.pod import BadPod
+from gateway.mesh.pod import read_token as read_pod
 from gateway.mesh.proxy import INBOUND, OUTBOUND, Surroundings, build
 from gateway.mesh.state import BUNDLE, State, StateError
 from gateway.server import log as logs
@@ -60,7 +62,8 @@ class Setup:
     state: str
     token: str | None = None  # a file
     pair: tuple[str, str] | None = None  # instead: files of a certificate of the bank's PKI and its key
-    control_ca: str | None = None  # and of the control plane's root
+    pod: str | None = None  # instead: the file of a Kubernetes token
+    control_ca: str | None = None  # for both: the file of the control plane's root
     ports: dict[str, tuple[str, int]] = field(default_factory=dict)  # service -> a local address of its own
     admin: tuple[str, int] | None = None
     zone: str | None = None
@@ -125,10 +128,19 @@ class Sidecar:
         """What the control plane is told of this instance."""
         bound = self.sockets[INBOUND].getsockname()
         return {
-            "service": self.setup.service, "control": self.setup.control, "instance": self.state.instance(self.setup.service),
+            "service": self.setup.service, "control": self.setup.control, "instance": self._instance(),
             "inbound": self.setup.advertise or address(bound[0], bound[1]), "zone": self.setup.zone,
             "labels": {**self.setup.labels, "app-port": str(self.setup.app[1])},
         }  # fmt: skip
+
+    def _instance(self) -> str:
+        """What this instance is called: a pod by its own name. Raises CannotStart."""
+        if self.setup.pod is None:
+            return self.state.instance(self.setup.service)
+        try:
+            return self.state.instance(self.setup.service, read_pod(self.setup.pod)[1].instance)
+        except (OSError, BadPod) as error:
+            raise CannotStart(f"{self.setup.pod}: {error.strerror}" if isinstance(error, OSError) else str(error)) from None
 
     async def run(self) -> None:
         """Serve until drained. Raises CannotStart."""
@@ -143,7 +155,8 @@ class Sidecar:
             except OSError as error:
                 raise CannotStart(f"cannot bind admin to {address(*self.setup.admin)}: {error.strerror}") from None
         job = self._job()
-        self.identity = Identity(self.state, job, self._renewed)
+        again = self._lasting_proof()
+        self.identity = Identity(self.state, job, self._renewed, proof=again)
         await self._become_member()
         assert self.identity.svid is not None
         self.link = Link(self.state, self.setup.control, job["instance"], self._svid, self.apply)
@@ -185,13 +198,19 @@ class Sidecar:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.hurry.wait(), min(10.0, pause(self.identity.failures, self.identity.draw())))
 
+    def _lasting_proof(self) -> dict[str, Any] | None:
+        """What one may join with as often as needed; None with a token, which is good once."""
+        if self.setup.pod is not None:
+            return {"kubernetes": self.setup.pod, "control_ca": self.setup.control_ca}
+        return None if self.setup.pair is None else {"pair": list(self.setup.pair), "control_ca": self.setup.control_ca}
+
     def _proof(self, held: Svid | None) -> tuple[dict[str, Any], float]:
         """What to join with, and until when that makes sense."""
         setup = self.setup
         try:
             address_of(setup.control)
-            if setup.pair is not None:
-                return {"pair": list(setup.pair), "control_ca": setup.control_ca}, float("inf")
+            if (lasting := self._lasting_proof()) is not None:
+                return lasting, float("inf")
             if setup.token is None:
                 what = "the certificate in it has expired" if held is not None else "there is no certificate in it"
                 raise CannotStart(f"{self.state.folder}: {what}; make a token with `crossway mesh token {setup.service}` and give it with --token")
