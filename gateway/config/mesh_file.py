@@ -135,6 +135,7 @@ class Control(Model):
 
     bind: BindText = setting("127.0.0.1:9700", "where members connect (mutual TLS)")
     admin: BindText | None = setting(None, "/livez, /readyz, /metrics, /status and /crl, on loopback or a Unix socket")
+    probes: BindText | None = setting(None, "/livez, /readyz and /metrics for an orchestrator, on any address; they ask nobody who he is")
     state: StatePlace = setting("mesh.db", "SQLite file, or postgresql:// URL when several control planes share it")
     ca: FilePath = setting("ca", "folder of the authority's certificates and keys; made at the first start")
     join: Join | None = setting(None, "joining by a certificate of the bank's PKI or as a pod; default: by token only")
@@ -146,6 +147,8 @@ class Control(Model):
     def _places(self) -> Self:
         if self.bind.unix:
             raise fault("members of a mesh connect over TCP", "write address:port", at=("bind",))
+        if self.probes is not None and self.probes.unix:
+            raise fault("an orchestrator asks over TCP", "write address:port", at=("probes",))
         if self.admin is not None and not self.admin.unix and not self.admin.loopback:
             raise fault("not on loopback", "these pages ask nobody who he is: 127.0.0.1:PORT or unix:PATH", at=("admin",))
         return self

@@ -203,7 +203,7 @@ class ControlPlane:
             self.metrics.reloads.labels("refused").inc()
             log.error("the mesh's file is refused, the old one goes on", extra={"problems": [problem.as_dict() for problem in error.problems]})
             return
-        fixed = ("bind", "admin", "state", "ca", "heartbeat", "requests")
+        fixed = ("bind", "admin", "probes", "state", "ca", "heartbeat", "requests")
         if mesh.trust_domain != self.mesh.trust_domain:
             self.file_error = "trust_domain: cannot change while members live in it"
             log.error("the mesh's file is refused, the old one goes on", extra={"reason": self.file_error})
