@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import shutil
 import signal
@@ -15,10 +16,12 @@ from typing import Any
 import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
+from ruamel.yaml import YAML
 
+from gateway.mesh.inject import Injection
 from tests.integration.control_kit import ControlProcess, make_request, post, serial_of
 from tests.integration.control_kit import Member as PlainMember
-from tests.integration.mesh_kit import Control, Sidecar
+from tests.integration.mesh_kit import Control, Sidecar, free_port
 from tests.integration.processes import PATIENCE, Gateway, environment, eventually
 from tests.integration.test_mesh_whole import app, call
 
@@ -275,3 +278,61 @@ def test_an_edge_joins_as_a_pod(tmp_path: Path, control: ControlProcess, cluster
         with Gateway(path) as gateway:
             eventually(lambda: gateway.get("/v1/payments/7")[0] == 200, "the way through the edge")
             assert "edge-5c-1-dddddddd" in {each["instance"] for each in control.status()["instances"]}
+
+
+MANIFEST = """apiVersion: v1
+kind: Pod
+metadata: {name: payments, annotations: {crossway.dev/inbound-port: "%d", crossway.dev/outbound-port: "%d", crossway.dev/admin-port: "%d", crossway.dev/probes-port: "%d"}}
+spec:
+  securityContext: {runAsUser: 1000}
+  containers:
+  - name: app
+    image: payments
+    ports: [{containerPort: %d}]
+    readinessProbe: {httpGet: {path: /health, port: %d}}
+"""
+
+
+def test_what_is_injected_runs(tmp_path: Path, control: ControlProcess, cluster: Cluster, app: int) -> None:
+    """The sidecar of an injected manifest, with its own words; only the places of its files are others."""
+    ports = [free_port() for _ in range(4)]
+    made = Injection("pod.yaml", {"control": control.url}).run(MANIFEST % (*ports, app, app))
+    (pod,) = YAML(typ="safe").load_all(made)
+    side = next(each for each in pod["spec"]["initContainers"] if each["name"] == "crossway-sidecar")
+    token = cluster.file()
+    places = {
+        "/var/run/secrets/crossway/token": str(token), "/var/run/secrets/crossway/root.crt": str(tmp_path / "ca/1/root.crt"),
+        "/var/run/crossway/member": str(tmp_path / "run/member"), "[$(POD_IP)]": "127.0.0.1",
+    }  # fmt: skip
+
+    def here(word: str) -> str:
+        for old, new in places.items():
+            word = word.replace(old, new)
+        return word
+
+    (tmp_path / "run").mkdir(0o777)
+    (tmp_path / "run").chmod(0o777)  # as an emptyDir is
+    with (tmp_path / "side.log").open("wb") as errors:
+        process = subprocess.Popen([sys.executable, "-m", "gateway", *map(here, side["args"])], env=environment(), stdout=subprocess.DEVNULL, stderr=errors)
+    try:
+        for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+            eventually(lambda probe=probe: asked(side[probe]["httpGet"]), probe)  # type: ignore[misc]
+        assert asked(pod["spec"]["containers"][0]["readinessProbe"]["httpGet"])
+        command = [here(each) for each in side["lifecycle"]["preStop"]["exec"]["command"]][1:]
+        assert subprocess.run([sys.executable, "-m", "gateway", *command], env=environment(), check=False, timeout=PATIENCE).returncode == 0
+        eventually(lambda: not asked(side["readinessProbe"]["httpGet"]), "the leaving")
+        assert asked(side["livenessProbe"]["httpGet"])
+    finally:
+        process.kill()
+        process.wait(PATIENCE)
+
+
+def asked(probe: dict[str, Any]) -> bool:
+    connection = http.client.HTTPConnection("127.0.0.1", probe["port"], timeout=PATIENCE)
+    try:
+        connection.request("GET", probe["path"])
+        return connection.getresponse().status == 200
+    except OSError:
+        return False
+    finally:
+        connection.close()
