@@ -18,6 +18,8 @@ COMMANDS = {
     "revoke": ("shut out a service or a certificate", "gateway.cli.mesh_revoke"),
     "rotate-root": ("change the mesh's root without a restart", "gateway.cli.mesh_rotate"),
     "sidecar": ("run a service's sidecar", "gateway.cli.mesh_sidecar"),
+    "inject": ("put the mesh into manifests of Kubernetes", "gateway.cli.mesh_inject"),
+    "leave": ("take a sidecar out of service while it goes on serving", "gateway.cli.mesh_leave"),
     "intercept": ("redirect an app's connections to its sidecar (nftables)", "gateway.cli.mesh_intercept"),
 }
 

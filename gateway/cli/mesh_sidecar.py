@@ -12,12 +12,13 @@ import re
 import sys
 
 from gateway.cli import Subparsers
+from gateway.server.app_probe import AppProbe, parse_header, parse_probe
 
 
 def register(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("sidecar", help="run a service's sidecar")
     parser.add_argument("--service", required=True, type=_name, metavar="NAME", help="the service, as the mesh's file names it")
-    parser.add_argument("--app", required=True, type=_address, metavar="HOST:PORT", help="where the app listens, in clear text")
+    parser.add_argument("--app", required=True, type=_app, metavar="HOST:PORT", help="where the app listens, in clear text; `none` for one that only calls others")
     parser.add_argument("--app-protocol", default="http1", choices=["http1", "http2", "grpc"], help="what the app speaks, in clear text (http1)")
     parser.add_argument("--inbound", required=True, type=_address, metavar="HOST:PORT", help="where members of the mesh call it (mutual TLS)")
     parser.add_argument("--outbound", required=True, type=_loopback, metavar="HOST:PORT", help="where the app calls services, whose name is the Host")
@@ -26,9 +27,13 @@ def register(subparsers: Subparsers) -> None:
     parser.add_argument("--token", metavar="FILE", help="a token of `crossway mesh token`, needed the first time")
     parser.add_argument("--join-cert", metavar="FILE", help="instead of a token: a certificate of the bank's PKI that may join as this service")
     parser.add_argument("--join-key", metavar="FILE", help="its key; default: in the file of --join-cert")
-    parser.add_argument("--control-ca", metavar="FILE", help="the root of the mesh, for --join-cert")
+    parser.add_argument("--join-kubernetes", metavar="FILE", help="instead of a token: this pod's service account token, from a projected volume")
+    parser.add_argument("--control-ca", metavar="FILE", help="the root of the mesh, for --join-cert and --join-kubernetes")
     parser.add_argument("--local", action="append", default=[], type=_local, metavar="SERVICE=HOST:PORT", help="a port of its own for one service; may be repeated")
     parser.add_argument("--admin", type=_loopback, metavar="HOST:PORT", help="/livez, /readyz, /metrics and /status, on loopback")
+    parser.add_argument("--probes", type=_address, metavar="HOST:PORT", help="/livez, /startz, /readyz and /metrics for an orchestrator, on any address")
+    parser.add_argument("--app-probe", action="append", default=[], type=_probe, metavar="NAME=http:PORT/PATH", help="/app/NAME of --probes asks the app this, or NAME=tcp:PORT; may be repeated")
+    parser.add_argument("--app-probe-header", action="append", default=[], type=_probe_header, metavar="NAME=HEADER:VALUE", help="a header of such a probe; may be repeated")
     parser.add_argument("--advertise", type=_address, metavar="HOST:PORT", help="how others reach --inbound, when that is another address")
     parser.add_argument("--zone", type=_name, metavar="NAME", help="where this instance is; endpoints of the same zone are preferred")
     parser.add_argument("--label", action="append", default=[], type=_label, metavar="KEY=VALUE", help="for splits and canaries; may be repeated")
@@ -47,6 +52,10 @@ def _address(text: str) -> tuple[str, int]:
         return str(ipaddress.ip_address(match[1] or match[2])), int(match[3])
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a numeric address and a port, such as 127.0.0.1:9001") from None
+
+
+def _app(text: str) -> tuple[str, int] | None:
+    return None if text == "none" else _address(text)
 
 
 def _loopback(text: str) -> tuple[str, int]:
@@ -74,6 +83,20 @@ def _label(text: str) -> tuple[str, str]:
     return key, value
 
 
+def _probe(text: str) -> tuple[str, AppProbe]:
+    try:
+        return parse_probe(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=http:PORT/PATH or NAME=tcp:PORT") from None
+
+
+def _probe_header(text: str) -> tuple[str, str, str]:
+    try:
+        return parse_header(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=HEADER:VALUE, or the header is not one to set") from None
+
+
 def _seconds(text: str) -> float:
     try:
         value = float(text)
@@ -85,9 +108,18 @@ def _seconds(text: str) -> float:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    if (parsed.join_cert is None) != (parsed.control_ca is None) or (parsed.join_key is not None and parsed.join_cert is None):
-        print("crossway: --join-cert and --control-ca belong together: who we are, and who the control plane is", file=sys.stderr)
+    ways = [name for name in ("token", "join_cert", "join_kubernetes") if getattr(parsed, name) is not None]
+    if len(ways) > 1:
+        print(f"crossway: {' and '.join('--' + each.replace('_', '-') for each in ways)}: one way to join is enough", file=sys.stderr)
         return 2
+    if (parsed.control_ca is None) != (ways not in (["join_cert"], ["join_kubernetes"])) or (parsed.join_key is not None and parsed.join_cert is None):
+        print("crossway: --control-ca belongs to --join-cert or --join-kubernetes: who we are, and who the control plane is", file=sys.stderr)
+        return 2
+    if not {each[0] for each in parsed.app_probe_header} <= set(dict(parsed.app_probe)) or (parsed.app_probe and parsed.probes is None):
+        print("crossway: --app-probe-header belongs to an --app-probe, and that to --probes", file=sys.stderr)
+        return 2
+    for name, header, value in parsed.app_probe_header:
+        dict(parsed.app_probe)[name].headers[header] = value
     from gateway.server import log as logs
     from gateway.server.sidecar import Setup, address
     from gateway.server.sidecar import run as sidecar
@@ -98,6 +130,7 @@ def run(parsed: argparse.Namespace) -> int:
             service=parsed.service, app=parsed.app, inbound=parsed.inbound, outbound=parsed.outbound, control=parsed.control,
             state=parsed.state, token=parsed.token, ports=dict(parsed.local), admin=parsed.admin, zone=parsed.zone,
             pair=None if parsed.join_cert is None else (parsed.join_cert, parsed.join_key or parsed.join_cert), control_ca=parsed.control_ca,
+            pod=parsed.join_kubernetes, probes=parsed.probes, app_probes=dict(parsed.app_probe),
             labels=dict(parsed.label), advertise=None if parsed.advertise is None else address(*parsed.advertise),
             intercept=parsed.intercept, app_protocol=parsed.app_protocol, drain_delay=parsed.drain_delay, drain_deadline=parsed.drain_deadline,
         )

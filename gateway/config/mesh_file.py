@@ -12,17 +12,18 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, PlainSerializer, PlainValidator, PrivateAttr, ValidationInfo, model_validator
 
-from gateway.config.base import Model, listed, needed, part, setting
+from gateway.config.base import Model, Shorthand, listed, needed, part, setting
 from gateway.config.conditions import Condition
 from gateway.config.resilience import BalanceSettings, RetrySettings
 from gateway.config.source import Document
 from gateway.config.values import Deadline, FilePath, RateText, Text, base_of, described, fault, text_of
-from gateway.config.web import BindText, FieldName, Method, Prefix
+from gateway.config.web import BindText, FieldName, KeySource, Method, Prefix
 
 EVERYBODY = "*"
 _DOMAIN = re.compile(r"(?=.{1,255}\Z)[a-z0-9](?:[a-z0-9._-]*[a-z0-9])?")
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?")
 _DNS = re.compile(r"(?:\*\.)?(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)*[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
+_ACCOUNT = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?/[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?")
 MIN_LIFETIME, MAX_LIFETIME = 60, 7 * 86400  # seconds
 
 
@@ -51,6 +52,13 @@ def _dns(raw: Any) -> str:
     return text
 
 
+def _account(raw: Any) -> str:
+    hint = "namespace/name, such as shop/payments"
+    if not _ACCOUNT.fullmatch(text := text_of(raw, "expected a service account", hint)):
+        raise fault("not a service account", hint)
+    return text
+
+
 def _serial(raw: Any) -> str:
     hint = "as `crossway mesh status` and openssl show it, in hexadecimal and quoted"
     text = text_of(raw, "expected a serial number", hint).lower().replace(":", "").lstrip("0")
@@ -73,6 +81,7 @@ ServiceName = Annotated[str, PlainValidator(_service), described("service")]
 ServiceOrAll = Annotated[str, PlainValidator(_service_or_all), described("service or `*`")]
 TrustDomain = Annotated[str, PlainValidator(_domain), described("trust domain")]
 DnsName = Annotated[str, PlainValidator(_dns), described("DNS name")]
+Account = Annotated[str, PlainValidator(_account), described("service account")]
 Serial = Annotated[str, PlainValidator(_serial), described("serial number")]
 StatePlace = Annotated[
     str, PlainValidator(_state), described("file or postgresql:// URL"),
@@ -80,13 +89,45 @@ StatePlace = Annotated[
 ]  # fmt: skip
 
 
-class BankJoin(Model):
-    """Joining by a certificate of another PKI instead of a token (x509pop)."""
+class KubernetesJoin(Model):
+    """Joining by the token that Kubernetes gives a pod: of a service account, for this audience, bound to the pod."""
 
-    ca: FilePath = needed("roots of that PKI, PEM")
-    services: Annotated[dict[ServiceName, Annotated[tuple[DnsName, ...], listed("DNS name"), Field(min_length=1)]], Field(min_length=1)] = needed(
-        "which DNS names in a certificate may join as which service"
+    issuer: Text = needed("`iss` of the cluster's tokens, as `kubectl get --raw /.well-known/openid-configuration` says it")
+    keys: KeySource = needed("the cluster's public keys: a file of `kubectl get --raw /openid/v1/jwks`, or an https URL")
+    keys_ca: FilePath | None = setting(None, "roots by which that URL is verified, PEM; default: the system's")
+    keys_token: FilePath | None = setting(None, "a bearer token that the URL asks for; read anew each time")
+    audience: Text = setting("crossway", "whom the token must be meant for")
+    services: Annotated[dict[ServiceName, Annotated[tuple[Account, ...], listed("service account"), Field(min_length=1)]], Field(min_length=1)] = needed(
+        "which service accounts, as namespace/name, may join as which service"
     )
+
+    @model_validator(mode="after")
+    def _for_urls(self) -> Self:
+        for key in ("keys_ca", "keys_token"):
+            if getattr(self, key) is not None and not self.keys.startswith("https://"):
+                raise fault(f"`{key}` is for keys at an https URL", "remove it, or write the URL in `keys`", at=(key,))
+        return self
+
+
+class Join(Model):
+    """Joining by something else than a token of `crossway mesh token`."""
+
+    ca: FilePath | None = setting(None, "roots of another PKI, PEM, whose certificates may join (x509pop)")
+    services: dict[ServiceName, Annotated[tuple[DnsName, ...], listed("DNS name"), Field(min_length=1)]] = setting(
+        {}, "which DNS names in such a certificate may join as which service"
+    )
+    kubernetes: Annotated[tuple[KubernetesJoin, ...], Shorthand(lambda raw: [raw] if isinstance(raw, dict) else raw, None)] = setting(
+        [], "joining by the token of a pod: a cluster, or a list of them"
+    )
+
+    @model_validator(mode="after")
+    def _sense(self) -> Self:
+        if (self.ca is None) != (not self.services):
+            missing = "services" if self.ca is not None else "ca"
+            raise fault(f"`ca` and `services` belong together: `{missing}` is missing", "whose certificates, and who may join as what")
+        if self.ca is None and not self.kubernetes:
+            raise fault("nothing to join by", "name `ca` and `services`, or `kubernetes`, or leave `join` out")
+        return self
 
 
 class Control(Model):
@@ -94,9 +135,10 @@ class Control(Model):
 
     bind: BindText = setting("127.0.0.1:9700", "where members connect (mutual TLS)")
     admin: BindText | None = setting(None, "/livez, /readyz, /metrics, /status and /crl, on loopback or a Unix socket")
+    probes: BindText | None = setting(None, "/livez, /readyz and /metrics for an orchestrator, on any address; they ask nobody who he is")
     state: StatePlace = setting("mesh.db", "SQLite file, or postgresql:// URL when several control planes share it")
     ca: FilePath = setting("ca", "folder of the authority's certificates and keys; made at the first start")
-    join: BankJoin | None = setting(None, "joining by a certificate of the bank's PKI; default: by token only")
+    join: Join | None = setting(None, "joining by a certificate of the bank's PKI or as a pod; default: by token only")
     requests: RateText = setting("50/s", "certificate requests that are answered; 429 above it")
     heartbeat: Deadline = setting("15s", "without a word of an instance: out of the registry")
     fresh: Deadline = setting("1h", "how old an assignment may get before members say so")
@@ -105,6 +147,8 @@ class Control(Model):
     def _places(self) -> Self:
         if self.bind.unix:
             raise fault("members of a mesh connect over TCP", "write address:port", at=("bind",))
+        if self.probes is not None and self.probes.unix:
+            raise fault("an orchestrator asks over TCP", "write address:port", at=("probes",))
         if self.admin is not None and not self.admin.unix and not self.admin.loopback:
             raise fault("not on loopback", "these pages ask nobody who he is: 127.0.0.1:PORT or unix:PATH", at=("admin",))
         return self

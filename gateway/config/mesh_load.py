@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from gateway._speedups.certificates import TlsError, parse_certificates
 from gateway.config.load import _sorted, _translate
-from gateway.config.mesh_file import EVERYBODY, MeshFile
+from gateway.config.mesh_file import EVERYBODY, KubernetesJoin, MeshFile
 from gateway.config.source import Document, Path_
 from gateway.errors import ConfigError, Problem
 
@@ -41,7 +41,10 @@ def load_mesh(path: str | Path) -> MeshFile:
             _translate(document, details, context["models"])
     _check_names(document)
     if mesh is not None and mesh.control.join is not None:
-        _check_roots(document, mesh.control.join.ca)
+        if mesh.control.join.ca is not None:
+            _check_roots(document, ("ca",), mesh.control.join.ca)
+        for number, cluster in enumerate(mesh.control.join.kubernetes):
+            _check_cluster(document, number, cluster)
     if mesh is None or any(problem.severity == "error" for problem in document.problems):
         raise ConfigError(_sorted(document.problems))
     mesh._document = document
@@ -75,15 +78,32 @@ def mesh_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
-def _check_roots(document: Document, path: Path) -> None:
+def _check_cluster(document: Document, number: int, cluster: KubernetesJoin) -> None:
+    """Its files are there; whether the keys can serve is seen, and told, where tokens are verified."""
+    at = ("kubernetes", number)
+    if cluster.keys_ca is not None:
+        _check_roots(document, (*at, "keys_ca"), cluster.keys_ca)
+    if "://" in cluster.keys:
+        return
+    path = document.base / cluster.keys
+    try:
+        document.files[f"file:{path}"] = path.read_bytes()
+    except OSError as error:
+        document.report(
+            ("control", "join", *at, "keys"), f"cannot read the keys: {error.strerror}", f"kubectl get --raw /openid/v1/jwks > {path}"
+        )
+
+
+def _check_roots(document: Document, at: Path_, path: Path) -> None:
+    at = ("control", "join", *at)
     try:
         content = path.read_bytes()
         parse_certificates(content)
         document.files[f"file:{path}"] = content
     except OSError as error:
-        document.report(("control", "join", "ca"), f"cannot be read: {error.strerror}", "a file of certificates, PEM")
+        document.report(at, f"cannot be read: {error.strerror}", "a file of certificates, PEM")
     except TlsError as error:
-        document.report(("control", "join", "ca"), f"cannot be used: {error}", "a file of certificates, PEM")
+        document.report(at, f"cannot be used: {error}", "a file of certificates, PEM")
 
 
 def _check_names(document: Document) -> None:
@@ -111,9 +131,15 @@ def _check_names(document: Document) -> None:
         _check_list(document, ("revoked", "services"), revoked.get("services"), known)
     control = data.get("control")
     join = control.get("join") if isinstance(control, dict) else None
-    named = join.get("services") if isinstance(join, dict) else None
-    for name in named if isinstance(named, dict) else []:
-        _known(document, ("control", "join", "services", name), name, known)
+    if not isinstance(join, dict):
+        return
+    clusters = join.get("kubernetes")
+    places: list[tuple[Path_, Any]] = [(("control", "join"), join), (("control", "join", "kubernetes"), clusters)]
+    places += [(("control", "join", "kubernetes", at), each) for at, each in enumerate(clusters if isinstance(clusters, list) else [])]
+    for place, holder in places:
+        named = holder.get("services") if isinstance(holder, dict) else None
+        for name in named if isinstance(named, dict) else []:
+            _known(document, (*place, "services", name), name, known)
 
 
 def _check_list(document: Document, at: Path_, value: Any, known: list[str]) -> None:

@@ -50,15 +50,18 @@ class Mesh(Model):
     state: FilePath = needed("folder of the certificate, its key and what the control plane said last; made when it is not there")
     token: FilePath | None = setting(None, "a token of `crossway mesh token`, needed the first time")
     certificate: Pair | None = setting(None, "instead of a token: a certificate of the bank's PKI that may join as this service")
-    control_ca: FilePath | None = setting(None, "the root of the mesh, for `certificate`")
+    kubernetes: FilePath | None = setting(None, "instead of a token: this pod's service account token, from a projected volume")
+    control_ca: FilePath | None = setting(None, "the root of the mesh, for `certificate` and `kubernetes`")
 
     @model_validator(mode="after")
     def _one_way_in(self) -> Self:
-        if (self.certificate is None) != (self.control_ca is None):
-            missing = "control_ca" if self.control_ca is None else "certificate"
-            raise fault(f"`certificate` and `control_ca` belong together: `{missing}` is missing", "who we are, and who the control plane is")
-        if self.certificate is not None and self.token is not None:
-            raise fault("both `token` and `certificate`", "keep one of them", at=("token",))
+        ways = [name for name in ("certificate", "token", "kubernetes") if getattr(self, name) is not None]
+        if len(ways) > 1:
+            raise fault(f"both `{ways[0]}` and `{ways[1]}`", "keep one of them", at=(ways[1],))
+        if self.control_ca is None and ways in (["certificate"], ["kubernetes"]):
+            raise fault(f"`{ways[0]}` and `control_ca` belong together: `control_ca` is missing", "who we are, and who the control plane is")
+        if self.control_ca is not None and ways not in (["certificate"], ["kubernetes"]):
+            raise fault("`certificate` and `control_ca` belong together: `certificate` is missing", "who we are, and who the control plane is")
         return self
 
     @property

@@ -1,7 +1,7 @@
 """What the control plane answers: /v1/join, /v1/renew, /v1/stream and /v1/crl for members, and the admin pages on loopback.
 
-Strategy: who asks was settled by the handshake and is judged again for each request. Only /v1/join opens without a member's certificate, by a token or
-by a certificate of the bank's PKI. Bodies are bounded, attempts without proof are limited by address before anything is looked up, and
+Strategy: who asks was settled by the handshake and is judged again for each request. Only /v1/join opens without a member's certificate, by a token, by
+a pod's token or by a certificate of the bank's PKI. Bodies are bounded, attempts without proof are limited by address before anything is looked up, and
 certificates by a limit over all. Answers to strangers say what is wrong with what they sent, never what is in the store.
 """
 
@@ -26,6 +26,7 @@ from gateway.mesh.ca import BadRequest, CaError, Issued
 from gateway.mesh.control import ControlPlane
 from gateway.mesh.limit import Bucket, Buckets
 from gateway.mesh.peers import Peer
+from gateway.mesh.pod import BadPod
 from gateway.mesh.registry import BadInstance, read_instance, read_place
 from gateway.mesh.report import report
 from gateway.mesh.store import StoreError
@@ -83,7 +84,7 @@ class Api:
     # -- certificates
 
     async def join(self, request: Request, peer: Peer) -> Response:
-        """A first certificate, for a token or for a certificate of the bank's PKI."""
+        """A first certificate, for a token, as a pod of Kubernetes, or for a certificate of the bank's PKI."""
         if not self.attempts.take(peer.address):
             raise Refusal(429, "too many attempts from this address", "attempts", **{"retry-after": "1"})
         said = await _body(request)
@@ -93,6 +94,8 @@ class Api:
             if presented is not None:
                 service, how = presented.service, "token"
                 await tokens.check(self.plane.store, presented)
+            elif said.get("kubernetes") is not None:
+                service, how = await self._by_cluster(said, instance), "kubernetes"
             else:
                 service, how = self._by_bank(peer, said), "bank"
         except BadInstance as error:
@@ -111,9 +114,19 @@ class Api:
         self.plane.changed()
         return self._issued(issued)
 
+    async def _by_cluster(self, said: dict[str, Any], instance: str) -> str:
+        """A pod is one instance: its token lets nobody join under another name, and renewing needs no token."""
+        try:
+            pod = await self.plane.clusters.admit(said["kubernetes"], said.get("service"))
+        except BadPod as error:
+            raise Refusal(403, str(error), "kubernetes") from None
+        if instance != pod.instance:
+            raise Refusal(403, f"the instance of this pod is {pod.instance}", "kubernetes")
+        return str(said["service"])
+
     def _by_bank(self, peer: Peer, said: dict[str, Any]) -> str:
         join = self.plane.mesh.control.join
-        if join is None:
+        if join is None or join.ca is None:
             raise Refusal(401, "a token is required", "token")
         names = self.plane.peers.bank_names(peer)
         if not names:
@@ -203,12 +216,9 @@ class Pages:
 
     def __init__(self, plane: ControlPlane) -> None:
         self.plane = plane
-        self.app = Starlette(
-            routes=[
-                Route("/livez", self.livez), Route("/readyz", self.readyz), Route("/metrics", self.metrics), Route("/status", self.status),
-                Route("/crl", self.crl),
-            ]
-        )  # fmt: skip
+        probes = [Route("/livez", self.livez), Route("/readyz", self.readyz), Route("/metrics", self.metrics)]
+        self.probes = Starlette(routes=probes)  # what may be asked from elsewhere
+        self.app = Starlette(routes=[*probes, Route("/status", self.status), Route("/crl", self.crl)])
 
     async def livez(self, request: Request) -> Response:
         return _json({"status": "alive"})

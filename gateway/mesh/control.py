@@ -27,6 +27,7 @@ from gateway.mesh import revocation
 from gateway.mesh.assign import Assignments, World, content_of
 from gateway.mesh.ca import Ca, CaError
 from gateway.mesh.control_metrics import Metrics
+from gateway.mesh.kubernetes import Clusters
 from gateway.mesh.peers import Peers
 from gateway.mesh.registry import Registry
 from gateway.mesh.sign import Signer
@@ -52,6 +53,7 @@ class ControlPlane:
         self.store = store
         self.replica = f"{socket.gethostname()[:64]}-{secrets.token_hex(4)}"
         self.peers = Peers(mesh.trust_domain)
+        self.clusters = Clusters()
         self.registry = Registry(store, self.replica, mesh.control.heartbeat)
         self.signer = Signer(ca)
         self.assignments = Assignments(lambda body: self.signer.sign(body))
@@ -201,7 +203,7 @@ class ControlPlane:
             self.metrics.reloads.labels("refused").inc()
             log.error("the mesh's file is refused, the old one goes on", extra={"problems": [problem.as_dict() for problem in error.problems]})
             return
-        fixed = ("bind", "admin", "state", "ca", "heartbeat", "requests")
+        fixed = ("bind", "admin", "probes", "state", "ca", "heartbeat", "requests")
         if mesh.trust_domain != self.mesh.trust_domain:
             self.file_error = "trust_domain: cannot change while members live in it"
             log.error("the mesh's file is refused, the old one goes on", extra={"reason": self.file_error})
@@ -238,7 +240,8 @@ class ControlPlane:
     def _take_authority(self) -> None:
         self.peers.roots = parse_certificates(self.ca.bundle.encode("ascii"))
         join = self.mesh.control.join
-        self.peers.bank = parse_certificates(join.ca.read_bytes()) if join is not None else []
+        self.peers.bank = parse_certificates(join.ca.read_bytes()) if join is not None and join.ca is not None else []
+        self.clusters.take(join.kubernetes if join is not None else ())
 
     def _file_time(self) -> tuple[int, int, int] | None:
         try:
@@ -249,6 +252,7 @@ class ControlPlane:
 
     async def close(self) -> None:
         """End in good order: members go on, and to another control plane if there is one."""
+        self.clusters.close()
         await self.hub.close()
         with contextlib.suppress(StoreError):
             await self.hub.write()

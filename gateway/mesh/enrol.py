@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from gateway.mesh.pod import BadPod
+from gateway.mesh.pod import read_token as read_pod
 from gateway.mesh.state import BUNDLE, SVID, State, StateError
 from gateway.workload.admission import identity_of
 
@@ -163,8 +165,10 @@ def accept(state: State, answer: dict[str, Any], private: bytes, service: str) -
 
 
 def join(state: State, job: dict[str, Any]) -> dict[str, Any]:
-    """Get the first certificate, for a token or for a certificate of the bank's own PKI."""
+    """Get the first certificate, for a token, as a pod, or for a certificate of the bank's own PKI."""
     said = {key: job[key] for key in ("instance", "inbound", "labels", "zone")}
+    if job.get("kubernetes") is not None:
+        return _join_as_pod(state, job, said)
     if job.get("pair") is not None:
         return _join_by_pair(state, job, said)
     token = read_token(job["token"])
@@ -184,14 +188,34 @@ def _join_by_pair(state: State, job: dict[str, Any], said: dict[str, Any]) -> di
     host, port = address_of(job["control"])
     certificate, key = job["pair"]
     try:
-        with open(job["control_ca"], encoding="ascii") as file:
-            context = control_context(file.read(MOST))
+        context = _known_control(job)
         context.load_cert_chain(certificate, key)
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
         raise EnrolError(f"the certificate to join with, or the control plane's root, cannot be used: {error}", True) from None
     request, private = make_request(job["service"])
     answer = ask(host, port, "/v1/join", context, {"service": job["service"], "csr": request, **said})
     return accept(state, answer, private, job["service"])
+
+
+def _join_as_pod(state: State, job: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
+    """Show the token that Kubernetes keeps in a file; it is said only to who is proved to be the control plane."""
+    host, port = address_of(job["control"])
+    try:
+        token, pod = read_pod(job["kubernetes"])
+        context = _known_control(job)
+    except BadPod as error:
+        raise EnrolError(str(error), True) from None
+    except (OSError, ValueError) as error:
+        raise EnrolError(f"the pod's token, or the control plane's root, cannot be used: {error}", True) from None
+    request, private = make_request(job["service"])
+    said |= {"instance": pod.instance, "kubernetes": token, "service": job["service"], "csr": request}
+    return accept(state, ask(host, port, "/v1/join", context, said), private, job["service"])
+
+
+def _known_control(job: dict[str, Any]) -> ssl.SSLContext:
+    """What verifies a control plane whose root is a file of ours. Raises OSError or ValueError."""
+    with open(job["control_ca"], encoding="ascii") as file:
+        return control_context(file.read(MOST))
 
 
 def renew(state: State, job: dict[str, Any]) -> dict[str, Any]:

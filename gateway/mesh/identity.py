@@ -93,11 +93,12 @@ class Identity:
     failed: int = 0  # in all
     alarm: int = 0  # 0 in time, 1 late, 2 urgent
     error: str = ""
+    proof: dict[str, Any] | None = None  # what one may join with again, should the certificate end: a pod's token, a pair of the bank's PKI
     lasting: bool = False  # the last failure will not pass by itself
     draw: Callable[[], float] = field(default=lambda: random.uniform(-1, 1))
 
     async def join(self, proof: dict[str, Any]) -> bool:
-        """Join by a `token`, or by a `pair` of files under the root in `control_ca`; False when it did not work, and `error` says why."""
+        """Join by a `token`, as a pod (`kubernetes`) or by a `pair` of files, both under the root in `control_ca`; False when it did not work, and `error` says why."""
         return await self._attempt({**self.job, **proof, "kind": "join"})
 
     async def keep(self) -> None:
@@ -109,7 +110,8 @@ class Identity:
             self.look(time.time())
             if time.time() < due:
                 continue
-            if await self._attempt({**self.job, "kind": "renew"}):
+            over = self.svid.leaf.not_after <= time.time()
+            if await (self.join(self.proof) if over and self.proof is not None else self._attempt({**self.job, "kind": "renew"})):
                 due = due_at(self.svid, self.draw())
             else:
                 due = time.time() + min(pause(self.failures, self.draw()), self._hurry())

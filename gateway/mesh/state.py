@@ -44,8 +44,8 @@ class State:
     def bundle(self) -> Path:
         return self.folder / BUNDLE
 
-    def lock(self) -> None:
-        """Keep the folder for this process until it ends. Raises StateError when another one has it."""
+    def lock(self, role: str = "member") -> None:
+        """Keep the folder for this process until it ends; `role` is what others may ask it for. Raises StateError when another one has it."""
         self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -53,6 +53,8 @@ class State:
             os.close(self._lock)
             self._lock = -1
             raise StateError(f"{self.folder}: another process uses it") from None
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, f"{role} {os.getpid()}\n".encode(), 0)
 
     def unlock(self) -> None:
         if self._lock >= 0:
@@ -75,11 +77,11 @@ class State:
             raise StateError(f"{path}: larger than {MOST >> 20} MiB")
         return content
 
-    def instance(self, service: str) -> str:
-        """Return the name of this instance of a service, drawn once. Raises StateError or OSError."""
+    def instance(self, service: str, name: str | None = None) -> str:
+        """Return the name of this instance of a service: `name`, or one that is drawn once. Raises StateError or OSError."""
         held = self.read("instance")
-        if held is None:
-            held = f"{service}-{secrets.token_hex(6)}".encode()
+        if held is None or (name is not None and held != name.encode()):
+            held = (name or f"{service}-{secrets.token_hex(6)}").encode()
             self.write("instance", held)
         return held.decode("ascii", "replace").strip()
 
@@ -103,3 +105,19 @@ class State:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def owner(folder: str | Path, role: str) -> int | None:
+    """Return the process that holds a folder's lock as `role`; None when there is none."""
+    try:
+        handle = os.open(Path(folder) / "lock", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None  # nobody holds it: what is written there is of one who has ended
+    except OSError:
+        words = os.pread(handle, 64, 0).decode("ascii", "replace").split()
+        return int(words[1]) if len(words) == 2 and words[0] == role and words[1].isdecimal() else None
+    finally:
+        os.close(handle)

@@ -156,19 +156,22 @@ async def _serve(path: Path) -> None:
         tls = Tls(plane)
         plane.server_changed = tls.refresh
         servers = [_server(Api(plane).app, members_protocol(plane.peers), "websockets-sansio", tls.context)]
-        if plane.mesh.control.admin is not None:
-            sockets.append(listen(plane.mesh.control.admin))
-            servers.append(_server(Guard(Pages(plane).app, plane.mesh.control.admin, None), BoundedProtocol, "none", None))
-        await _until(leaving, plane, sockets, servers)
+        names, pages = ["control"], Pages(plane)
+        for name, bind, app in (("probes", plane.mesh.control.probes, pages.probes), ("admin", plane.mesh.control.admin, pages.app)):
+            if bind is not None:
+                names.append(name)
+                sockets.append(listen(bind))
+                servers.append(_server(Guard(app, bind, None), BoundedProtocol, "none", None))
+        await _until(leaving, plane, dict(zip(names, sockets, strict=True)), servers)
     finally:
         await plane.close()
 
 
-async def _until(leaving: asyncio.Event, plane: ControlPlane, sockets: list[socket.socket], servers: list[Server]) -> None:
-    serving = [asyncio.ensure_future(server.serve(sockets=[sock])) for server, sock in zip(servers, sockets, strict=True)]
+async def _until(leaving: asyncio.Event, plane: ControlPlane, sockets: dict[str, socket.socket], servers: list[Server]) -> None:
+    serving = [asyncio.ensure_future(server.serve(sockets=[sock])) for server, sock in zip(servers, sockets.values(), strict=True)]
     working = asyncio.ensure_future(plane.run())
     waiting = asyncio.ensure_future(leaving.wait())
-    for name, sock in zip(("control", "admin"), sockets, strict=False):
+    for name, sock in sockets.items():
         print(f"{name:8} {'https' if name == 'control' else 'http'}://{_name(sock)}", flush=True)
     notifier = Notifier.from_environment()
     notifier.ready("serving members")

@@ -19,6 +19,8 @@ from gateway.mesh.assignment import Assignment, Refused
 from gateway.mesh.enrol import EnrolError, join
 from gateway.mesh.identity import Identity, Svid, load
 from gateway.mesh.link import Link, read_assignment
+from gateway.mesh.pod import BadPod
+from gateway.mesh.pod import read_token as read_pod
 from gateway.mesh.state import BUNDLE, State, StateError
 
 if TYPE_CHECKING:
@@ -36,17 +38,34 @@ class MemberError(Exception):
     """The gateway cannot become a member; the text says why."""
 
 
+def instance_of(mesh: Mesh, state: State) -> str:
+    """What this gateway is called: a pod by its own name. Raises MemberError."""
+    try:
+        return state.instance(mesh.service, None if mesh.kubernetes is None else read_pod(mesh.kubernetes)[1].instance)
+    except BadPod as error:
+        raise MemberError(str(error)) from None
+
+
 def job_of(mesh: Mesh, state: State, zone: str | None) -> dict[str, Any]:
     return {
-        "service": mesh.service, "control": mesh.control, "instance": state.instance(mesh.service), "inbound": NOWHERE, "zone": zone,
+        "service": mesh.service, "control": mesh.control, "instance": instance_of(mesh, state), "inbound": NOWHERE, "zone": zone,
         "labels": {},
     }  # fmt: skip
 
 
-def _proof(mesh: Mesh) -> dict[str, Any]:
-    """What to join with."""
+def _lasting_proof(mesh: Mesh) -> dict[str, Any] | None:
+    """What one may join with as often as needed."""
+    if mesh.kubernetes is not None:
+        return {"kubernetes": str(mesh.kubernetes), "control_ca": str(mesh.control_ca)}
     if mesh.certificate is not None:
         return {"pair": [str(mesh.certificate.cert), str(mesh.certificate.key)], "control_ca": str(mesh.control_ca)}
+    return None
+
+
+def _proof(mesh: Mesh) -> dict[str, Any]:
+    """What to join with."""
+    if (lasting := _lasting_proof(mesh)) is not None:
+        return lasting
     assert mesh.token is not None
     return {"token": mesh.token.read_text("ascii")}
 
@@ -57,7 +76,7 @@ def prepare(mesh: Mesh, zone: str | None) -> None:
         state = State(mesh.state)
         held = load(state)
         if held is None or held.leaf.not_after <= time.time():
-            if mesh.token is None and mesh.certificate is None:
+            if mesh.token is None and _lasting_proof(mesh) is None:
                 raise MemberError(f"{mesh.state} holds no valid certificate: name a token of `crossway mesh token {mesh.service}` in mesh.token")
             outcome = join(state, {**job_of(mesh, state, zone), **_proof(mesh)})
             log.info("joined the mesh", extra=outcome)
@@ -88,7 +107,7 @@ def _first(mesh: Mesh, state: State, zone: str | None, held: Svid) -> None:
             write_down(state, assignment)
             told.set()
 
-        link = Link(state, mesh.control, state.instance(mesh.service), lambda: held, apply)
+        link = Link(state, mesh.control, instance_of(mesh, state), lambda: held, apply)
         task = asyncio.create_task(link.run())
         try:
             async with asyncio.timeout(FIRST):
@@ -160,14 +179,14 @@ class Member:
             held = load(self.state)
             if held is None:
                 raise StateError(f"{self.state.folder}: the certificate is gone")
-            self.identity = Identity(self.state, job_of(self.mesh, self.state, self.zone), self._renewed, held)
+            self.identity = Identity(self.state, job_of(self.mesh, self.state, self.zone), self._renewed, held, proof=_lasting_proof(self.mesh))
             self.link = Link(self.state, self.mesh.control, self.identity.job["instance"], self._svid, self._apply)
             self.link.healthy = lambda: True
             self.link.current = read_assignment(self.state, held)
             async with asyncio.TaskGroup() as group:
                 group.create_task(self.identity.keep())
                 group.create_task(self.link.run())
-        except StateError as error:
+        except (StateError, MemberError) as error:
             log.error("the gateway's membership of the mesh has ended", extra={"error": str(error)})
         finally:
             self.state.unlock()

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 HEAD = 8192  # bytes
-PATIENCE = 5.0  # seconds for the head, and for the answer to be taken
+PATIENCE = 6.0  # seconds for the head, and for the answer to be taken
 OPEN = 32  # connections
 REASONS = {200: "OK", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed", 500: "Internal Server Error", 503: "Service Unavailable"}
 
-Page = Callable[[], tuple[int, str, bytes]]  # status, media type, body
+Answer = tuple[int, str, bytes]  # status, media type, body
+Page = Callable[[], Answer | Awaitable[Answer]]
 
 
 class Pages:
@@ -42,7 +43,7 @@ class Pages:
             if self._open <= OPEN:
                 async with asyncio.timeout(PATIENCE):
                     head = await reader.readuntil(b"\r\n\r\n")
-                    status, media, body = self._answer(head)
+                    status, media, body = await self._answer(head)
                     writer.write(
                         f"HTTP/1.1 {status} {REASONS[status]}\r\ncontent-type: {media}\r\ncontent-length: {len(body)}\r\n"
                         "cache-control: no-store\r\nconnection: close\r\n\r\n".encode("ascii") + body
@@ -55,7 +56,7 @@ class Pages:
             with contextlib.suppress(Exception):
                 writer.close()
 
-    def _answer(self, head: bytes) -> tuple[int, str, bytes]:
+    async def _answer(self, head: bytes) -> Answer:
         words = head.split(b"\r\n", 1)[0].split(b" ")
         if len(words) != 3 or not words[2].startswith(b"HTTP/1."):
             return 400, "text/plain", b"not a request\n"
@@ -64,5 +65,6 @@ class Pages:
         page = self.pages.get(words[1].split(b"?", 1)[0].decode("ascii", "replace"))
         if page is None:
             return 404, "text/plain", ("there are: " + " ".join(self.pages) + "\n").encode("ascii")
-        status, media, body = page()
+        found = page()
+        status, media, body = found if isinstance(found, tuple) else await found
         return status, media, b"" if words[0] == b"HEAD" else body

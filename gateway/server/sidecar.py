@@ -28,10 +28,13 @@ from gateway.mesh.assignment import Assignment, Refused
 from gateway.mesh.enrol import EnrolError, address_of, read_token
 from gateway.mesh.identity import Identity, Svid, load, pause
 from gateway.mesh.link import Link, read_assignment
+from gateway.mesh.pod import BadPod
+from gateway.mesh.pod import read_token as read_pod
 from gateway.mesh.proxy import INBOUND, OUTBOUND, Surroundings, build
 from gateway.mesh.state import BUNDLE, State, StateError
 from gateway.server import log as logs
-from gateway.server.pages import Pages
+from gateway.server.app_probe import AppProbe
+from gateway.server.pages import Page, Pages
 from gateway.server.systemd import Notifier
 from gateway.telemetry.shared import SharedState
 from gateway.workload.admission import Revoked
@@ -41,6 +44,7 @@ log = logging.getLogger("crossway.mesh")
 LOOK = 2.0  # seconds between two looks whether the app is there
 CONNECT = 1.0  # seconds for one of them
 BACKLOG = 1024
+NOBODY = ("127.0.0.1", 9)  # stands for the app where there is none; such a member is no endpoint
 CHECK = 0.02  # seconds between two looks while draining
 
 
@@ -53,16 +57,19 @@ class Setup:
     """What the command line says."""
 
     service: str
-    app: tuple[str, int]
+    app: tuple[str, int] | None  # None: it only calls others
     inbound: tuple[str, int]
     outbound: tuple[str, int]
     control: str
     state: str
     token: str | None = None  # a file
     pair: tuple[str, str] | None = None  # instead: files of a certificate of the bank's PKI and its key
-    control_ca: str | None = None  # and of the control plane's root
+    pod: str | None = None  # instead: the file of a Kubernetes token
+    control_ca: str | None = None  # for both: the file of the control plane's root
     ports: dict[str, tuple[str, int]] = field(default_factory=dict)  # service -> a local address of its own
     admin: tuple[str, int] | None = None
+    probes: tuple[str, int] | None = None  # /livez, /startz, /readyz, /metrics for an orchestrator, on any address
+    app_probes: dict[str, AppProbe] = field(default_factory=dict)
     zone: str | None = None
     labels: dict[str, str] = field(default_factory=dict)
     advertise: str | None = None  # host:port by which others reach inbound, when it is not what is bound
@@ -83,28 +90,32 @@ class Sidecar:
         self.setup = setup
         self.loop = loop
         self.state = State(setup.state)
-        self.state.lock()
+        self.state.lock("sidecar")
         self.memory = SharedState(workers=1, bucket_slots=1024)
         self.gauges = self.memory.slot(0)
         self.engine = Engine(0, self.gauges, self.memory.buckets)
         self.around = Surroundings(
-            address(*setup.app), {name: f"{OUTBOUND}:{name}" for name in setup.ports}, self.memory, setup.intercept, setup.zone,
+            address(*(setup.app or NOBODY)), {name: f"{OUTBOUND}:{name}" for name in setup.ports}, self.memory, setup.intercept, setup.zone,
             setup.app_protocol,
         )
         self.sockets: dict[str, socket.socket] = {}
+        self.pages_at: dict[str, tuple[str, int]] = {}
         self.listening = False
         self.app_there = False
         self.draining = False
+        self.left: float | None = None  # when it left the registry, on the loop's clock
         self.revoked = Revoked({})
         self.cut = 0  # connections of revoked members
         self.ended: asyncio.Future[None] = loop.create_future()
         self.hurry = asyncio.Event()
         self.tasks: set[asyncio.Task[Any]] = set()
         self.notifier = Notifier.from_environment()
-        self.pages = Pages({
-            "/livez": lambda: (200, "application/json", b'{"status":"alive"}\n'),
-            "/readyz": self._readyz, "/metrics": self._metrics, "/status": self._status,
-        })  # fmt: skip
+        probes: dict[str, Page] = {
+            "/livez": lambda: (200, "application/json", b'{"status":"alive"}\n'), "/startz": self._startz, "/readyz": self._readyz,
+            "/metrics": self._metrics,
+        }  # fmt: skip
+        self.pages = Pages({**probes, "/status": self._status})
+        self.probes = Pages({**probes, **{f"/app/{name}": probe for name, probe in setup.app_probes.items()}})
 
     # -- start
 
@@ -125,32 +136,45 @@ class Sidecar:
         """What the control plane is told of this instance."""
         bound = self.sockets[INBOUND].getsockname()
         return {
-            "service": self.setup.service, "control": self.setup.control, "instance": self.state.instance(self.setup.service),
+            "service": self.setup.service, "control": self.setup.control, "instance": self._instance(),
             "inbound": self.setup.advertise or address(bound[0], bound[1]), "zone": self.setup.zone,
-            "labels": {**self.setup.labels, "app-port": str(self.setup.app[1])},
+            "labels": self.setup.labels | ({} if self.setup.app is None else {"app-port": str(self.setup.app[1])}),
         }  # fmt: skip
+
+    def _instance(self) -> str:
+        """What this instance is called: a pod by its own name. Raises CannotStart."""
+        if self.setup.pod is None:
+            return self.state.instance(self.setup.service)
+        try:
+            return self.state.instance(self.setup.service, read_pod(self.setup.pod)[1].instance)
+        except (OSError, BadPod) as error:
+            raise CannotStart(f"{self.setup.pod}: {error.strerror}" if isinstance(error, OSError) else str(error)) from None
 
     async def run(self) -> None:
         """Serve until drained. Raises CannotStart."""
         for number in (signal.SIGTERM, signal.SIGINT):
             self.loop.add_signal_handler(number, self._stop)
         self.loop.add_signal_handler(signal.SIGUSR1, logs.reopen)
+        self.loop.add_signal_handler(signal.SIGUSR2, self._leave)
         self.loop.add_signal_handler(signal.SIGHUP, lambda: log.info("nothing to reload: the control plane says what there is to do"))
         self.bind()
-        if self.setup.admin is not None:
-            try:
-                self.admin_at = await self.pages.start(*self.setup.admin)
-            except OSError as error:
-                raise CannotStart(f"cannot bind admin to {address(*self.setup.admin)}: {error.strerror}") from None
+        for name, pages, where in (("admin", self.pages, self.setup.admin), ("probes", self.probes, self.setup.probes)):
+            if where is not None:
+                try:
+                    self.pages_at[name] = await pages.start(*where)
+                except OSError as error:
+                    raise CannotStart(f"cannot bind {name} to {address(*where)}: {error.strerror}") from None
         job = self._job()
-        self.identity = Identity(self.state, job, self._renewed)
+        again = self._lasting_proof()
+        self.identity = Identity(self.state, job, self._renewed, proof=again)
         await self._become_member()
         assert self.identity.svid is not None
         self.link = Link(self.state, self.setup.control, job["instance"], self._svid, self.apply)
         self.link.healthy = lambda: self.app_there
         self.engine.start(self.loop)
         self._from_disk()
-        self._task(self._watch_app())
+        if self.setup.app is not None:
+            self._task(self._watch_app())
         self._task(self.identity.keep())
         self._task(self.link.run())
         self._tick()
@@ -162,6 +186,7 @@ class Sidecar:
             for task in self.tasks:
                 task.cancel()
             self.pages.close()
+            self.probes.close()
             self.engine.close()
             self.state.unlock()
 
@@ -185,13 +210,19 @@ class Sidecar:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.hurry.wait(), min(10.0, pause(self.identity.failures, self.identity.draw())))
 
+    def _lasting_proof(self) -> dict[str, Any] | None:
+        """What one may join with as often as needed; None with a token, which is good once."""
+        if self.setup.pod is not None:
+            return {"kubernetes": self.setup.pod, "control_ca": self.setup.control_ca}
+        return None if self.setup.pair is None else {"pair": list(self.setup.pair), "control_ca": self.setup.control_ca}
+
     def _proof(self, held: Svid | None) -> tuple[dict[str, Any], float]:
         """What to join with, and until when that makes sense."""
         setup = self.setup
         try:
             address_of(setup.control)
-            if setup.pair is not None:
-                return {"pair": list(setup.pair), "control_ca": setup.control_ca}, float("inf")
+            if (lasting := self._lasting_proof()) is not None:
+                return lasting, float("inf")
             if setup.token is None:
                 what = "the certificate in it has expired" if held is not None else "there is no certificate in it"
                 raise CannotStart(f"{self.state.folder}: {what}; make a token with `crossway mesh token {setup.service}` and give it with --token")
@@ -288,9 +319,8 @@ class Sidecar:
 
     def _announce(self) -> None:
         rows = [(name, f"{'https' if name == INBOUND else 'http'}://{address(*sock.getsockname()[:2])}") for name, sock in self.sockets.items()]
-        if self.setup.admin is not None:
-            rows.append(("admin", f"http://{address(*self.admin_at)}"))
-        rows += [("app", f"http://{address(*self.setup.app)}"), ("identity", self._svid().identity)]
+        rows += [(name, f"http://{address(*where)}") for name, where in self.pages_at.items()]
+        rows += [("app", f"http://{address(*self.setup.app)}" if self.setup.app else "none"), ("identity", self._svid().identity)]
         with contextlib.suppress(OSError):
             print("\n".join(f"{name:<{max(len(each) for each, _ in rows)}}  {text}" for name, text in rows), flush=True)
 
@@ -316,6 +346,8 @@ class Sidecar:
 
     async def _app_answers(self) -> bool:
         """Whether the app takes connections now."""
+        if self.setup.app is None:
+            return False
         try:
             async with asyncio.timeout(CONNECT):
                 _, writer = await asyncio.open_connection(*self.setup.app)
@@ -334,6 +366,14 @@ class Sidecar:
             await asyncio.sleep(LOOK if there else CONNECT)
 
     # -- the end
+
+    def _leave(self) -> None:
+        """SIGUSR2: callers are told to go elsewhere; whoever comes is still served."""
+        if self.left is None and self.listening and not self.draining:
+            self.left = self.loop.time()
+            log.info("leaving the registry; inbound goes on")
+            self.gauges.set_gauge("ready", 0)
+            self._task(self.link.drain())
 
     def _stop(self) -> None:
         """SIGTERM: drain; a second one: now."""
@@ -356,7 +396,7 @@ class Sidecar:
         self.gauges.set_gauge("ready", 0)
         self.gauges.set_gauge("draining", 1)
         await self.link.drain()
-        await self._pause(setup.drain_delay)
+        await self._pause(setup.drain_delay if self.left is None else max(0.0, self.left + setup.drain_delay - self.loop.time()))
 
         def in_time() -> bool:
             return not self.hurry.is_set() and self.loop.time() < began + setup.drain_delay + setup.drain_deadline
@@ -384,11 +424,16 @@ class Sidecar:
     # -- pages
 
     def _ready(self) -> tuple[bool, str]:
-        if self.draining:
+        if self.draining or self.left is not None:
             return False, "draining"
         if not self.listening:
             return False, "no assignment yet"
-        return (True, "serving") if self.app_there else (False, "the app takes no connections")
+        return (True, "serving") if self.app_there or self.setup.app is None else (False, "the app takes no connections")
+
+    def _startz(self) -> tuple[int, str, bytes]:
+        """Whether the app may begin: its calls would be served."""
+        body = b'{"status":"started"}\n' if self.listening else b'{"status":"starting"}\n'
+        return 200 if self.listening else 503, "application/json", body
 
     def _readyz(self) -> tuple[int, str, bytes]:
         ready, detail = self._ready()

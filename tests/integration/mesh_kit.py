@@ -296,7 +296,10 @@ class Control:
             writer.writelines([each for each in protocol.data_to_send() if each])
 
     def _answer(self, target: str, said: dict[str, Any], uri: str) -> tuple[int, dict[str, Any]]:
-        if target == "/v1/join":
+        if target == "/v1/join" and "kubernetes" in said:
+            self.joined.append(said)
+            service = said["service"]
+        elif target == "/v1/join":
             if said["token"] not in self.tokens:
                 return 403, {"error": "the token is spent or unknown"}
             self.tokens.discard(said["token"])
@@ -329,7 +332,8 @@ class Sidecar:
         self.state = control.folder / (state or f"{service}.state")
         self.inbound, self.outbound, self.admin = free_port(), free_port(), free_port()
         self.errors = control.folder / f"{service}.log"
-        token = token or (None if (self.state / "svid.pem").exists() else control.token(service))
+        if token is None and "--join-kubernetes" not in more and not (self.state / "svid.pem").exists():
+            token = control.token(service)
         self.arguments = [
             *wrapper, sys.executable, "-m", "gateway", "mesh", "sidecar", "--service", service, "--app", f"127.0.0.1:{app}",
             "--inbound", f"{host}:{self.inbound}", "--outbound", f"127.0.0.1:{self.outbound}", "--admin", f"127.0.0.1:{self.admin}",
