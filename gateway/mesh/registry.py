@@ -83,8 +83,12 @@ class Registry:
         await self.touch()
 
     async def moved(self, service: str, instance: str, inbound: str | None, labels: dict[str, str], zone: str | None) -> None:
-        """Note that an instance is reached elsewhere now."""
-        await self.joined(service, instance, inbound, labels, zone)
+        """Note that an instance is reached elsewhere now; nothing, when another control plane has it by now."""
+        await self.store.run(
+            "UPDATE instances SET inbound = ?, labels = ?, zone = ? WHERE service = ? AND instance = ? AND replica = ?",
+            inbound, json.dumps(labels, sort_keys=True), zone, service, instance, self.replica,
+        )  # fmt: skip
+        await self.touch()
 
     async def left(self, service: str, instance: str) -> None:
         """Note that an instance is gone, unless another control plane has it by now."""
