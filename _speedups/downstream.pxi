@@ -257,6 +257,9 @@ cdef class Downstream(Connection):
         """A log line, and an end that lets the alert arrive; who spoke HTTP in clear text is told so."""
         cdef Tls failed = self.tls
         self.tls = None
+        if failed.failure == FAILED_VISITOR:
+            self.leave()
+            return self.linger()
         self.engine.slot.counters[C_TLS_FAILED] += 1
         self.engine.complain("a client's TLS handshake failed", {
             "listener": self.listener_name, "client": self.text[:self.text_len].decode("ascii"),

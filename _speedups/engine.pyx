@@ -32,7 +32,7 @@ from gateway._speedups.pool cimport *
 from gateway._speedups.proxy_protocol cimport PROXY_MAX, compose_proxy_header, parse_proxy_header
 from gateway._speedups.sockets cimport *
 from gateway._speedups.tcp_listener cimport TcpListener, TcpTarget
-from gateway._speedups.tls cimport ALPN_HTTP2, FAILED_GONE, FAILED_PLAIN, Tls, TlsUpstream, tls_live
+from gateway._speedups.tls cimport ALPN_HTTP2, FAILED_GONE, FAILED_PLAIN, FAILED_VISITOR, Tls, TlsUpstream, tls_live
 from gateway._speedups.token_bucket cimport BucketTable
 from gateway._speedups.upstream_state cimport OUT_NEUTRAL, OUT_OK, U_HEDGES, U_QUEUE_TIMEOUTS, classify_status
 from gateway._speedups.wire cimport cw_equals_folded, cw_fold_name, cw_put_hex

@@ -208,6 +208,9 @@ cdef class TcpDownstream(Connection):
             return 1
         failed = self.tls
         self.tls = None
+        if failed.failure == FAILED_VISITOR:
+            self.alert(-1, 0)
+            return 0
         engine.slot.counters[C_TLS_FAILED] += 1
         engine.complain("a client's TLS handshake failed", {
             "listener": self.listener.name, "client": self.text[:self.text_len].decode("ascii"), "reason": failed.reason})
@@ -250,7 +253,7 @@ cdef class TcpDownstream(Connection):
         return 1
 
     cdef int alert(self, int ending, int description) except -1:
-        """Ends it so that the client learns why: a fatal TLS alert (RFC 8446 6.2), then our end."""
+        """Ends it so that the client learns why: a fatal TLS alert (RFC 8446 6.2), then our end. An `ending` of -1 is worth no line."""
         cdef char record[7]
         if description:
             record[0] = 21
@@ -262,7 +265,8 @@ cdef class TcpDownstream(Connection):
         self.state = D_LINGER
         self.engine.handshaking.pop(self, None)
         self.over = True
-        self.say(ending)
+        if ending >= 0:
+            self.say(ending)
         buffer_release(&self.inb)
         cw_shutdown(self.fd, SHUT_WR)
         self.engine.set_timer(self, T_LINGER, self.engine.now + LINGER_US)

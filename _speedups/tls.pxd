@@ -23,6 +23,7 @@ cdef enum:
     FAILED_PLAIN        # what came was an HTTP request in clear text
     FAILED_TLS          # an alert, a certificate, or bytes that are no handshake
     FAILED_GONE         # the other side left
+    FAILED_VISITOR      # nothing did: who is there came to see whether somebody answers, and is let in no further
 
 cdef struct Wire:
     int fd
@@ -86,7 +87,7 @@ cdef class TlsListener:
     cdef bint asks                      # for client certificates
     cdef int64_t handshake_us
     cdef int handshakes_max             # in flight in each worker
-    cdef object admit                   # None, or a function of a client's Certificate: why it is refused, None when it is not
+    cdef object admit                   # None, or a function of a client's Certificate: why it is refused, "" for a visitor, None when it is let in
     cdef list groups(self, list pairs)
     cdef dict names(self, list pairs)
     cdef Tls accept(self, int fd)

@@ -613,7 +613,10 @@ cdef class Tls:
                     if (<TlsListener>self.settings).admit is not None:
                         why = (<TlsListener>self.settings).admit(self.certificate.leaf)
                         if why is not None:
-                            return self.refused(why)
+                            self.refused(why)
+                            if not why:
+                                self.failure = FAILED_VISITOR
+                            return -1
             elif (<TlsUpstream>self.settings).demands_alpn and not length:
                 return self.refused(f"the server selects none of {', '.join((<TlsUpstream>self.settings).alpn)} (ALPN)")
             elif (<TlsUpstream>self.settings).verify and (<TlsUpstream>self.settings).sans:

@@ -1,4 +1,7 @@
-"""`crossway mesh status`: every proxy, the version it has applied, since when, and why it refused one."""
+"""`crossway mesh status`: every proxy, the version it has applied and since when, and below them what somebody should look at.
+
+Strategy: the table is for the eye, a line an instance; reasons are sentences and stand below it, whole.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +16,26 @@ from gateway.cli import Subparsers
 from gateway.cli.mesh_file import add_file, with_store
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from gateway.config.mesh_file import MeshFile
     from gateway.mesh.store import Store
 
 PIPE_COLUMNS = 200
-STYLES = {"healthy": "green", "unhealthy": "red", "draining": "yellow", "gone": "dim"}
+RECENT = 3600.0  # seconds that who is gone is shown
+STYLES = {"healthy": "green", "unreachable": "red", "unhealthy": "red", "draining": "yellow", "gone": "dim"}
 
 
 def register(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "status", help="show the proxies: state, certificate, version applied, refusals",
-        epilog="exit status: 0, or 1 with --check when a proxy has refused or not answered what it was sent, or no control plane is there",
+        epilog="exit status: 0, or 1 with --check when something is to be looked at, or no control plane is there",
     )  # fmt: skip
     parser.add_argument("service", nargs="*", metavar="SERVICE", help="only these; default: all")
     add_file(parser)
     parser.add_argument("-o", "--output", choices=["table", "json"], default="table", help="default: table")
     parser.add_argument("--json", dest="output", action="store_const", const="json", help="the same as -o json")
+    parser.add_argument("--all", action="store_true", help="also who is gone for longer than an hour")
     parser.add_argument("--check", action="store_true", help="exit 1 unless all is well")
     parser.set_defaults(run=run)
 
@@ -41,75 +48,98 @@ def run(parsed: argparse.Namespace) -> int:
         if unknown:
             raise ValueError(f"{', '.join(unknown)}: not in {parsed.config}, which has {', '.join(mesh.services)}")
         said = await report(store, mesh)
-        said["instances"] = [row for row in said["instances"] if not parsed.service or row["service"] in parsed.service]
+        if parsed.service:
+            said["instances"] = [row for row in said["instances"] if row["service"] in parsed.service]
+            said["services"] = parsed.service
         if parsed.output == "json":
             print(json.dumps(said, indent=2))
         else:
-            show(said)
+            show(said, parsed.all)
         return 0 if not parsed.check or well(said) else 1
 
     return with_store(parsed, work)
 
 
 def well(said: dict[str, Any]) -> bool:
-    """Whether a control plane is there and every proxy that is there has what it was sent."""
-    here = [row for row in said["instances"] if row["state"] != "gone"]
-    return any(row["alive"] for row in said["control_planes"]) and not any(row["refused"] or row["seconds_waiting"] for row in here)
+    """Whether a control plane is there and nothing is to be looked at."""
+    return any(row["alive"] for row in said["control_planes"]) and not any(row["problems"] for row in said["instances"])
 
 
-def show(said: dict[str, Any]) -> None:
+def show(said: dict[str, Any], every: bool) -> None:
     from rich.console import Console
+    from rich.markup import escape
+
+    from gateway.mesh.report import span
+
+    console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_COLUMNS)
+    now, rows = said["time"], said["instances"]
+    alive = [f"{row['id']} (up {span(now - row['started'])})" for row in said["control_planes"] if row["alive"]]
+    console.print(f"[bold]{escape(said['trust_domain'])}[/bold]   policy {said['policy']}, default {said['default']}", highlight=False)
+    console.print(f"control planes   {escape(', '.join(alive)) or '[red]none is running[/red]'}", highlight=False, soft_wrap=True)
+    counts = {state: len([row for row in rows if row["state"] == state]) for state in STYLES}
+    told = ", ".join(f"[{STYLES[state]}]{count} {state}[/]" for state, count in counts.items() if count)
+    if rows:
+        console.print(f"instances        {told}", highlight=False)
+    if empty := [name for name in said["services"] if not any(row["service"] == name and row["state"] != "gone" for row in rows)]:
+        console.print(f"no instance of   {', '.join(empty)}", highlight=False, soft_wrap=True)
+    shown = [row for row in rows if every or row["state"] != "gone" or now - row["since"] < RECENT]
+    if shown:
+        console.print()
+        console.print(table_of(shown, now))
+    elif not rows:
+        console.print("\nno instance has joined yet: `crossway mesh token SERVICE` makes a token for one")
+    if hidden := len(rows) - len(shown):
+        console.print(f"\n{hidden} more gone for longer than {span(RECENT)}: --all shows them", highlight=False)
+    if any(row["problems"] for row in rows):
+        console.print("\n[bold red]to be looked at[/bold red]")
+        for row in rows:
+            for problem in row["problems"]:
+                console.print(f"  {escape(row['service'])}  {escape(row['instance'])}  {escape(problem)}", highlight=False, soft_wrap=True)
+    for number, row in enumerate(said["revoked"]):
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["made"]))
+        begin = "" if number else "\n"
+        console.print(f"{begin}revoked    {row['kind']} {row['value']} at {when}{escape(': ' + row['reason']) if row['reason'] else ''}", highlight=False, soft_wrap=True)
+
+
+def table_of(rows: list[dict[str, Any]], now: float) -> Table:
+    """One line an instance. A version that is not the newest that was sent, and a certificate that is late, are marked."""
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_COLUMNS)
-    alive = [row["id"] for row in said["control_planes"] if row["alive"]]
-    console.print(
-        f"[bold]{escape(said['trust_domain'])}[/bold]   policy {said['policy']}, default {said['default']}; "
-        f"control planes: {escape(', '.join(alive)) or '[red]none is running[/red]'}", highlight=False, soft_wrap=True,
-    )  # fmt: skip
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 2))
-    for title in ("service", "instance", "state", "inbound", "zone", "certificate", "version", "applied", "remark"):
-        table.add_column(title, justify="right" if title == "version" else "left", no_wrap=title not in ("instance", "remark"), overflow="fold")
-    for row in said["instances"]:
+    labels = any(_labels(row) for row in rows)
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for title in ("service", "instance", "state", "inbound", "zone", *(["labels"] if labels else []), "certificate", "version", "applied"):
+        table.add_column(title, justify="right" if title == "version" else "left", no_wrap=title not in ("instance", "labels"), overflow="fold")
+    for row in rows:
+        state = f"{row['state']}, {_ago(row['since'], now)}" if row["state"] == "gone" else row["state"]
+        behind = row["state"] != "gone" and (row["refused"] or row["seconds_waiting"] is not None)
+        late = any("certificate" in problem for problem in row["problems"])
         table.add_row(
-            row["service"], escape(row["instance"]), f"[{STYLES[row['state']]}]{row['state']}[/]", escape(row["inbound"] or "-"), escape(row["zone"] or "-"),
-            _left(row["not_after"], said["time"]), str(row["applied"] or "-"), _since(row["applied_at"], said["time"]), escape(remark(row)),
+            row["service"], escape(row["instance"]), f"[{STYLES[row['state']]}]{state}[/]", escape(row["inbound"] or "-"), escape(row["zone"] or "-"),
+            *([escape(_labels(row) or "-")] if labels else []), _marked(_left(row["not_after"], now), bool(late)),
+            _marked(str(row["applied"] or "-"), bool(behind)), _ago(row["applied_at"], now),
         )  # fmt: skip
-    console.print(table)
-    if not said["instances"]:
-        console.print("no instance has joined yet: `crossway mesh token SERVICE` makes a token for one")
-    for row in said["revoked"]:
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["made"]))
-        console.print(f"revoked    {row['kind']} {row['value']} at {when}{escape(': ' + row['reason']) if row['reason'] else ''}", highlight=False)
+    return table
 
 
-def remark(row: dict[str, Any]) -> str:
-    """What somebody should know of a proxy."""
-    if row["refused"]:
-        return f"REFUSED {row['refused']}: {row['reason']}"
-    if row["seconds_waiting"] is not None:
-        return f"sent {row['sent']} {row['seconds_waiting']:.1f} s ago, no answer yet"
-    return ""
+def _labels(row: dict[str, Any]) -> str:
+    """Labels that a person gave."""
+    return ", ".join(f"{name}={value}" for name, value in row["labels"].items() if name != "app-port")
+
+
+def _marked(text: str, bad: bool) -> str:
+    return f"[red]{text}[/red]" if bad else text
 
 
 def _left(until: int | None, now: float) -> str:
+    from gateway.mesh.report import span
+
     if until is None:
         return "-"
     return f"{span(until - now)} left" if until > now else "expired"
 
 
-def _since(when: float | None, now: float) -> str:
+def _ago(when: float | None, now: float) -> str:
+    from gateway.mesh.report import span
+
     return "-" if when is None else f"{span(now - when)} ago"
-
-
-def span(seconds: float) -> str:
-    """A length of time in one or two units: 3 s, 12 min, 5 h 10 min, 3 d."""
-    seconds = max(0, seconds)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = int(seconds / 60)
-    if minutes < 90:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d"

@@ -7,16 +7,26 @@ deny: what no rule allows is refused, and `audit` must be written to change that
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, PlainSerializer, PlainValidator, PrivateAttr, ValidationInfo, model_validator
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    PrivateAttr,
+    ValidationInfo,
+    model_validator,
+)
 
 from gateway.config.base import Model, Shorthand, listed, needed, part, setting
 from gateway.config.conditions import Condition
 from gateway.config.resilience import BalanceSettings, RetrySettings
 from gateway.config.source import Document
-from gateway.config.values import Deadline, FilePath, RateText, Text, base_of, described, fault, text_of
+from gateway.config.values import Deadline, FilePath, Int, Percent, RateText, Text, base_of, described, fault, text_of
 from gateway.config.web import BindText, FieldName, KeySource, Method, Prefix
 
 EVERYBODY = "*"
@@ -77,6 +87,22 @@ def _state(raw: Any, info: ValidationInfo) -> str:
     return str(base_of(info) / text)
 
 
+class _OrOff:
+    """Writes `off`, where the model has None, into the JSON Schema."""
+
+    def __get_pydantic_json_schema__(self, core: Any, handler: Any) -> dict[str, Any]:
+        kinds = [each for each in handler(core)["anyOf"] if each.get("type") != "null"]
+        return {"anyOf": [*kinds, {"const": "off"}]}
+
+
+def _probe(raw: Any) -> Any:
+    if raw == "off":
+        return None
+    if not isinstance(raw, (Mapping, Model)):
+        raise fault("expected a mapping or `off`", "such as {interval: 5s, timeout: 1s, failures: 3}")
+    return raw
+
+
 ServiceName = Annotated[str, PlainValidator(_service), described("service")]
 ServiceOrAll = Annotated[str, PlainValidator(_service_or_all), described("service or `*`")]
 TrustDomain = Annotated[str, PlainValidator(_domain), described("trust domain")]
@@ -130,6 +156,23 @@ class Join(Model):
         return self
 
 
+class Probe(Model):
+    """Active health of instances: the control plane shakes hands with each one (TCP and mutual TLS) where its callers would."""
+
+    interval: Deadline = setting("5s", "between two looks at one instance, give or take a tenth; longer where there are more than 500")
+    timeout: Deadline = setting("1s", "for one of them")
+    failures: Annotated[Int, Field(ge=1, le=100)] = setting(3, "in a row until the instance is not offered; one success brings it back")
+    most: Percent = setting("50%", "of a service's instances that may be out; when more cannot be reached, none of them is taken out")
+
+    @model_validator(mode="after")
+    def _sense(self) -> Self:
+        if self.interval < 0.1:
+            raise fault("an interval is at least 100ms", "5s is usual", at=("interval",))
+        if self.timeout > self.interval:
+            raise fault(f"longer than the interval of {self.interval:g}s", "lower it, or raise `interval`", at=("timeout",))
+        return self
+
+
 class Control(Model):
     """The control plane itself."""
 
@@ -141,6 +184,7 @@ class Control(Model):
     join: Join | None = setting(None, "joining by a certificate of the bank's PKI or as a pod; default: by token only")
     requests: RateText = setting("50/s", "certificate requests that are answered; 429 above it")
     heartbeat: Deadline = setting("15s", "without a word of an instance: out of the registry")
+    probe: Annotated[Probe | None, BeforeValidator(_probe), _OrOff()] = setting({}, "looking whether instances can be reached, or `off`")
     fresh: Deadline = setting("1h", "how old an assignment may get before members say so")
 
     @model_validator(mode="after")

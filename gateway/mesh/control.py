@@ -29,6 +29,7 @@ from gateway.mesh.ca import Ca, CaError
 from gateway.mesh.control_metrics import Metrics
 from gateway.mesh.kubernetes import Clusters
 from gateway.mesh.peers import Peers
+from gateway.mesh.probe import Prober
 from gateway.mesh.registry import Registry
 from gateway.mesh.sign import Signer
 from gateway.mesh.store import Store, StoreError, open_store
@@ -60,6 +61,8 @@ class ControlPlane:
         self.hub = Hub(self.assignments, self.registry, self.changed)
         self.metrics = Metrics(self)
         self.hub.on_push, self.hub.on_answer = self.metrics.pushed, self.metrics.answered
+        self.prober = Prober(self.registry, ca, lambda: set(self.hub.streams), self.changed, self.metrics.probed)
+        self._take_settings()
         self.policy = 0
         self.deny = revocation.DenyList()
         self.store_error = ""
@@ -103,7 +106,9 @@ class ControlPlane:
     async def make(self) -> None:
         """Make the assignments of the services whose members are here, and push what changed."""
         async with self._making:
+            spared = self.registry.spared
             await self.registry.load()
+            self._tell_spared(spared)
             self.deny = self.peers.deny = await revocation.load(self.store, self.mesh)
             for peer in self.peers.cut_the_fallen():
                 log.warning("a connection is cut", extra={"identity": peer.leaf.uris[:1], "serial": peer.serial, "reason": self.peers.fault(peer)})
@@ -116,6 +121,12 @@ class ControlPlane:
                     self.assignments.put(name, content, version)
                 self.hub.tell(fresh)
             self.assignments.forget(set(self.mesh.services))
+
+    def _tell_spared(self, before: set[str]) -> None:
+        for service in sorted(self.registry.spared - before):
+            log.error("more of a service cannot be reached than may be taken out; its instances are offered as they are", extra={"service": service})
+        for service in sorted(before - self.registry.spared):
+            log.info("enough of a service can be reached again", extra={"service": service})
 
     async def ensure(self, service: str, base: int) -> None:
         """Have an assignment for a service before its first stream here, newer than what the member has from elsewhere."""
@@ -145,6 +156,7 @@ class ControlPlane:
             tasks.create_task(self._every(LOOK, self._look))
             tasks.create_task(self._every(BEAT, self._beat))
             tasks.create_task(self._every(HOUSEKEEPING, self._keep_house))
+            tasks.create_task(self.prober.run())
             tasks.create_task(self._make_when_changed())
 
     async def _make_when_changed(self) -> None:
@@ -183,6 +195,7 @@ class ControlPlane:
             self._seen["ca"] = print_now
             self._take_authority()
             self.signer = Signer(self.ca)
+            self.prober.refresh()
             log.info("the authority has changed", extra={"generation": self.ca.active_number, "bundle": list(self.ca.generations)})
             self.server_changed()
             self.changed()
@@ -211,6 +224,7 @@ class ControlPlane:
         if later := [name for name in fixed if getattr(mesh.control, name) != getattr(self.mesh.control, name)]:
             log.warning("some of the change waits for a restart", extra={"keys": [f"control.{name}" for name in later]})
         self.mesh, self.file_error = mesh, ""
+        self._take_settings()
         self._take_authority()
         await self._number_policy()
         self.metrics.reloads.labels("done").inc()
@@ -236,6 +250,10 @@ class ControlPlane:
             else:
                 self.ca.renew_issuing()
                 log.info("the issuing certificate is renewed")
+
+    def _take_settings(self) -> None:
+        self.prober.settings = probe = self.mesh.control.probe
+        self.registry.most = None if probe is None else probe.most
 
     def _take_authority(self) -> None:
         self.peers.roots = parse_certificates(self.ca.bundle.encode("ascii"))

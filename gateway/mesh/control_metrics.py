@@ -30,6 +30,7 @@ class Metrics:
         self.push_bytes = Counter("push_bytes", "Their bytes", **own)  # type: ignore[arg-type]
         self.answers = Counter("answers", "What members made of them", ("answer",), **own)  # type: ignore[arg-type]
         self.seconds = Histogram("push_seconds", "From sending an assignment to its acknowledgement", buckets=SECONDS, **own)  # type: ignore[arg-type]
+        self.probes = Counter("probes", "Looks whether an instance can be reached", ("outcome",), **own)  # type: ignore[arg-type]
         self.reloads = Counter("file_reloads", "Changes of the mesh's file", ("outcome",), **own)  # type: ignore[arg-type]
         self.registry.register(self)
 
@@ -42,6 +43,9 @@ class Metrics:
         if good:
             self.seconds.observe(seconds)
 
+    def probed(self, reached: bool) -> None:
+        self.probes.labels("reached" if reached else "failed").inc()
+
     def describe(self) -> list[Metric]:
         """Nothing is asked while the registry is made."""
         return []
@@ -52,12 +56,15 @@ class Metrics:
         instances = GaugeMetricFamily("crossway_control_instances", "Instances in the registry", labels=("service", "state"))
         counts: dict[tuple[str, str], int] = {}
         for row in plane.registry.rows:
-            state = "gone" if not row["present"] else "draining" if row["draining"] else "healthy" if row["healthy"] else "unhealthy"
-            counts[row["service"], state] = counts.get((row["service"], state), 0) + 1
+            counts[row["service"], row["state"]] = counts.get((row["service"], row["state"]), 0) + 1
         for labels, count in sorted(counts.items()):
             instances.add_metric(labels, count)
         yield instances
         yield GaugeMetricFamily("crossway_control_streams", "Open streams", value=len(plane.hub.streams))
+        spared = GaugeMetricFamily("crossway_control_probe_spared", "Services of which too many instances cannot be reached: none is taken out", labels=("service",))
+        for service in sorted({row["service"] for row in plane.registry.rows}):
+            spared.add_metric((service,), int(service in plane.registry.spared))
+        yield spared
         yield GaugeMetricFamily("crossway_control_policy_version", "Version of the authorization", value=plane.policy)
         yield GaugeMetricFamily("crossway_control_revoked", "Entries of the deny list", value=len(plane.deny.serials) + len(plane.deny.identities))
         yield GaugeMetricFamily("crossway_control_store_up", "1 when the state can be used", value=0 if plane.store_error else 1)

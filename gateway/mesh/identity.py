@@ -97,6 +97,11 @@ class Identity:
     lasting: bool = False  # the last failure will not pass by itself
     draw: Callable[[], float] = field(default=lambda: random.uniform(-1, 1))
 
+    @property
+    def place(self) -> dict[str, Any]:
+        """Where this instance is, as its heartbeats say it."""
+        return {key: self.job[key] for key in ("inbound", "labels", "zone")}
+
     async def join(self, proof: dict[str, Any]) -> bool:
         """Join by a `token`, as a pod (`kubernetes`) or by a `pair` of files, both under the root in `control_ca`; False when it did not work, and `error` says why."""
         return await self._attempt({**self.job, **proof, "kind": "join"})

@@ -62,6 +62,7 @@ class Link:
         self.applied = 0
         self.healthy: Callable[[], bool] = lambda: True
         self.draining = False
+        self.place: dict[str, Any] = {}  # where this instance is (inbound, labels, zone): said with every heartbeat
         self._whole = False  # ask for the whole assignment next time
         self._socket: Any = None
 
@@ -141,7 +142,7 @@ class Link:
             await asyncio.sleep(HEARTBEAT)
 
     async def _beat(self, socket: Any) -> None:
-        await socket.send(json.dumps({"type": "heartbeat", "healthy": self.healthy(), "draining": self.draining}))
+        await socket.send(json.dumps({"type": "heartbeat", "healthy": self.healthy(), "draining": self.draining, **self.place}))
 
     async def _heard(self, socket: Any, text: str | bytes) -> None:
         try:

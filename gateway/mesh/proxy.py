@@ -25,6 +25,7 @@ from gateway._speedups.user_context import TellUserStep, UserStep
 from gateway.mesh.assignment import Assignment, canonical
 from gateway.mesh.authorization import Denials, make_step
 from gateway.mesh.identity import Svid
+from gateway.mesh.spiffe import control_id
 from gateway.mesh.units import seconds, share, size
 from gateway.workload.admission import Admit, Revoked, admission
 from gateway.workload.user import HEADER, PROOF, Author, Reader
@@ -131,7 +132,7 @@ def build(assignment: Assignment, svid: Svid, around: Surroundings) -> Snapshot:
         inbound, routes, services, svid.domain, around,
         parts.get(("inbound", digest), lambda: TlsListener(
             INBOUND, [(svid.chain, svid.key, None)], digest=digest, authorities=svid.roots, client_auth="required", tickets=False,
-            admit=admit, alpn=("h2", "http/1.1"),
+            admit=admission(svid.domain, revoked, control_id(svid.domain)), alpn=("h2", "http/1.1"),
         )),
     )  # fmt: skip
     parts.commit()

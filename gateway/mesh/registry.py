@@ -37,6 +37,8 @@ class Registry:
         self.heartbeat = heartbeat
         self.started = time.time()
         self.rows: list[Row] = []  # as they were read last
+        self.most: float | None = None  # part of a service that may be out because it cannot be reached; None: nobody looks
+        self.spared: set[str] = set()  # services of which more than that cannot be reached: nobody is taken out
         self._came = time.monotonic()
         self._signs: dict[str, tuple[float, float]] = {}  # of each control plane: what it wrote last, and when that was seen here
 
@@ -83,14 +85,32 @@ class Registry:
         await self.touch()
 
     async def moved(self, service: str, instance: str, inbound: str | None, labels: dict[str, str], zone: str | None) -> None:
-        """Note that an instance is reached elsewhere now."""
-        await self.joined(service, instance, inbound, labels, zone)
+        """Note that an instance is reached elsewhere now; nothing, when another control plane has it by now."""
+        await self.store.run(
+            "UPDATE instances SET inbound = ?, labels = ?, zone = ? WHERE service = ? AND instance = ? AND replica = ?",
+            inbound, json.dumps(labels, sort_keys=True), zone, service, instance, self.replica,
+        )  # fmt: skip
+        await self.touch()
+
+    async def unreached(self, service: str, instance: str, reason: str) -> None:
+        """Note that an instance cannot be reached."""
+        await self.store.run(
+            "INSERT INTO unreachable (service, instance, since, reason) VALUES (?, ?, ?, ?) ON CONFLICT (service, instance) DO UPDATE SET reason = excluded.reason",
+            service, instance, time.time(), reason,
+        )  # fmt: skip
+        await self.touch()
+
+    async def reached(self, service: str, instance: str) -> None:
+        """Note that an instance can be reached again."""
+        await self.store.run("DELETE FROM unreachable WHERE service = ? AND instance = ?", service, instance)
+        await self.touch()
 
     async def left(self, service: str, instance: str) -> None:
         """Note that an instance is gone, unless another control plane has it by now."""
         changed = await self.store.run(
-            "UPDATE instances SET connected = 0, healthy = 0 WHERE service = ? AND instance = ? AND replica = ?", service, instance, self.replica
-        )
+            "UPDATE instances SET connected = 0, healthy = 0, since = ? WHERE service = ? AND instance = ? AND replica = ?",
+            time.time(), service, instance, self.replica,
+        )  # fmt: skip
         if changed:
             await self.touch()
 
@@ -113,9 +133,10 @@ class Registry:
     async def load(self) -> None:
         """Read who is there."""
         hearing = await self.hearing()
-        rows = await self.store.rows("SELECT * FROM instances ORDER BY service, instance")
+        rows = await read_instances(self.store)
         for row in rows:
             row["present"] = bool(row["connected"]) and hearing.get(row["replica"], self._starting())
+        self.spared = judge(rows, self.most)
         self.rows = rows
 
     async def hearing(self) -> dict[str, bool]:
@@ -138,7 +159,7 @@ class Registry:
         """Return the endpoints of each service that has any, in a fixed order; none whose certificate's serial is `revoked`."""
         found: dict[str, list[dict[str, Any]]] = {}
         for row in self.rows:
-            if row["present"] and row["healthy"] and not row["draining"] and row["inbound"] and row["serial"] not in revoked:
+            if row["offered"] and row["serial"] not in revoked:
                 each = {"address": row["inbound"], "weight": 1, "zone": row["zone"], "labels": json.loads(row["labels"])}
                 found.setdefault(row["service"], []).append(each)
         return found
@@ -147,9 +168,43 @@ class Registry:
         """Forget what has been over for long."""
         now = int(time.time())
         await self.store.run("DELETE FROM instances WHERE connected = 0 AND since < ? AND COALESCE(not_after, 0) < ?", now - KEPT, now)
+        await self.store.run(
+            "DELETE FROM unreachable WHERE NOT EXISTS (SELECT 1 FROM instances i WHERE i.service = unreachable.service AND i.instance = unreachable.instance)"
+        )
         await self.store.run("DELETE FROM certificates WHERE not_after < ?", now - KEPT)
         await self.store.run("DELETE FROM replicas WHERE seen < ?", now - KEPT)
         await self.store.run("DELETE FROM revocations WHERE until IS NOT NULL AND until < ?", now)
+
+
+async def read_instances(store: Store) -> list[Row]:
+    """Return the instances as the store has them, with `unreachable` (why, or None) and `unreachable_since`."""
+    return await store.rows(
+        "SELECT i.*, u.reason AS unreachable, u.since AS unreachable_since FROM instances i"
+        " LEFT JOIN unreachable u ON u.service = i.service AND u.instance = i.instance ORDER BY i.service, i.instance"
+    )
+
+
+def judge(rows: list[Row], most: float | None) -> set[str]:
+    """Say of each row, whose `present` is known, whether it is `offered` and in which `state`; return the services that are spared.
+
+    When more than `most` of a service that is well cannot be reached, the wall is likelier around the control plane than around
+    them: then nobody of that service is taken out.
+    """
+    well: dict[str, list[Row]] = {}
+    for row in rows:
+        row["state"] = "gone" if not row["present"] else "draining" if row["draining"] else "healthy" if row["healthy"] else "unhealthy"
+        row["offered"] = row["state"] == "healthy" and bool(row["inbound"])
+        if row["offered"]:
+            well.setdefault(row["service"], []).append(row)
+    spared = set()
+    for service, each in well.items():
+        out = [row for row in each if row["unreachable"] is not None and most is not None]
+        if most is not None and len(out) > most * len(each):
+            spared.add(service)
+        for row in out:
+            row["state"] = "unreachable"
+            row["offered"] = service in spared
+    return spared
 
 
 def read_place(said: dict[str, Any]) -> tuple[str | None, dict[str, str], str | None]:

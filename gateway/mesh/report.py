@@ -11,10 +11,45 @@ from typing import Any
 
 from gateway.config.mesh_file import MeshFile
 from gateway.mesh import revocation
-from gateway.mesh.registry import COMEBACK
+from gateway.mesh.registry import COMEBACK, judge, read_instances
 from gateway.mesh.store import Store
 
 BEATING = 5.0  # seconds since the last sign of a control plane that is called alive; it gives one each second
+
+
+LATE = 0.4  # of its life: a certificate with less left should have been renewed long ago
+
+
+def span(seconds: float) -> str:
+    """A length of time in one or two units: 3 s, 12 min, 5 h 10 min, 3 d."""
+    seconds = max(0, seconds)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = int(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d"
+
+
+def problems(row: dict[str, Any], now: float, lifetime: float) -> list[str]:
+    """Return what somebody should look at, of an instance that is there; `row` is of a report."""
+    found: list[str] = []
+    if row["state"] == "gone":
+        return found
+    if row["refused"]:
+        found.append(f"REFUSED {row['refused']}: {row['reason']}")
+    if row["seconds_waiting"] is not None:
+        found.append(f"sent {row['sent']} {span(row['seconds_waiting'])} ago, no answer yet")
+    if row["state"] == "unhealthy":
+        found.append("says that its app does not answer")
+    if row["state"] == "unreachable":
+        since = span(now - row["unreachable_since"])
+        found.append(f"cannot be reached: {row['unreachable']} (for {since})" + ("; offered all the same, since too many of the service cannot" if row["offered"] else ""))
+    left = (row["not_after"] or 0) - now
+    if row["not_after"] is not None and left < LATE * lifetime:
+        found.append("the certificate has expired" if left <= 0 else f"the certificate is not renewed: {span(left)} left")
+    return found
 
 
 async def report(store: Store, mesh: MeshFile) -> dict[str, Any]:
@@ -28,22 +63,25 @@ async def report(store: Store, mesh: MeshFile) -> dict[str, Any]:
     started = max((row["started"] for row in replicas if row["id"] in alive), default=0.0)
     grace = now - started < max(COMEBACK, mesh.control.heartbeat)
     instances = []
-    for row in await store.rows("SELECT * FROM instances ORDER BY service, instance"):
-        present = bool(row["connected"]) and (row["replica"] in counted or grace)
-        state = "gone" if not present else "draining" if row["draining"] else "healthy" if row["healthy"] else "unhealthy"
+    rows = await read_instances(store)
+    for row in rows:
+        row["present"] = bool(row["connected"]) and (row["replica"] in counted or grace)
+    probe = mesh.control.probe
+    judge(rows, None if probe is None else probe.most)
+    for row in rows:
         waiting = row["sent"] is not None and row["sent"] not in (row["applied"], row["refused"])
-        instances.append(
-            {
-                "service": row["service"], "instance": row["instance"], "state": state, "inbound": row["inbound"], "zone": row["zone"],
-                "labels": json.loads(row["labels"]), "replica": row["replica"], "serial": row["serial"], "not_after": row["not_after"],
-                "sent": row["sent"], "applied": row["applied"], "applied_at": row["applied_at"],
-                "seconds_waiting": round(now - row["sent_at"], 3) if waiting else None,
-                "refused": row["refused"], "reason": row["reason"],
-            }
-        )  # fmt: skip
+        said = {
+            "service": row["service"], "instance": row["instance"], "state": row["state"], "since": row["since"], "offered": row["offered"], "inbound": row["inbound"], "zone": row["zone"],
+            "labels": json.loads(row["labels"]), "replica": row["replica"], "serial": row["serial"], "not_after": row["not_after"],
+            "sent": row["sent"], "applied": row["applied"], "applied_at": row["applied_at"],
+            "seconds_waiting": round(now - row["sent_at"], 3) if waiting else None,
+            "refused": row["refused"], "reason": row["reason"],
+            "unreachable": row["unreachable"] if row["state"] == "unreachable" else None, "unreachable_since": row["unreachable_since"],
+        }  # fmt: skip
+        instances.append(said | {"problems": problems(said, now, mesh.certificates.lifetime)})
     return {
         "trust_domain": mesh.trust_domain, "time": now, "version": counters["version"], "policy": counters["policy"],
-        "default": mesh.authorization.default,
+        "default": mesh.authorization.default, "services": list(mesh.services),
         "control_planes": [{**row, "alive": row["id"] in alive} for row in replicas], "instances": instances,
         "revoked": await revocation.listed(store),
     }  # fmt: skip

@@ -33,6 +33,8 @@ CREATE TABLE IF NOT EXISTS instances (
     connected BIGINT NOT NULL, healthy BIGINT NOT NULL, draining BIGINT NOT NULL, since DOUBLE PRECISION NOT NULL,
     serial TEXT, not_after BIGINT, sent BIGINT, sent_at DOUBLE PRECISION, applied BIGINT, applied_at DOUBLE PRECISION,
     refused BIGINT, reason TEXT, PRIMARY KEY (service, instance));
+CREATE TABLE IF NOT EXISTS unreachable (
+    service TEXT NOT NULL, instance TEXT NOT NULL, since DOUBLE PRECISION NOT NULL, reason TEXT NOT NULL, PRIMARY KEY (service, instance));
 CREATE TABLE IF NOT EXISTS replicas (id TEXT PRIMARY KEY, started DOUBLE PRECISION NOT NULL, seen DOUBLE PRECISION NOT NULL);
 CREATE TABLE IF NOT EXISTS counters (name TEXT PRIMARY KEY, value BIGINT NOT NULL, digest TEXT NOT NULL);
 INSERT INTO counters (name, value, digest) VALUES ('version', 0, ''), ('changes', 0, ''), ('policy', 0, '') ON CONFLICT DO NOTHING;

@@ -50,7 +50,7 @@ class Stream:
         self.reason: str | None = None
         self.heard = time.monotonic()
         self.state: tuple[bool, bool] | None = None  # healthy, draining
-        self.place: tuple[Any, ...] | None = None
+        self.place: tuple[Any, ...] | None = None  # as it was said last
         self.changes = Bucket(CHANGES)
         self.code = GOING
         self.wake = asyncio.Event()
@@ -132,13 +132,13 @@ class Stream:
 
     async def _beat(self, message: dict[str, Any]) -> None:
         state = (message["healthy"] is True, message["draining"] is True)
-        if "inbound" in message:
+        said = (message["inbound"], message.get("labels"), message.get("zone")) if "inbound" in message else self.place
+        if said != self.place:  # most heartbeats say what the one before said, and that was checked
             place = read_place(message)
-            if place != self.place:
-                self._may_change()
-                await self.hub.registry.moved(self.service, self.instance, *place)
-                self.place = place
-                self.hub.changed()
+            self._may_change()
+            await self.hub.registry.moved(self.service, self.instance, *place)
+            self.place = said
+            self.hub.changed()
         if state != self.state:
             self._may_change()
             await self.hub.registry.is_now(self.service, self.instance, *state)

@@ -26,6 +26,7 @@ from gateway.config.web import Bind
 from gateway.mesh.api import Api, Pages
 from gateway.mesh.control import SERVER_LIFE, ControlPlane
 from gateway.mesh.peers import Peers
+from gateway.mesh.probe import load_pair
 from gateway.mesh.stream import MESSAGE_MAX
 from gateway.server import log as logs
 from gateway.server.admin import BoundedProtocol, Server
@@ -93,13 +94,7 @@ class Tls:
         if mark == self._from and time.time() < self._until:
             return
         pem, ends = ca.server_pem(SERVER_LIFE)
-        # ssl reads keys from files only; this one has no name and is nowhere on a disk.
-        handle = os.memfd_create("control", os.MFD_CLOEXEC)
-        try:
-            os.write(handle, pem)
-            self.context.load_cert_chain(f"/proc/self/fd/{handle}")
-        finally:
-            os.close(handle)
+        load_pair(self.context, pem)
         self._from, self._until = mark, (time.time() + ends) / 2
 
 

@@ -182,6 +182,7 @@ class Member:
             self.identity = Identity(self.state, job_of(self.mesh, self.state, self.zone), self._renewed, held, proof=_lasting_proof(self.mesh))
             self.link = Link(self.state, self.mesh.control, self.identity.job["instance"], self._svid, self._apply)
             self.link.healthy = lambda: True
+            self.link.place = self.identity.place
             self.link.current = read_assignment(self.state, held)
             async with asyncio.TaskGroup() as group:
                 group.create_task(self.identity.keep())

@@ -171,6 +171,7 @@ class Sidecar:
         assert self.identity.svid is not None
         self.link = Link(self.state, self.setup.control, job["instance"], self._svid, self.apply)
         self.link.healthy = lambda: self.app_there
+        self.link.place = self.identity.place
         self.engine.start(self.loop)
         self._from_disk()
         if self.setup.app is not None:

@@ -57,14 +57,16 @@ class Revoked:
         return leaf.serial.lower().lstrip("0") in self.serials or not self.identities.isdisjoint(leaf.uris)
 
 
-def admission(domain: str, revoked: Revoked) -> Admit:
-    """Return the function that says why a member of `domain` is not let in."""
+def admission(domain: str, revoked: Revoked, visitor: str | None = None) -> Admit:
+    """Return the function that says why a member of `domain` is not let in; "" for the `visitor`, who looks whether somebody answers, no more."""
 
     def admit(leaf: Certificate) -> str | None:
         if fault := svid_fault(leaf):
             return fault
         match = SERVICE.fullmatch(leaf.uris[0])
         if match is None or match["domain"] != domain:
+            if leaf.uris[0] == visitor:
+                return ""
             return f"{leaf.uris[0]} is of no service of {domain}"
         if revoked.holds(leaf):
             return f"{leaf.uris[0]} (serial {leaf.serial}) is revoked"

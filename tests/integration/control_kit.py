@@ -13,6 +13,7 @@ import itertools
 import json
 import re
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -58,7 +59,8 @@ class ControlProcess:
         self.folder = folder
         self.path = path or folder / "mesh.yaml"
         if not self.path.exists():
-            self.path.write_text(FILE.format(state=state, lifetime=lifetime, control=control))
+            # Most members of tests listen nowhere.
+            self.path.write_text(FILE.format(state=state, lifetime=lifetime, control=control + ("" if "probe:" in control else "  probe: off\n")))
         self.errors = folder / f"control-{len(list(folder.glob('control-*.log')))}.log"
         self.addresses: dict[str, str] = {}
         self.start()
@@ -251,6 +253,45 @@ class Member:
         if self.socket is not None:
             with contextlib.suppress(Exception):
                 self.socket.close()
+
+
+class Door:
+    """Where a member made by hand is reached: a TLS server with its certificate, at a port of its own. `open()` after it has joined."""
+
+    def __init__(self, member: Member) -> None:
+        self.member = member
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.socket.settimeout(0.05)
+        self.port = self.socket.getsockname()[1]
+        member.inbound = f"127.0.0.1:{self.port}"
+        self.met: list[list[str]] = []  # URIs of who came
+        self.shut = threading.Event()  # connections are taken by the kernel, and nobody answers
+        self.gone = threading.Event()
+
+    def open(self) -> Self:
+        self.thread = threading.Thread(target=self._serve, daemon=True)
+        self.thread.start()
+        return self
+
+    def _serve(self) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.member.pair)
+        context.load_verify_locations(cadata=self.member.bundle)
+        context.verify_mode = ssl.CERT_REQUIRED
+        while not self.gone.is_set():
+            if self.shut.wait(0.01):
+                continue
+            with contextlib.suppress(OSError):
+                raw, _ = self.socket.accept()
+                raw.settimeout(PATIENCE)
+                with context.wrap_socket(raw, server_side=True) as secure:
+                    names = (secure.getpeercert() or {}).get("subjectAltName", ())
+                    self.met.append([value for kind, value in names if kind == "URI"])
+        self.socket.close()
+
+    def close(self) -> None:
+        self.gone.set()
+        self.thread.join(PATIENCE)
 
 
 def verify_signature(body: dict[str, Any], signature: str, bundle: str) -> None:

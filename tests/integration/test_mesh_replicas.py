@@ -62,6 +62,34 @@ def test_one_dies_and_nothing_is_lost(pair: tuple[ControlProcess, ControlProcess
         ledger.close()
 
 
+def test_where_an_instance_is_is_what_its_present_stream_says(pair: tuple[ControlProcess, ControlProcess]) -> None:
+    one, two = pair
+    payments, ledger = Member(one, "payments", 1), Member(two, "ledger", 2)
+    try:
+        assert payments.join()[0] == 200 and ledger.join()[0] == 200
+        payments.open()
+        ledger.open()
+        payments.has(lambda held: payments.endpoints("ledger") == ["127.0.0.1:9002"], "where it joined")
+        ledger.beat(inbound="127.0.0.1:9444", labels={"version": "2"}, zone="b")
+        payments.has(lambda held: payments.endpoints("ledger") == ["127.0.0.1:9444"], "where it is")
+        assert payments.held["services"]["ledger"]["endpoints"] == [{"address": "127.0.0.1:9444", "weight": 1, "zone": "b", "labels": {"version": "2"}}]
+        # It goes over to the first; what its old stream says after that counts no more.
+        old, ledger.control = ledger.socket, one
+        ledger.open(ledger.held["version"], one)
+        eventually(lambda: [row for row in one.status()["instances"] if row["service"] == "ledger" and row["sent"] == row["applied"]], "its new stream")
+        ledger.beat(inbound="127.0.0.1:9555")
+        payments.has(lambda held: payments.endpoints("ledger") == ["127.0.0.1:9555"], "where it is now")
+        old.send('{"type": "heartbeat", "healthy": true, "draining": false, "inbound": "127.0.0.1:9666"}')
+        ledger.beat(inbound="127.0.0.1:9777")
+        payments.has(lambda held: payments.endpoints("ledger") == ["127.0.0.1:9777"], "the last word")
+        told = [each["address"] for message in payments.messages for each in ((message.get("assignment") or message["changes"]).get("services", {}).get("ledger") or {}).get("endpoints", [])]
+        assert "127.0.0.1:9666" not in told
+        old.close()
+    finally:
+        payments.close()
+        ledger.close()
+
+
 def test_instances_of_a_dead_control_plane_that_do_not_come_back_are_out(pair: tuple[ControlProcess, ControlProcess]) -> None:
     one, two = pair
     payments, ledger = Member(one, "payments", 1), Member(two, "ledger", 2)

@@ -122,3 +122,18 @@ def test_an_edge_joins_and_is_no_endpoint(tmp_path: Path, app: int) -> None:
             assert control.command("can", "edge", "payments", "GET", "/v1/payments/7").returncode == 0
             denied = control.command("can", "edge", "payments", "GET", "/v2/other")
             assert denied.returncode == 1 and "edge-to-payments: path /v2/other is not below /v1/payments" in denied.stdout
+
+
+def test_a_sidecar_that_starts_again_elsewhere_is_found_there(tmp_path: Path, app: int) -> None:
+    with ControlProcess(tmp_path) as control, Sidecar(control, "payments", app) as payments:  # type: ignore[arg-type]
+        with Sidecar(control, "ledger", app, "--zone", "a", "--label", "version=1") as before:  # type: ignore[arg-type]
+            eventually(lambda: call(payments, "ledger")[0] == 200, "the call")
+        # The same folder, hence the same instance and certificate; another port, zone and label.
+        with Sidecar(control, "ledger", app, "--zone", "b", "--label", "version=2") as after:  # type: ignore[arg-type]
+            assert after.inbound != before.inbound
+            eventually(lambda: call(payments, "ledger")[0] == 200, "the call to the new place")
+            row = eventually(
+                lambda: next((row for row in control.status()["instances"] if row["inbound"] == f"127.0.0.1:{after.inbound}"), None), "the new place"
+            )
+            assert (row["service"], row["zone"], row["labels"]["version"]) == ("ledger", "b", "2")
+            assert len([row for row in control.status()["instances"] if row["service"] == "ledger"]) == 1

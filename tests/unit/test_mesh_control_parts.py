@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from gateway._speedups.certificates import chain_fault, parse_certificates
-from gateway.cli.mesh_status import span
 from gateway.config.mesh_load import is_mesh, load_mesh, mesh_findings, mesh_schema
 from gateway.config.values import Rate
 from gateway.errors import ConfigError
@@ -20,7 +19,8 @@ from gateway.mesh.assignment import Refused, take
 from gateway.mesh.ca import BadRequest, Ca, CaError, read_request
 from gateway.mesh.enrol import make_request
 from gateway.mesh.limit import ADDRESSES, Bucket, Buckets
-from gateway.mesh.registry import BadInstance, read_instance, read_place
+from gateway.mesh.registry import BadInstance, judge, read_instance, read_place
+from gateway.mesh.report import span
 from gateway.mesh.revocation import DenyList, read
 from gateway.mesh.sign import Signer
 from gateway.mesh.spiffe import control_id, parse_domain, service_id, service_of
@@ -303,3 +303,30 @@ def test_question_marks_are_numbered() -> None:
 
 def test_spans_of_time() -> None:
     assert [span(each) for each in (0.4, 61, 600, 7200, 200_000)] == ["0 s", "61 s", "10 min", "2 h 0 min", "2 d"]
+
+
+# -- who is offered
+
+
+def instances(*unreachable: bool, **more: Any) -> list[dict[str, Any]]:
+    row = {"service": "ledger", "present": True, "draining": 0, "healthy": 1, "inbound": "127.0.0.1:1", **more}
+    return [{**row, "unreachable": "no answer" if each else None} for each in unreachable]
+
+
+@pytest.mark.parametrize(
+    ("rows", "most", "offered", "spared"),
+    [
+        (instances(True, False), 0.5, [False, True], False),
+        (instances(True, True, False), 0.5, [True, True, True], True),
+        (instances(True), 0.5, [True], True),
+        (instances(True), 1.0, [False], False),
+        (instances(True, False, False, False), 0.2, [True] * 4, True),
+        (instances(True, False), None, [True, True], False),
+        (instances(True, True, healthy=0) + instances(True, False), 0.5, [False, False, False, True], False),  # who is ill anyway does not count
+    ],
+)
+def test_never_more_than_a_part_of_a_service_is_taken_out(rows: list[dict[str, Any]], most: float | None, offered: list[bool], spared: bool) -> None:
+    assert judge(rows, most) == ({"ledger"} if spared else set())
+    assert [row["offered"] for row in rows] == offered
+    if most is not None:
+        assert [row["state"] == "unreachable" for row in rows] == [row["unreachable"] is not None and bool(row["healthy"]) for row in rows]
