@@ -32,7 +32,7 @@ from gateway.mesh.spiffe import authority_id, control_id, service_id
 
 DAY = 86400
 ROOT_LIFE, ISSUING_LIFE = 3650 * DAY, 365 * DAY  # seconds
-SKEW = 60  # seconds that a certificate begins in the past: clocks differ
+SKEW = 60  # seconds that a certificate begins in the past, and at most a tenth of its life: clocks differ, and half of a life is due for renewal
 MOST_REQUEST = 16 << 10  # bytes of a certificate request
 PEM = serialization.Encoding.PEM
 Key = ec.EllipticCurvePrivateKey
@@ -179,7 +179,7 @@ class Ca:
         if end - now < 1:
             raise CaError("the issuing certificate has expired: `crossway mesh rotate-root issuing` makes a new one")
         return (
-            _builder(x509.Name([]), by.issuing.subject, public, now - SKEW, end)
+            _builder(x509.Name([]), by.issuing.subject, public, now - min(SKEW, lifetime / 10), end)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(x509.KeyUsage(True, False, False, False, False, False, False, False, False), critical=True)
             .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)

@@ -60,6 +60,7 @@ class Link:
         self.connects = 0
         self.refused = 0
         self.applied = 0
+        self.acknowledged = 0
         self.healthy: Callable[[], bool] = lambda: True
         self.draining = False
         self.place: dict[str, Any] = {}  # where this instance is (inbound, labels, zone): said with every heartbeat
@@ -164,6 +165,7 @@ class Link:
             await socket.send(json.dumps({"type": "nack", "version": version, "reason": str(error)[:500]}))
             return
         await socket.send(json.dumps({"type": "ack", "version": version}))
+        self.acknowledged += 1
 
     async def take(self, message: dict[str, Any]) -> None:
         """Verify, apply and write down what came. Raises Refused."""

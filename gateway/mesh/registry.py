@@ -120,6 +120,11 @@ class Registry:
             "UPDATE instances SET sent = ?, sent_at = ?, applied = ?, applied_at = ?, refused = ?, reason = ? WHERE service = ? AND instance = ?", rows
         )
 
+    async def applied(self, service: str, instance: str) -> int | None:
+        """Return the version that an instance is known to have."""
+        rows = await self.store.rows("SELECT applied FROM instances WHERE service = ? AND instance = ?", service, instance)
+        return rows[0]["applied"] if rows else None
+
     async def touch(self) -> None:
         """Tell every control plane that something changed."""
         await self.store.run("UPDATE counters SET value = value + 1 WHERE name = 'changes'")

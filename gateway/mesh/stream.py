@@ -178,6 +178,10 @@ class Hub:
             before.peer.cut()
         try:
             await self.registry.connected(stream.service, stream.instance, stream.peer.serial, stream.peer.leaf.not_after)
+            if stream.applied is not None and await self.registry.applied(*stream.key) != stream.applied:
+                # It came with an assignment whose acknowledgement was lost with the connection before.
+                stream.sent, stream.sent_at, stream.applied_at = stream.applied, time.time(), time.time()
+                self._unwritten[stream.key] = stream
             self.changed()
             log.info("a member's stream is open", extra=stream.told() | {"version": stream.have})
             await stream.run()

@@ -112,7 +112,7 @@ def _first(mesh: Mesh, state: State, zone: str | None, held: Svid) -> None:
         try:
             async with asyncio.timeout(FIRST):
                 await told.wait()
-                while not link.applied:
+                while not link.acknowledged:
                     await asyncio.sleep(0.01)
         except TimeoutError:
             log.warning("the control plane said nothing yet; no service has endpoints", extra={"control": mesh.control})

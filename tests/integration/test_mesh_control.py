@@ -302,6 +302,18 @@ def test_a_member_that_comes_back_is_told_the_difference_only(control: ControlPr
     assert member.messages == []
 
 
+def test_what_a_member_brings_with_it_needs_no_other_acknowledgement(control: ControlProcess, members: list[Member]) -> None:
+    first = joined(members, control, "payments").open()
+    first.has(lambda held: held["version"], "an assignment")
+    second = joined(members, control, "payments", 2).open(first.held["version"])  # its own word was lost with the connection before
+
+    def applied() -> object:
+        return next(row["applied"] for row in control.status()["instances"] if row["instance"] == second.instance)
+
+    eventually(lambda: applied() == first.held["version"], "the version that it said")
+    assert second.messages == []
+
+
 def test_a_broken_file_changes_nothing_and_says_where(control: ControlProcess, members: list[Member]) -> None:
     member = joined(members, control, "payments").open()
     member.has(lambda held: held["version"], "an assignment")

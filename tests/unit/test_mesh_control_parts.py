@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import stat
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gateway._speedups.certificates import chain_fault, parse_certificates
+from gateway._speedups.certificates import chain_fault, parse_certificates, parse_key
 from gateway.config.mesh_load import is_mesh, load_mesh, mesh_findings, mesh_schema
 from gateway.config.values import Rate
 from gateway.errors import ConfigError
@@ -18,6 +19,7 @@ from gateway.mesh.assign import Assignments, World, content_of
 from gateway.mesh.assignment import Refused, take
 from gateway.mesh.ca import BadRequest, Ca, CaError, read_request
 from gateway.mesh.enrol import make_request
+from gateway.mesh.identity import Svid, due_at
 from gateway.mesh.limit import ADDRESSES, Bucket, Buckets
 from gateway.mesh.registry import BadInstance, judge, read_instance, read_place
 from gateway.mesh.report import span
@@ -112,6 +114,17 @@ def test_ids() -> None:
 
 
 # -- the authority
+
+
+@pytest.mark.parametrize("lifetime", [60, 600, 86400])
+def test_a_certificate_of_any_life_is_renewed_at_about_half_of_it(tmp_path: Path, lifetime: int) -> None:
+    ca = Ca(tmp_path / "ca", "bank.test").open()
+    text, key = make_request("payments")
+    issued, now = parse_certificates(ca.issue(text, "payments", lifetime).chain.encode()), time.time()
+    assert issued[0].not_before < now - 1  # another clock may be behind
+    svid = Svid(issued, parse_key(key), parse_certificates(ca.bundle.encode()), "bank.test", "payments")
+    for draw in (-1, 0, 1):
+        assert 0.35 * lifetime < due_at(svid, draw) - now < 0.6 * lifetime
 
 
 def test_rotation_keeps_every_path_valid_while_generations_overlap(tmp_path: Path) -> None:
