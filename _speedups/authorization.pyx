@@ -24,11 +24,15 @@ cdef bytes plain(str text):
 
 
 cdef class Rule:
-    """Allows what its methods, prefix, headers ((name, op, value) as in a RouteSpec) and claims all accept; None and () are anything."""
+    """Allows what its methods, prefix, headers ((name, op, value) as in a RouteSpec) and claims all accept; None and () are anything.
 
-    def __init__(self, str name not None, *, methods=None, str prefix=None, headers=(), claims=()):
+    elsewhere: its ports are those of other apps.
+    """
+
+    def __init__(self, str name not None, *, methods=None, str prefix=None, headers=(), claims=(), bint elsewhere=False):
         cdef bytes method
         self.name = name
+        self.elsewhere = elsewhere
         others = []
         for text in methods or ():
             method = text.encode("ascii")
@@ -43,11 +47,14 @@ cdef class Rule:
         self.prefix = None if prefix is None else prefix.encode("ascii").rstrip(b"/")
         self.headers = Conditions(headers) if headers else None
         self.claims = tuple((claim, frozenset((type(each), each) for each in accepted)) for claim, accepted in claims)
+        self.layer7 = methods is not None or prefix is not None or bool(headers) or bool(self.claims)
 
     cdef bint allows(self, Exchange x) except -1:
         cdef Head* head = x.head
         cdef uint32_t n
         cdef bytes method
+        if self.elsewhere:
+            return False
         if self.methods or self.others:
             if head.method != M_OTHER:
                 if not self.methods >> head.method & 1:
@@ -81,26 +88,31 @@ cdef class Rule:
 
 
 cdef class Caller:
-    """A caller, the rules that name it, and the RouteEntry that its requests get."""
+    """A caller, the rules that name it, the RouteEntry that its requests get, and the TcpTarget of its raw connections."""
 
-    def __init__(self, str identity not None, rules=(), RouteEntry entry=None):
+    def __init__(self, str identity not None, rules=(), RouteEntry entry=None, target=None):
         self.identity = identity
         self.rules = tuple(rules)
         for rule in self.rules:
             if not isinstance(rule, Rule):
                 raise TypeError(f"not a rule: {rule!r}")
         self.entry = entry
+        self.target = target
 
 
 cdef class Authorization:
-    """A service's policy. `record(identity, rules, request_id, method, path, audit, version)` is called for each denial."""
+    """A service's policy. `record(identity, rules, request_id, method, path, audit, version)` is called for each denial.
 
-    def __init__(self, int version, record, *, bint audit=False, entry_of=None):
+    Of a raw connection request_id, method and path are empty.
+    """
+
+    def __init__(self, int version, record, *, bint audit=False, entry_of=None, target_of=None):
         self.version = version
         self.audit = audit
         self.callers = {}
         self.record = record
         self.entry_of = entry_of
+        self.target_of = target_of
 
     def add(self, Caller caller not None) -> None:
         """Name a caller and its rules; before the policy is used."""
@@ -115,13 +127,30 @@ cdef class Authorization:
             return None
         caller = self.callers.get(names[0])
         if caller is None:
-            caller = Caller(names[0], (), None if self.entry_of is None else self.entry_of(names[0]))
+            caller = Caller(names[0], (), None if self.entry_of is None else self.entry_of(names[0]),
+                            None if self.target_of is None else self.target_of(names[0]))
             if self.strangers < STRANGERS:
                 self.strangers += 1
                 self.callers[names[0]] = caller
         certificate.caller = caller
         certificate.caller_by = self
         return caller
+
+    def admits(self, ClientCertificate certificate not None) -> bool:
+        """Tell whether a raw connection of the certificate's holder may stay; nothing is recorded."""
+        return self.audit or self.connects(self.who(certificate), False)
+
+    cdef bint connects(self, Caller caller, bint recorded) except -1:
+        cdef Rule rule
+        if caller is not None:
+            for rule in caller.rules:
+                if not rule.elsewhere and not rule.layer7:
+                    return True
+        if not recorded:
+            return False
+        self.record("" if caller is None else caller.identity, () if caller is None else tuple([rule.name for rule in caller.rules]),
+                    "", "", "", self.audit, self.version)
+        return self.audit
 
     cdef int deny(self, Exchange x, Caller caller) except -1:
         """Records a denial. STEP_GO in audit mode, else the answer is 403."""

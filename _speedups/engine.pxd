@@ -309,6 +309,7 @@ cdef class TcpDownstream(Connection):
     cdef int take_header(self) except -2
     cdef int take_request(self) except -2
     cdef int secure(self) except -1
+    cdef int authorize(self) except -1
     cdef int read_hello(self) except -1
     cdef int alert(self, int ending, int description) except -1
     cdef int attach(self) except -1
@@ -320,6 +321,7 @@ cdef class TcpDownstream(Connection):
     cdef void stir(self) noexcept
     cdef int end(self, int ending, bint cut) except -1
     cdef int linger(self) except -1
+    cdef void leave(self)
     cdef void say(self, int ending)
 
 cdef class TcpUpstream(Connection):
@@ -333,6 +335,7 @@ cdef class TcpUpstream(Connection):
     cdef int asked(self) except -1
     cdef int begin(self) except -1
     cdef int secure(self) except -1
+    cdef bint fallen(self) except -1
     cdef int failed(self) except -1
     cdef int stands(self) except -1
     cdef void part(self, int outcome)

@@ -26,7 +26,9 @@ from gateway._speedups.headers cimport *
 from gateway._speedups.histogram cimport *
 from gateway._speedups.http1 cimport *
 from gateway._speedups.http2 cimport *
+from gateway._speedups.authorization cimport Caller
 from gateway._speedups.balance cimport SAMPLE_GOOD, hash_key
+from gateway._speedups.certificates cimport ClientCertificate
 from gateway._speedups.client_hello cimport HELLO_MAX, HELLO_NAME, HELLO_TOO_LONG, parse_client_hello
 from gateway._speedups.pool cimport *
 from gateway._speedups.proxy_protocol cimport PROXY_MAX, compose_proxy_header, parse_proxy_header
@@ -432,9 +434,7 @@ cdef class Engine:
             if isinstance(connection, FrontLink):
                 (<FrontLink>connection).drain()
             elif isinstance(connection, TcpDownstream):
-                if (<TcpDownstream>connection).state == D_HANDSHAKE and (<TcpDownstream>connection).tls is None and \
-                        (<TcpDownstream>connection).inb.base == NULL and cw_silent((<TcpDownstream>connection).fd):
-                    (<TcpDownstream>connection).close()
+                (<TcpDownstream>connection).leave()
             elif isinstance(connection, Downstream) and (<Downstream>connection).state == D_IDLE:
                 (<Downstream>connection).wake()
                 (<Downstream>connection).advance()      # a request that is in the socket already is served
@@ -454,6 +454,8 @@ cdef class Engine:
         for connection in list(self.by_fd):
             if isinstance(connection, FrontLink) and (<FrontLink>connection).face.listener_name == name:
                 (<FrontLink>connection).drain()
+            elif isinstance(connection, TcpDownstream) and (<TcpDownstream>connection).listener.name == name:
+                (<TcpDownstream>connection).leave()
             elif isinstance(connection, Downstream) and (<Downstream>connection).listener_name == name:
                 if (<Downstream>connection).state == D_IDLE:
                     (<Downstream>connection).wake()
@@ -465,14 +467,24 @@ cdef class Engine:
     def serving(self, str name not None) -> int:
         """Open client connections of one listener."""
         return sum(1 for each in self.by_fd if (isinstance(each, Downstream) and (<Downstream>each).listener_name == name) or
-                   (isinstance(each, FrontLink) and (<FrontLink>each).face.listener_name == name))
+                   (isinstance(each, FrontLink) and (<FrontLink>each).face.listener_name == name) or
+                   (isinstance(each, TcpDownstream) and (<TcpDownstream>each).listener.name == name))
 
     def close_clients(self, judge) -> int:
-        """Close at once the connections of clients whose ClientCertificate `judge` condemns; returns how many."""
+        """Close at once the connections of clients whose ClientCertificate `judge` condemns; returns how many.
+
+        Of raw TCP the server's certificate is judged as well: such a connection may last as long as it likes.
+        """
         cdef Connection client
+        cdef TcpUpstream server
         condemned = []
         for each in self.by_fd:
-            if isinstance(each, (Downstream, FrontLink)):
+            if isinstance(each, TcpUpstream):
+                server = <TcpUpstream>each
+                if server.downstream is not None and server.tls is not None and server.tls.certificate is not None and \
+                        judge(server.tls.certificate):
+                    condemned.append(server.downstream)
+            elif isinstance(each, (Downstream, FrontLink, TcpDownstream)):
                 client = <Connection>each
                 if client.tls is not None and client.tls.certificate is not None and judge(client.tls.certificate):
                     condemned.append(client)
@@ -480,6 +492,21 @@ cdef class Engine:
             client.close_now()
         self.go_on()
         return len(condemned)
+
+    def close_denied(self, str name not None) -> int:
+        """Close at once the raw TCP connections of a listener that its policy of now does not let in; returns how many."""
+        cdef ListenerEntry listener = self.snapshot.listeners.get(name)
+        cdef TcpDownstream client
+        if listener is None or listener.tcp is None or (<TcpListener>listener.tcp).policy is None:
+            return 0
+        policy = (<TcpListener>listener.tcp).policy
+        denied = [each for each in self.by_fd if isinstance(each, TcpDownstream) and (<TcpDownstream>each).listener.name == name and
+                  (<TcpDownstream>each).state != D_HANDSHAKE and (<TcpDownstream>each).tls is not None and
+                  (<TcpDownstream>each).tls.certificate is not None and not policy.admits((<TcpDownstream>each).tls.certificate)]
+        for client in denied:
+            client.end(END_DENIED, True)
+        self.go_on()
+        return len(denied)
 
     def active(self) -> int:
         """Client connections that still have something to finish, and exchanges whose clients have left."""

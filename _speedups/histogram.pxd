@@ -137,6 +137,7 @@ cdef enum:
     END_NO_NAME                 # no upstream for the server name, or none was given
     END_BAD_HELLO               # what came was no ClientHello
     END_HANDSHAKE               # no PROXY header, TLS or ClientHello in time, or none that is valid
+    END_DENIED                  # no rule of the mesh lets the client connect
     TCP_ENDINGS
 
 cdef enum:
@@ -170,6 +171,7 @@ cdef struct TcpSeries:
     uint64_t bytes_out
     uint64_t connect_failures   # attempts
     uint64_t duration_us        # of those that ended
+    uint64_t closed             # of those that were opened
 
 # Untouched pages of a slot stay unmapped: series and routes are handed out from the front, so a slot costs what it uses.
 cdef struct SlotLayout:

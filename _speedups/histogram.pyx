@@ -99,7 +99,7 @@ GAUGE_NAMES: Final = (
 )
 TCP_ENDS: Final = (
     "closed", "client-reset", "upstream-reset", "idle", "cut", "unreachable", "full", "forbidden", "unknown-name", "bad-hello",
-    "handshake",
+    "handshake", "denied",
 )
 assert len(COUNTER_NAMES) == C_USED and len(GAUGE_NAMES) == G_USED and len(TCP_ENDS) == TCP_ENDINGS
 
@@ -210,8 +210,8 @@ cdef class WorkerSlot:
     cdef TcpSeries* tcp(self, uint32_t metric) noexcept nogil:
         return find_tcp(self.slot, metric)
 
-    def tcp_series(self) -> list[tuple[int, int, tuple[int, ...], int, int, int, int]]:
-        """(metric, opened, ended by TCP_ENDS, bytes_in, bytes_out, connect_failures, duration_us) of each; OVERFLOW comes last."""
+    def tcp_series(self) -> list[tuple[int, int, tuple[int, ...], int, int, int, int, int]]:
+        """(metric, opened, ended by TCP_ENDS, bytes_in, bytes_out, connect_failures, duration_us, closed) of each; OVERFLOW comes last."""
         cdef list found = []
         cdef TcpSeries* one
         cdef uint64_t i
@@ -219,7 +219,7 @@ cdef class WorkerSlot:
             one = &self.slot.tcp[i]
             if cw_read(&one.key):
                 found.append((cw_read(&one.key) - 1, cw_read(&one.opened), counts(one.ended, TCP_ENDINGS), cw_read(&one.bytes_in),
-                              cw_read(&one.bytes_out), cw_read(&one.connect_failures), cw_read(&one.duration_us)))
+                              cw_read(&one.bytes_out), cw_read(&one.connect_failures), cw_read(&one.duration_us), cw_read(&one.closed)))
             elif i < <uint64_t>MAX_TCP and i >= cw_read(&self.slot.tcp_used):
                 if not cw_read(&self.slot.tcp[MAX_TCP].key):
                     break
@@ -400,6 +400,7 @@ cdef void add_tcp(TcpSeries* into, const TcpSeries* more) noexcept nogil:
     cw_add(&into.bytes_out, cw_read(&more.bytes_out))
     cw_add(&into.connect_failures, cw_read(&more.connect_failures))
     cw_add(&into.duration_us, cw_read(&more.duration_us))
+    cw_add(&into.closed, cw_read(&more.closed))
 
 
 cdef void add_route(RouteSeries* into, const RouteSeries* more) noexcept nogil:

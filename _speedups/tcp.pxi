@@ -205,7 +205,7 @@ cdef class TcpDownstream(Connection):
                 engine.slot.counters[C_TLS_RESUMED] += 1
             self.target = self.tcp.only
             self.readable = True
-            return 1
+            return 1 if self.tcp.policy is None else self.authorize()
         failed = self.tls
         self.tls = None
         if failed.failure == FAILED_VISITOR:
@@ -218,6 +218,28 @@ cdef class TcpDownstream(Connection):
             self.end(END_HANDSHAKE, True)
         else:
             self.alert(END_HANDSHAKE, 0)            # OpenSSL has sent one: it must arrive
+        return 0
+
+    cdef int authorize(self) except -1:
+        """Whether the one who proved who it is may connect, by the policy of now. 1 yes, 0 the connection ended."""
+        cdef ListenerEntry listener = self.engine.snapshot.listeners.get(self.listener.name)
+        cdef ClientCertificate certificate = self.tls.certificate
+        cdef TcpListener tcp = self.tcp
+        cdef Caller caller = None
+        if listener is not None and listener.tcp is not None and (<TcpListener>listener.tcp).policy is not None:
+            tcp = <TcpListener>listener.tcp
+        if certificate is not None:
+            caller = tcp.policy.who(certificate)
+            # The handshake began under another deny list; who was put on it meanwhile must not stay for hours.
+            if listener is not None and listener is not self.listener and listener.tls is not None and listener.tls.admit is not None \
+                    and listener.tls.admit(certificate.leaf) is not None:
+                self.end(END_DENIED, True)
+                return 0
+        if caller is not None and caller.target is not None:
+            self.target = <TcpTarget>caller.target
+        if tcp.policy.connects(caller, True):
+            return 1
+        self.end(END_DENIED, True)
         return 0
 
     cdef int read_hello(self) except -1:
@@ -444,6 +466,8 @@ cdef class TcpDownstream(Connection):
         cdef int64_t now = cw_monotonic_us()
         series.ended[ending] += 1
         series.duration_us += <uint64_t>(now - self.accepted)
+        if self.opened:
+            series.closed += 1
         if ending == END_CLIENT and self.opened:
             engine.slot.counters[C_CLIENT_ABORTS] += 1
         elif ending == END_UPSTREAM:
@@ -487,6 +511,11 @@ cdef class TcpDownstream(Connection):
             said["bytes_in"] = self.bytes_in
             said["bytes_out"] = self.bytes_out
         return said
+
+    cdef void leave(self):
+        """A drain begins: who has said nothing yet is not waited for."""
+        if self.state == D_HANDSHAKE and self.tls is None and self.inb.base == NULL and cw_silent(self.fd):
+            self.close()
 
     cdef void close_now(self):
         """Our doing: the end of a drain, or an error of ours."""
@@ -595,7 +624,13 @@ cdef class TcpUpstream(Connection):
         counters[C_UPSTREAM_TLS_HANDSHAKES] += 1
         if self.tls.resumed:
             counters[C_UPSTREAM_TLS_RESUMED] += 1
-        return self.stands()
+        return self.failed() if self.fallen() else self.stands()
+
+    cdef bint fallen(self) except -1:
+        """Whether the server was shut out while the handshake with it went on."""
+        cdef Upstream upstream = self.engine.snapshot.upstreams.get(self.upstream.name)
+        return upstream is not None and upstream is not self.upstream and upstream.tls is not None and upstream.tls.admit is not None \
+            and self.tls.certificate is not None and upstream.tls.admit(self.tls.certificate.leaf) is not None
 
     cdef int stands(self) except -1:
         cdef int event

@@ -4,6 +4,7 @@ Strategy: built once per snapshot and never changed; a connection keeps the one 
 """
 
 from libc.stdint cimport int64_t, uint32_t
+from gateway._speedups.authorization cimport Authorization
 from gateway._speedups.exchange cimport Networks
 from gateway._speedups.pool cimport Upstream
 
@@ -23,5 +24,6 @@ cdef class TcpListener:
     cdef Networks allow                 # None: everybody
     cdef bint announce                  # the client's address to the upstream, by PROXY v2
     cdef bint postgres                  # clients ask for TLS as PostgreSQL's do, and so do we
+    cdef readonly Authorization policy  # who may connect, by the certificate of the handshake; None: whoever it let in
     # None when connections with this name are refused; `name` of length 0: none was given.
     cdef TcpTarget choose(self, const char* name, uint32_t n)

@@ -17,18 +17,19 @@ cdef class TcpTarget:
 
 
 cdef class TcpListener:
-    """See tcp_listener.pxd; `idle` and `hello` in seconds. `sni` maps names and *.suffixes to targets; empty: no name is read.
+    """See tcp_listener.pxd; `idle` and `hello` in seconds. `sni` maps names and *.suffixes to targets; None: no name is read.
 
     connections: open at once, over all workers. allow: networks; None: everybody. postgres: TLS is asked for in clear text first, on both sides.
+    policy: asked about each certificate; its callers' targets go before `default`.
     """
 
     def __init__(self, uint32_t metric, *, TcpTarget default=None, dict sni=None, double idle=3600, double hello=10,
-                 uint32_t connections=1024, allow=None, bint announce=False, bint postgres=False):
+                 uint32_t connections=1024, allow=None, bint announce=False, bint postgres=False, Authorization policy=None):
         self.metric = metric
         self.only = default
         self.exact = {}
         self.suffixes = {}
-        self.reads_name = bool(sni)
+        self.reads_name = sni is not None
         for name, target in (sni or {}).items():
             if not isinstance(target, TcpTarget):
                 raise TypeError(f"not a target: {target!r}")
@@ -44,6 +45,7 @@ cdef class TcpListener:
         self.allow = None if allow is None else Networks(allow)
         self.announce = announce
         self.postgres = postgres
+        self.policy = policy
 
     cdef TcpTarget choose(self, const char* name, uint32_t n):
         cdef const char* dot

@@ -50,7 +50,7 @@ cdef class Tls:
     cdef readonly str reason            # of a failed handshake, or the alert that ended the session; for a log
     cdef readonly bint resumed
     cdef uint8_t alpn                   # ALPN_*
-    cdef readonly ClientCertificate certificate     # of the client, verified; None when it showed none
+    cdef readonly ClientCertificate certificate     # of the other side, verified; None when it showed none, or is a server without `admit`
 
     cdef void wake(self, bint ended) noexcept
     # 1 complete, 0 more events are needed, -1 failed (see failure, reason).

@@ -624,6 +624,7 @@ cdef class Tls:
                 if found is None or not (<TlsUpstream>self.settings).sans.intersection([*found.dns, *found.uris, *found.addresses]):
                     return self.refused("the certificate carries none of the expected names")
                 if (<TlsUpstream>self.settings).admit is not None:
+                    self.certificate = ClientCertificate(found)
                     why = (<TlsUpstream>self.settings).admit(found)
                     if why is not None:
                         return self.refused(why)

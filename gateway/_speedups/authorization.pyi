@@ -3,7 +3,9 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
 
+from gateway._speedups.certificates import ClientCertificate
 from gateway._speedups.exchange import Exchange, RouteEntry, Step
+from gateway._speedups.tcp_listener import TcpTarget
 
 Record: TypeAlias = Callable[[str, tuple[str, ...], str, str, str, bool, int], None]
 
@@ -18,7 +20,12 @@ class Rule:
         prefix: str | None = None,
         headers: Iterable[tuple[str, str, str]] = (),
         claims: Iterable[tuple[str, Iterable[str | int | float]]] = (),
+        elsewhere: bool = False,
     ) -> None: ...
+    @property
+    def elsewhere(self) -> bool: ...
+    @property
+    def layer7(self) -> bool: ...
     def user(self, x: Exchange) -> bool: ...
 
 class Caller:
@@ -28,7 +35,11 @@ class Caller:
     def rules(self) -> tuple[Rule, ...]: ...
     @property
     def entry(self) -> RouteEntry | None: ...
-    def __init__(self, identity: str, rules: Iterable[Rule] = (), entry: RouteEntry | None = None) -> None: ...
+    @property
+    def target(self) -> TcpTarget | None: ...
+    def __init__(
+        self, identity: str, rules: Iterable[Rule] = (), entry: RouteEntry | None = None, target: TcpTarget | None = None
+    ) -> None: ...
 
 class Authorization:
     @property
@@ -42,8 +53,10 @@ class Authorization:
         *,
         audit: bool = False,
         entry_of: Callable[[str], RouteEntry | None] | None = None,
+        target_of: Callable[[str], TcpTarget | None] | None = None,
     ) -> None: ...
     def add(self, caller: Caller) -> None: ...
+    def admits(self, certificate: ClientCertificate) -> bool: ...
 
 class AuthorizationStep(Step):
     @property

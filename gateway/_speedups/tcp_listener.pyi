@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from gateway._speedups.authorization import Authorization
 from gateway._speedups.pool import Upstream
 
 class TcpTarget:
@@ -24,6 +25,9 @@ class TcpListener:
         allow: Iterable[str] | None = None,
         announce: bool = False,
         postgres: bool = False,
+        policy: Authorization | None = None,
     ) -> None: ...
     @property
     def metric(self) -> int: ...
+    @property
+    def policy(self) -> Authorization | None: ...

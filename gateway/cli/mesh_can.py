@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gateway.mesh.decide import Call, Decision
 
 ALLOWED, DENIED = 0, 1
+APP_PORT = "app-port"  # the label by which a sidecar says where its app listens
 
 
 def register(subparsers: Subparsers) -> None:
@@ -23,11 +24,12 @@ def register(subparsers: Subparsers) -> None:
     )  # fmt: skip
     parser.add_argument("caller", metavar="CALLER", help="the service that calls")
     parser.add_argument("service", metavar="SERVICE", help="the service that is called")
-    parser.add_argument("method", metavar="METHOD", nargs="?", default="GET", help="default: GET")
-    parser.add_argument("path", metavar="PATH", nargs="?", default="/", help="default: /")
+    parser.add_argument("method", metavar="METHOD", nargs="?", help="default: GET; not of a service that speaks tcp")
+    parser.add_argument("path", metavar="PATH", nargs="?", help="default: /")
     add_file(parser)
     parser.add_argument("-H", "--header", metavar="'NAME: VALUE'", dest="headers", action="append", default=[], help="of the request; may be repeated")
     parser.add_argument("--claim", metavar="NAME=VALUE", dest="claims", action="append", default=[], help="of the end user; may be repeated")
+    parser.add_argument("--port", type=int, help="on which the service's app listens; default: as its instances say, where they agree")
     parser.add_argument("-o", "--output", choices=("text", "json"), default="text", help="default: text")
     parser.add_argument("--json", dest="output", action="store_const", const="json", help="the same as -o json")
     parser.set_defaults(run=run)
@@ -36,6 +38,7 @@ def register(subparsers: Subparsers) -> None:
 def run(parsed: argparse.Namespace) -> int:
     def work() -> int:
         import asyncio
+        from dataclasses import replace
 
         from gateway.config.mesh_load import load_mesh
         from gateway.mesh.decide import decide
@@ -44,8 +47,10 @@ def run(parsed: argparse.Namespace) -> int:
         for name in (parsed.caller, parsed.service):
             if name not in mesh.services:
                 raise ValueError(f"{name} is not a service of {parsed.config}: there are {', '.join(mesh.services)}")
-        call = read_call(parsed)
-        revoked, policy = asyncio.run(_known(mesh))
+        call = read_call(parsed, mesh.services[parsed.service].protocol == "tcp")
+        revoked, policy, ports = asyncio.run(_known(mesh, parsed.service))
+        if call.port is None and len(ports) == 1:
+            call = replace(call, port=min(ports))
         decision = decide(mesh, call, revoked)
         answer = described(mesh, call, decision, policy)
         print(json.dumps(answer, indent=2) if parsed.output == "json" else text_of(answer))
@@ -54,11 +59,15 @@ def run(parsed: argparse.Namespace) -> int:
     return guarded(work)
 
 
-def read_call(parsed: argparse.Namespace) -> Call:
-    """Return the call that the command line asks about. Raises ValueError."""
+def read_call(parsed: argparse.Namespace, tcp: bool = False) -> Call:
+    """Return the call that the command line asks about; `tcp`: a connection to a service that knows no requests. Raises ValueError."""
     from gateway._speedups.testing import normalise_path
     from gateway.mesh.decide import Call
 
+    if tcp and (parsed.method is not None or parsed.headers or parsed.claims):
+        raise ValueError(f"{parsed.service} speaks tcp: there are no methods, paths, headers or claims to ask about")
+    if tcp:
+        return Call(parsed.caller, parsed.service, "", "", port=parsed.port)
     headers: dict[str, list[str]] = {}
     for text in parsed.headers:
         name, colon, value = text.partition(":")
@@ -71,37 +80,43 @@ def read_call(parsed: argparse.Namespace) -> Call:
         if not equals or not name:
             raise ValueError(f"{text!r} is no claim: write --claim name=value")
         claims.setdefault(name, []).append(_value(value))
-    if not parsed.path.startswith("/"):
-        raise ValueError(f"{parsed.path!r} is no path: it begins with /")
-    path = normalise_path(parsed.path.partition("?")[0].encode()).decode()
-    return Call(parsed.caller, parsed.service, parsed.method, path, headers, claims or None)
+    asked = "/" if parsed.path is None else parsed.path
+    if not asked.startswith("/"):
+        raise ValueError(f"{asked!r} is no path: it begins with /")
+    path = normalise_path(asked.partition("?")[0].encode()).decode()
+    return Call(parsed.caller, parsed.service, parsed.method or "GET", path, headers, claims or None, parsed.port)
 
 
 def _value(text: str) -> str | int:
     return int(text) if text.isascii() and text.removeprefix("-").isdecimal() else text
 
 
-async def _known(mesh: MeshFile) -> tuple[frozenset[str], int | None]:
-    """Return who is revoked, and the version of the policy, as the state has them; of a state that is not there, what the file says."""
+async def _known(mesh: MeshFile, service: str) -> tuple[frozenset[str], int | None, set[int]]:
+    """Return who is revoked, the version of the policy, and the ports of a service's apps, as the state has them.
+
+    Of a state that is not there, what the file says.
+    """
     from pathlib import Path
 
     from gateway.mesh import revocation
     from gateway.mesh.store import is_postgres, open_store
 
     if not is_postgres(mesh.control.state) and not Path(mesh.control.state).exists():
-        return frozenset(mesh.revoked.services), None
+        return frozenset(mesh.revoked.services), None, set()
     store = await open_store(mesh.control.state)
     try:
         deny = await revocation.load(store, mesh)
-        return deny.services, int((await store.rows("SELECT value FROM counters WHERE name = 'policy'"))[0]["value"])
+        policy = int((await store.rows("SELECT value FROM counters WHERE name = 'policy'"))[0]["value"])
+        said = [json.loads(row["labels"]).get(APP_PORT, "") for row in await store.rows("SELECT labels FROM instances WHERE service = ?", service)]
+        return deny.services, policy, {int(port) for port in said if port.isdecimal()}
     finally:
         await store.close()
 
 
 def described(mesh: MeshFile, call: Call, decision: Decision, policy: int | None) -> dict[str, Any]:
     answer: dict[str, Any] = {
-        "allowed": decision.allowed, "audited": decision.audited, "caller": call.caller, "service": call.to, "method": call.method,
-        "path": call.path, "reason": decision.reason, "rule": decision.rule, "policy": policy or None,
+        "allowed": decision.allowed, "audited": decision.audited, "caller": call.caller, "service": call.to, "method": call.method or None,
+        "path": call.path or None, "port": call.port, "reason": decision.reason, "rule": decision.rule, "policy": policy or None,
     }  # fmt: skip
     if decision.number is not None:
         answer["place"] = f"{mesh.path}:{mesh.line(decision.number)}"
@@ -113,7 +128,11 @@ def text_of(answer: dict[str, Any]) -> str:
     """Return the answer for a person."""
     word = "AUDIT: allowed, and recorded as to be denied" if answer["audited"] else "ALLOWED" if answer["allowed"] else "DENIED"
     policy = f", policy {answer['policy']}" if answer["policy"] else ""
-    lines = [f"{word}: {answer['caller']} -> {answer['service']} {answer['method']} {answer['path']}", f"  {answer['reason']}{policy}"]
+    if answer["method"] is not None:
+        asked = f"{answer['method']} {answer['path']}"
+    else:
+        asked = "(tcp)" if answer["port"] is None else f"(tcp, port {answer['port']})"
+    lines = [f"{word}: {answer['caller']} -> {answer['service']} {asked}", f"  {answer['reason']}{policy}"]
     if "place" in answer:
         lines.append(f"  at {answer['place']}")
     lines += [f"  rule {each['rule']}: {each['unmet']}" for each in answer["considered"]]

@@ -19,7 +19,7 @@ def register(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("sidecar", help="run a service's sidecar")
     parser.add_argument("--service", required=True, type=_name, metavar="NAME", help="the service, as the mesh's file names it")
     parser.add_argument("--app", required=True, type=_app, metavar="HOST:PORT", help="where the app listens, in clear text; `none` for one that only calls others")
-    parser.add_argument("--app-protocol", default="http1", choices=["http1", "http2", "grpc"], help="what the app speaks, in clear text (http1)")
+    parser.add_argument("--app-protocol", default="http1", choices=["http1", "http2", "grpc", "tcp"], help="what the app speaks, in clear text (http1)")
     parser.add_argument("--inbound", required=True, type=_address, metavar="HOST:PORT", help="where members of the mesh call it (mutual TLS)")
     parser.add_argument("--outbound", required=True, type=_loopback, metavar="HOST:PORT", help="where the app calls services, whose name is the Host")
     parser.add_argument("--control", required=True, metavar="URL", help="the control plane, https://host:port")

@@ -26,7 +26,19 @@ from gateway.config.base import Model, Shorthand, listed, needed, part, setting
 from gateway.config.conditions import Condition
 from gateway.config.resilience import BalanceSettings, RetrySettings
 from gateway.config.source import Document
-from gateway.config.values import Deadline, FilePath, Int, Percent, RateText, Text, base_of, described, fault, text_of
+from gateway.config.values import (
+    Deadline,
+    FilePath,
+    Int,
+    Percent,
+    RateText,
+    Text,
+    base_of,
+    described,
+    fault,
+    parse_int,
+    text_of,
+)
 from gateway.config.web import BindText, FieldName, KeySource, Method, Prefix
 
 EVERYBODY = "*"
@@ -213,12 +225,34 @@ class Certificates(Model):
 class Service(Model):
     """One service: how it is called by every member that may."""
 
-    protocol: Literal["http", "http2", "grpc", "tcp"] = setting("http", "what its instances speak")
+    protocol: Literal["http", "http2", "grpc", "tcp"] = setting("http", "what its instances speak; declared, never guessed")
     timeout: Deadline | None = setting(None, "for an answer, retries included; default: that of `upstreams`")
     retries: RetrySettings | None = setting(None, "further attempts, as in `upstreams`")
     balance: BalanceSettings | None = setting(None, "how an instance is chosen, as in `upstreams`")
+    idle: Deadline | None = setting(None, "with tcp: without a byte in either direction; default: 1h")
+    connections: Annotated[int, BeforeValidator(parse_int), Field(ge=1, le=10_000_000)] | None = setting(
+        None, "with tcp: open at once at each sidecar, its app's side and each caller's; default: 1024"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _declared(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and raw.get("protocol") in ("detect", "auto"):
+            hint = "http, http2, grpc or tcp: a guess could be wrong, and a policy about requests would be passed by"
+            raise fault("protocols are declared, not detected", hint, at=("protocol",))
+        return raw
+
+    @model_validator(mode="after")
+    def _of_its_protocol(self) -> Self:
+        if self.protocol == "tcp" and self.timeout is not None:
+            raise fault("a tcp service has no answers to wait for", "write `idle`, the time without a byte", at=("timeout",))
+        for name in ("idle", "connections"):
+            if self.protocol != "tcp" and getattr(self, name) is not None:
+                raise fault(f"`{name}` is of tcp services", "requests have `timeout`, and limits of their own", at=(name,))
+        return self
 
 
+AppPort = Annotated[int, BeforeValidator(parse_int), Field(ge=1, le=65535)]
 ClaimValue = Annotated[
     str | int | float, PlainValidator(lambda raw: _claim(raw)), described("text or number", kind="string")
 ]
@@ -241,6 +275,9 @@ class Rule(Model):
     methods: Annotated[tuple[Method, ...], listed("method"), Field(min_length=1)] | None = setting(None, "default: any")
     prefix: Prefix | None = setting(None, "a path and everything below it; default: any")
     headers: dict[FieldName, Condition] = setting({}, "headers: a value, {present: true} or {prefix: text}")
+    ports: Annotated[tuple[AppPort, ...], listed("port"), Field(min_length=1)] | None = setting(
+        None, "ports on which the apps of `to` listen (a sidecar's --app); default: any"
+    )
     claims: dict[Text, Annotated[tuple[ClaimValue, ...], listed("value"), Field(min_length=1)]] = setting(
         {}, "claims of the end user for whom the caller acts, verified at the edge; one of the values is enough"
     )

@@ -18,6 +18,9 @@ from gateway.config.mesh_file import EVERYBODY, KubernetesJoin, MeshFile
 from gateway.config.source import Document, Path_
 from gateway.errors import ConfigError, Problem
 
+TCP_RULE = "who connects to a tcp service is decided by `from` and `ports`, before the first byte passes"
+LAYER7 = ("methods", "prefix", "headers", "claims")  # what a rule may say of requests
+
 
 def is_mesh(path: str | Path) -> bool:
     """Tell whether a file is a mesh's rather than a gateway's: it names a trust domain."""
@@ -40,6 +43,8 @@ def load_mesh(path: str | Path) -> MeshFile:
         for details in error.errors(include_url=False):
             _translate(document, details, context["models"])
     _check_names(document)
+    if mesh is not None:
+        _check_layers(document, mesh)
     if mesh is not None and mesh.control.join is not None:
         if mesh.control.join.ca is not None:
             _check_roots(document, ("ca",), mesh.control.join.ca)
@@ -59,11 +64,12 @@ def mesh_findings(mesh: MeshFile) -> list[Problem]:
     kept, document.problems = document.problems, []
     for number, rule in enumerate(mesh.authorization.rules):
         at = ("authorization", "rules", number)
-        tcp = [name for name in rule.to if name in mesh.services and mesh.services[name].protocol == "tcp"]
-        if tcp and rule.layer7:
-            document.warn(at, f"rule {rule.name} looks into requests, and {tcp[0]} speaks tcp: it allows nothing there", "a rule for tcp names callers only")
+        tcp = [name for name, service in mesh.services.items() if service.protocol == "tcp"]
+        if tcp and rule.layer7 and EVERYBODY in rule.to:
+            document.warn(at, f"rule {rule.name} looks into requests, and {tcp[0]} speaks tcp: it allows nothing there", TCP_RULE)
         for other in mesh.authorization.rules[:number]:
-            if not other.layer7 and set(rule.callers) <= set(other.callers) and set(rule.to) <= set(other.to):
+            ports = other.ports is None or (rule.ports is not None and set(rule.ports) <= set(other.ports))
+            if not other.layer7 and ports and set(rule.callers) <= set(other.callers) and set(rule.to) <= set(other.to):
                 document.warn(at, f"rule {rule.name} allows nothing that {other.name} does not allow", "remove one of them")
                 break
     if mesh.authorization.default == "audit":
@@ -76,6 +82,18 @@ def mesh_schema() -> dict[str, Any]:
     """Return the JSON Schema (2020-12) of a mesh's file."""
     schema = MeshFile.model_json_schema(by_alias=True, mode="validation")
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _check_layers(document: Document, mesh: MeshFile) -> None:
+    """Report rules that look into requests of services that have none."""
+    for number, rule in enumerate(mesh.authorization.rules):
+        tcp = [name for name in rule.to if name in mesh.services and mesh.services[name].protocol == "tcp"]
+        if tcp and rule.layer7:
+            said = [key for key in LAYER7 if getattr(rule, key) not in (None, {})]
+            document.report(
+                ("authorization", "rules", number, said[0]),
+                f"rule {rule.name}: `{said[0]}` looks into requests, and {tcp[0]} speaks tcp, in which there are none", TCP_RULE,
+            )  # fmt: skip
 
 
 def _check_cluster(document: Document, number: int, cluster: KubernetesJoin) -> None:

@@ -70,10 +70,17 @@ def rule_said(rule: Rule, mesh: MeshFile) -> dict[str, Any]:
     for name, match in rule.headers.items():
         _, kind, value = match.triple(name)
         headers[name] = {"present": kind == "present"} if kind in ("present", "absent") else {"prefix": value} if kind == "prefix" else value
-    return {
+    said = {
         "name": rule.name, "from": callers_of(rule, mesh), "methods": list(rule.methods) if rule.methods is not None else None,
         "prefix": rule.prefix, "headers": headers, "claims": {name: list(values) for name, values in rule.claims.items()},
     }  # fmt: skip
+    return said if rule.ports is None else {**said, "ports": list(rule.ports)}
+
+
+def own(service: Service) -> dict[str, Any]:
+    """Return what a service's own sidecars need to know of it."""
+    said = settings_of(service)
+    return {key: said[key] for key in ("protocol", "idle", "connections") if key in said}
 
 
 def content_of(service: str, world: World) -> dict[str, Any]:
@@ -84,7 +91,7 @@ def content_of(service: str, world: World) -> dict[str, Any]:
     }
     rules = [rule_said(rule, mesh) for rule in mesh.authorization.rules if reaches(rule, service)]
     return {
-        "trust_domain": mesh.trust_domain, "service": service, "fresh": mesh.control.fresh, "bundle": world.bundle, "revoked": world.deny.said(),
+        "trust_domain": mesh.trust_domain, "service": service, "own": own(mesh.services[service]), "fresh": mesh.control.fresh, "bundle": world.bundle, "revoked": world.deny.said(),
         "services": services, "authorization": {"default": mesh.authorization.default, "version": world.policy, "rules": rules},
     }  # fmt: skip
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from gateway._speedups.authorization import Authorization, AuthorizationStep, Caller, Rule
 from gateway._speedups.exchange import RouteEntry, Step
+from gateway._speedups.tcp_listener import TcpTarget
 
 log = logging.getLogger("crossway.mesh")
 
@@ -30,7 +31,7 @@ class Denials:
     def record(
         self, caller: str, rules: tuple[str, ...], request_id: str, method: str, path: str, audit: bool, version: int
     ) -> None:
-        """Count one denial and tell it. `rules` are those that name the caller; none of them matched."""
+        """Count one denial and tell it. `rules` are those that name the caller; none of them matched. Without a method: a raw connection."""
         key = (caller or "nobody", "none", version, audit)
         if key not in self.counts and len(self.counts) >= SERIES:
             key = ("others", "none", 0, audit)
@@ -42,13 +43,13 @@ class Denials:
             self._unsaid += 1
             return
         self._lines += 1
-        told: dict[str, Any] = {
-            "caller": caller or None, "rule": None, "considered": list(rules), "policy": version, "method": method, "path": path,
-            "request_id": request_id,
-        }  # fmt: skip
+        told: dict[str, Any] = {"caller": caller or None, "rule": None, "considered": list(rules), "policy": version}
+        if method:
+            told |= {"method": method, "path": path, "request_id": request_id}
+        what = "call" if method else "connection"
         if self._unsaid:
             told["unsaid"], self._unsaid = self._unsaid, 0
-        log.warning("a call would be denied" if audit else "a call was denied", extra=told)
+        log.warning(f"a {what} would be denied" if audit else f"a {what} was denied", extra=told)
 
 
 def conditions(said: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -68,11 +69,14 @@ def conditions(said: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return found
 
 
-def make_rule(said: Mapping[str, Any]) -> Rule:
-    """Return a native rule. Raises ValueError, since a rule that is not understood must not be left out silently."""
-    unknown = set(said) - {"name", "from", "to", "methods", "prefix", "headers", "claims"}
+def make_rule(said: Mapping[str, Any], port: int | None = None) -> Rule:
+    """Return a native rule of the app at `port`. Raises ValueError, since a rule that is not understood must not be left out silently."""
+    unknown = set(said) - {"name", "from", "to", "methods", "prefix", "headers", "claims", "ports"}
     if unknown:
         raise ValueError(f"rule {said.get('name')}: {', '.join(sorted(unknown))} is not known to this version")
+    ports = said.get("ports")
+    if ports is not None and not (isinstance(ports, list) and ports and all(type(each) is int for each in ports)):
+        raise ValueError(f"rule {said.get('name')}: ports are numbers, not {ports!r}")
     claims = said.get("claims") or {}
     return Rule(
         said["name"],
@@ -80,23 +84,44 @@ def make_rule(said: Mapping[str, Any]) -> Rule:
         prefix=said.get("prefix"),
         headers=conditions(said.get("headers") or {}),
         claims=[(name, values if isinstance(values, (list, tuple)) else (values,)) for name, values in claims.items()],
+        elsewhere=ports is not None and port not in ports,
     )
 
 
-def make_step(
-    said: Mapping[str, Any], domain: str, denials: Denials, entry: Callable[[str, Step], RouteEntry | None]
-) -> AuthorizationStep:
-    """Return the step of an assignment's `authorization`; `entry` makes the RouteEntry of a caller, whose steps are this one.
-
-    Raises ValueError, KeyError or TypeError for what is no policy.
-    """
+def _by_caller(said: Mapping[str, Any], domain: str, port: int | None) -> dict[str, list[Rule]]:
+    """The rules that name each caller. Raises ValueError, KeyError or TypeError for what is no policy."""
     if said["default"] not in ("deny", "audit"):
         raise ValueError(f"authorization.default: {said['default']!r} is neither deny nor audit")
     by_caller: dict[str, list[Rule]] = {}
     for each in said["rules"]:
-        rule = make_rule(each)
+        rule = make_rule(each, port)
         for name in each["from"]:
             by_caller.setdefault(name if "://" in name else f"spiffe://{domain}/service/{name}", []).append(rule)
+    return by_caller
+
+
+def make_gate(
+    said: Mapping[str, Any], domain: str, denials: Denials, target_of: Callable[[str], TcpTarget], port: int | None
+) -> Authorization:
+    """Return the policy of raw connections to the app at `port`; `target_of` says under which name a caller's are counted.
+
+    Raises ValueError, KeyError or TypeError for what is no policy.
+    """
+    by_caller = _by_caller(said, domain, port)
+    policy = Authorization(int(said["version"]), denials.record, audit=said["default"] == "audit", target_of=target_of)
+    for identity, rules in by_caller.items():
+        policy.add(Caller(identity, rules, target=target_of(identity)))
+    return policy
+
+
+def make_step(
+    said: Mapping[str, Any], domain: str, denials: Denials, entry: Callable[[str, Step], RouteEntry | None], port: int | None = None
+) -> AuthorizationStep:
+    """Return the step of an assignment's `authorization`; `entry` makes the RouteEntry of a caller, whose steps are this one.
+
+    `port` is the app's. Raises ValueError, KeyError or TypeError for what is no policy.
+    """
+    by_caller = _by_caller(said, domain, port)
 
     def entry_of(identity: str) -> RouteEntry | None:
         return entry(identity, step)

@@ -16,7 +16,10 @@ from gateway.mesh.assign import callers_of, reaches
 
 @dataclass(frozen=True)
 class Call:
-    """A request from one service to another. Header names are small; `claims` are the end user's, None when there is none."""
+    """A request from one service to another, or a connection to one that speaks tcp: then only caller, service and port count.
+
+    Header names are small; `claims` are the end user's, None when there is none. `port`: on which the app listens, None when unknown.
+    """
 
     caller: str
     to: str
@@ -24,6 +27,7 @@ class Call:
     path: str = "/"
     headers: Mapping[str, Sequence[str]] = field(default_factory=dict)
     claims: Mapping[str, Any] | None = None
+    port: int | None = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ def decide(mesh: MeshFile, call: Call, revoked: frozenset[str] = frozenset()) ->
     for number, rule in enumerate(mesh.authorization.rules):
         if not reaches(rule, call.to) or call.caller not in callers_of(rule, mesh):
             continue
-        failed = unmet(rule, call)
+        failed = unmet(rule, call, mesh.services[call.to].protocol == "tcp")
         if failed is None:
             return Decision(True, f"rule {rule.name} allows it", rule.name, number)
         considered.append((rule.name, failed))
@@ -57,8 +61,13 @@ def decide(mesh: MeshFile, call: Call, revoked: frozenset[str] = frozenset()) ->
     return Decision(audit, why, audited=audit, considered=tuple(considered))
 
 
-def unmet(rule: Rule, call: Call) -> str | None:
-    """Return what a rule says that does not hold for the call; None when all of it does."""
+def unmet(rule: Rule, call: Call, tcp: bool = False) -> str | None:
+    """Return what a rule says that does not hold for the call; None when all of it does. `tcp`: the service knows no requests."""
+    if rule.ports is not None and call.port not in rule.ports:
+        here = "is not known; say --port" if call.port is None else f"{call.port} is not one of {', '.join(map(str, rule.ports))}"
+        return f"the app's port {here}"
+    if tcp:
+        return f"it looks into requests, and {call.to} speaks tcp" if rule.layer7 else None
     if rule.methods is not None and call.method not in rule.methods:
         return f"method {call.method} is not one of {', '.join(rule.methods)}"
     if rule.prefix is not None and not below(call.path.partition("?")[0], rule.prefix):

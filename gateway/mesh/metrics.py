@@ -22,7 +22,7 @@ UNKNOWN = "unknown"
 
 def line(name: str, labels: Mapping[str, str], value: float) -> str:
     inside = ",".join(f'{key}="{_escaped(text)}"' for key, text in labels.items())
-    return f"{name}{{{inside}}} {value:g}" if inside else f"{name} {value:g}"
+    return f"{name}{{{inside}}} {value}" if inside else f"{name} {value}"  # all digits: six of them would let large counters stand still
 
 
 def _escaped(text: str) -> str:
@@ -92,6 +92,26 @@ def _histogram(labels: Mapping[str, str], buckets: list[int], sum_us: int) -> It
         yield line(f"{name}_bucket", {**labels, "le": "+Inf" if bound is None else f"{bound / 1000:g}"}, count)
     yield line(f"{name}_sum", labels, sum_us / 1000)
     yield line(f"{name}_count", labels, count)
+
+
+def istio_tcp(memory: Any, labels_of: Callable[[str], dict[str, str] | None]) -> Iterator[str]:
+    """istio_tcp_connections_opened_total, ..._closed_total, istio_tcp_sent_bytes_total and istio_tcp_received_bytes_total; by target's name."""
+    totals: dict[tuple[tuple[str, str], ...], list[int]] = {}
+    for metric, opened, _ends, bytes_in, bytes_out, _failures, _duration, closed in memory.total().tcp_series():
+        found = labels_of(memory.route_name(metric))
+        if found is not None:
+            del found["grpc_response_status"]
+            found |= {"request_protocol": "tcp", "response_flags": "-"}
+            kept = totals.setdefault(tuple(found.items()), [0, 0, 0, 0])
+            for index, value in enumerate((opened, closed, bytes_out, bytes_in)):
+                kept[index] += value
+    for index, (name, text) in enumerate((
+        ("istio_tcp_connections_opened_total", "Raw TCP connections by source and destination that reached it."),
+        ("istio_tcp_connections_closed_total", "Those of them that ended."),
+        ("istio_tcp_sent_bytes_total", "Bytes that went to their callers."),
+        ("istio_tcp_received_bytes_total", "Bytes that came from their callers."),
+    )):  # fmt: skip
+        yield from family(name, "counter", text, (line(name, dict(key), values[index]) for key, values in totals.items()))
 
 
 def denied(denials: Denials) -> Iterator[str]:

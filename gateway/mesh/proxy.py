@@ -19,12 +19,14 @@ from gateway._speedups.exchange import Edits, ListenerEntry, RouteEntry, Snapsho
 from gateway._speedups.http2_settings import Http2
 from gateway._speedups.pool import SHARED_WINDOW, Endpoint, Upstream
 from gateway._speedups.route_trie import RouteTrie
+from gateway._speedups.tcp_listener import TcpListener
 from gateway._speedups.tls import TlsListener, TlsUpstream
 from gateway._speedups.token_cache import Principal, TokenCache
 from gateway._speedups.user_context import TellUserStep, UserStep
 from gateway.mesh.assignment import Assignment, canonical
 from gateway.mesh.authorization import Denials, make_step
 from gateway.mesh.identity import Svid
+from gateway.mesh.raw import places, way_in, way_out
 from gateway.mesh.spiffe import control_id
 from gateway.mesh.units import seconds, share, size
 from gateway.workload.admission import Admit, Revoked, admission
@@ -39,6 +41,7 @@ CALLER = b"x-crossway-caller"  # tells the app who called; nobody else can
 EVERYBODY = ("0.0.0.0/0", "::/0")  # inbound the handshake has proved a member, outbound it is our own app
 BODY = 1 << 30  # bytes; bodies stream, and the app has the say
 PROTOCOLS = {"http": "http1", "http1": "http1", "http2": "http2", "grpc": "grpc"}  # of a service, and as the engine calls it
+TCP = "tcp"
 USER_AUTHORS = ("edge",)  # services that may say who the user is, unless the assignment names others
 CONTEXTS = 1 << 20  # bytes of user contexts that are remembered, for each direction
 CALLERS = 200  # whose requests are counted apart
@@ -65,12 +68,31 @@ class Surroundings:
     memory: Any  # SharedState
     intercepts: bool = False  # the outbound listener gets what the kernel redirects
     zone: str | None = None
-    app_protocol: str = "http1"
+    app_protocol: str = "http1"  # or tcp: connections are passed on, not requests
     denials: Denials = field(default_factory=Denials)
     seed: int = field(default_factory=lambda: secrets.randbits(63))
     versions: int = 0
     callers: set[str] = field(default_factory=set)
     kept: dict[Any, Any] = field(default_factory=dict)  # parts of the last snapshot, by all that they were made of
+
+    @property
+    def raw(self) -> bool:
+        """Whether connections are passed on to the app, not requests."""
+        return self.app_protocol == TCP
+
+    @property
+    def port(self) -> int:
+        """The app's."""
+        return int(self.app.rpartition(":")[2])
+
+    def named(self, identity: str, domain: str) -> str:
+        """The name under which what a caller sends is counted; callers beyond the first CALLERS share one, and "" is nobody known."""
+        caller = identity.removeprefix(f"spiffe://{domain}/service/") or "unknown"
+        if identity and caller not in self.callers:
+            if len(self.callers) >= CALLERS:
+                caller = "others"
+            self.callers.add(caller)
+        return f"{INBOUND}>{caller}"
 
 
 class Parts:
@@ -104,9 +126,10 @@ def build(assignment: Assignment, svid: Svid, around: Surroundings) -> Snapshot:
     rests = repr((sorted(revoked.serials), sorted(revoked.identities), sorted(firsts))).encode()
     digest = hashlib.sha256(b"".join(each.der for each in (svid.leaf, *svid.roots)) + rests).digest()
     admit = admission(svid.domain, revoked)
-    app = parts.get("app", lambda: Upstream(
+    own = body.get("own") or {}
+    app = parts.get(("app", places(own) if around.raw else None), lambda: Upstream(
         "app", [Endpoint(around.app)], **APP_TIMES, host="preserve", table=around.memory.upstreams, attempts=1,
-        retry_on=("connect-failure",), protocol=around.app_protocol,
+        retry_on=("connect-failure",), **({"requests": places(own)} if around.raw else {"protocol": around.app_protocol}),
     ))  # fmt: skip
     upstreams, routes = {"app": app}, []
     reader = Reader(svid.identity, svid.roots, firsts, admit, around.seed)
@@ -114,35 +137,45 @@ def build(assignment: Assignment, svid: Svid, around: Surroundings) -> Snapshot:
     heard = parts.get(
         ("heard", digest), lambda: UserStep("user", partial(reader.check, keep=True), TokenCache(CONTEXTS), from_caller=False)
     )
-    rules = ("rules", digest, canonical(body["authorization"]))
-    inbound = parts.get(rules, lambda: _inbound(body["authorization"], svid, app, around, user))
+    rules = ("rules", digest, canonical(body["authorization"]), around.raw and canonical(own))
+    inbound: RouteEntry | TcpListener
+    if around.raw:
+        inbound = parts.get(rules, lambda: way_in(
+            body["authorization"], svid.domain, around.denials, own, app, around.memory.names.add,
+            lambda identity: around.named(identity, svid.domain), around.port,
+        ))  # fmt: skip
+    else:
+        inbound = parts.get(rules, lambda: _inbound(body["authorization"], svid, app, around, user))
     services = {name: settings for name, settings in body["services"].items() if spoken(name, settings)}
     for name, settings in services.items():
         try:
-            alpn = ("http/1.1",) if _protocol(settings) == "http1" else ("h2",)
+            alpn = () if settings.get("protocol") == TCP else ("http/1.1",) if _protocol(settings) == "http1" else ("h2",)
             tls = parts.get(("tls", name, digest, alpn), partial(_tls, name, svid, digest, admit, alpn))
             made = ("service", name, digest, canonical(settings))
             upstreams[f"service:{name}"] = parts.get(made, partial(upstream_of, name, settings, tls, around))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"service {name}: {error}") from None
-    for name in services:
+    for name, settings in services.items():
+        if settings.get("protocol") == TCP:
+            continue
         told = parts.get(("tell", name, digest), partial(_teller, svid, name))
         routes.append(_outbound(name, upstreams[f"service:{name}"], around, (heard, told)))
     listeners = _listeners(
-        inbound, routes, services, svid.domain, around,
+        inbound, routes, services, upstreams, svid.domain, around,
         parts.get(("inbound", digest), lambda: TlsListener(
             INBOUND, [(svid.chain, svid.key, None)], digest=digest, authorities=svid.roots, client_auth="required", tickets=False,
-            admit=admission(svid.domain, revoked, control_id(svid.domain)), alpn=("h2", "http/1.1"),
+            admit=admission(svid.domain, revoked, control_id(svid.domain)), alpn=() if around.raw else ("h2", "http/1.1"),
         )),
     )  # fmt: skip
     parts.commit()
-    snapshot = Snapshot(around.versions, f"{assignment.version}", listeners, upstreams, [inbound, *routes])
+    snapshot = Snapshot(around.versions, f"{assignment.version}", listeners, upstreams, [*([inbound] if isinstance(inbound, RouteEntry) else []), *routes])
     snapshot.identity_names = (CALLER, HEADER)
     return snapshot
 
 
 def _protocol(settings: Mapping[str, Any]) -> str:
-    return PROTOCOLS[settings.get("protocol", "http")]
+    protocol = settings.get("protocol", "http")
+    return "http1" if protocol == TCP else PROTOCOLS[protocol]  # the engine asks for one, and bytes that pass have none
 
 
 def _tls(name: str, svid: Svid, digest: bytes, admit: Admit, alpn: tuple[str, ...]) -> TlsUpstream:
@@ -163,22 +196,17 @@ def _tell(author: Author, audience: str, user: Principal) -> tuple[bytes, int]:
 
 def _inbound(said: Mapping[str, Any], svid: Svid, app: Upstream, around: Surroundings, user: Step) -> RouteEntry:
     """The way in: authorization, then the app. Each caller's requests are counted as its own."""
-    prefix = f"spiffe://{svid.domain}/service/"
 
     def entry(identity: str, step: Step) -> RouteEntry | None:
-        caller = identity.removeprefix(prefix)
-        if caller not in around.callers:
-            if len(around.callers) >= CALLERS:
-                caller = "others"
-            around.callers.add(caller)
-        name = f"{INBOUND}>{caller}"
+        name = around.named(identity, svid.domain)
         told = Edits((CALLER,), CALLER + b": " + identity.encode("ascii") + b"\r\n")
         return RouteEntry(name, 0, upstream=app, metric=around.memory.names.add(name), steps=(user, step), request_edits=told)
 
-    step = make_step(said, svid.domain, around.denials, entry)
+    step = make_step(said, svid.domain, around.denials, entry, around.port)
     return RouteEntry(
-        INBOUND, 0, upstream=app, metric=around.memory.names.add(f"{INBOUND}>unknown"), steps=(user, step), request_edits=Edits((CALLER,))
-    )
+        INBOUND, 0, upstream=app, metric=around.memory.names.add(around.named("", svid.domain)), steps=(user, step),
+        request_edits=Edits((CALLER,)),
+    )  # fmt: skip
 
 
 def _outbound(name: str, upstream: Upstream, around: Surroundings, steps: tuple[Step, ...]) -> RouteEntry:
@@ -186,22 +214,28 @@ def _outbound(name: str, upstream: Upstream, around: Surroundings, steps: tuple[
 
 
 def _listeners(
-    inbound: RouteEntry, routes: list[RouteEntry], services: Mapping[str, Any], domain: str, around: Surroundings, tls: TlsListener
-) -> dict[str, ListenerEntry]:
+    inbound: RouteEntry | TcpListener, routes: list[RouteEntry], services: Mapping[str, Any], upstreams: Mapping[str, Upstream], domain: str,
+    around: Surroundings, tls: TlsListener,
+) -> dict[str, ListenerEntry]:  # fmt: skip
     """Every service has an outbound listener of its own as well: for its own port, and for connections redirected on their way to it."""
 
     def listener(name: str, trie: RouteTrie, **more: Any) -> ListenerEntry:
         return ListenerEntry(name, trie, body_limit=BODY, trusted=EVERYBODY, requests=1_000_000, **more)
 
-    by_host = [(route, Spec(hosts=(name, f"{name}.{domain}"))) for route, name in zip(routes, services, strict=True)]
+    spoken_to = [name for name, settings in services.items() if settings.get("protocol") != TCP]
+    by_host = [(route, Spec(hosts=(name, f"{name}.{domain}"))) for route, name in zip(routes, spoken_to, strict=True)]
     originals = destinations(services) if around.intercepts else None
     found = {
-        INBOUND: listener(INBOUND, RouteTrie([(inbound, Spec())]), tls=tls, http2=Http2(connection_window=SHARED_WINDOW)),
+        INBOUND: listener(INBOUND, RouteTrie([]), tls=tls, tcp=inbound) if isinstance(inbound, TcpListener)
+        else listener(INBOUND, RouteTrie([(inbound, Spec())]), tls=tls, http2=Http2(connection_window=SHARED_WINDOW)),
         OUTBOUND: listener(OUTBOUND, RouteTrie(by_host), originals=originals, http2=Http2(clear=True)),
     }
-    for route, name in zip(routes, services, strict=True):
+    for route, name in zip(routes, spoken_to, strict=True):
         own = RouteTrie([(route, Spec(hosts=("*",)))])
         found[f"{OUTBOUND}:{name}"] = listener(f"{OUTBOUND}:{name}", own, http2=Http2(clear=True))
+    for name in set(services) - set(spoken_to):
+        tcp = way_out(name, services[name], upstreams[f"service:{name}"], around.memory.names.add)
+        found[f"{OUTBOUND}:{name}"] = listener(f"{OUTBOUND}:{name}", RouteTrie([]), tcp=tcp)
     for name in around.ports.values():
         if name not in found:  # its service is not in the assignment now: nothing is there
             found[name] = listener(name, RouteTrie([]))
@@ -211,7 +245,7 @@ def _listeners(
 def spoken(name: str, settings: Mapping[str, Any]) -> bool:
     """Whether the engine speaks a service's protocol; one that it does not is left out, since guessing would pass by the policy."""
     protocol = settings.get("protocol", "http")
-    if protocol in PROTOCOLS:
+    if protocol in PROTOCOLS or protocol == TCP:
         return True
     log.warning("a service is left out: its protocol is not in this version", extra={"service": name, "protocol": protocol})
     return False
@@ -233,10 +267,12 @@ def destinations(services: Mapping[str, Any]) -> dict[tuple[str, int], str]:
 
 def upstream_of(name: str, said: Mapping[str, Any], tls: TlsUpstream, around: Surroundings) -> Upstream:
     """Return the upstream of a service. Raises ValueError or TypeError for settings that are not understood."""
-    unknown = set(said) - {"protocol", "timeout", "retries", "balance", "endpoints", "labels", "zone", "http2"}
+    unknown = set(said) - {"protocol", "timeout", "retries", "balance", "endpoints", "labels", "zone", "http2", "idle", "connections"}
     if unknown:
         raise ValueError(f"{', '.join(sorted(unknown))} is not known to this version")
     options: dict[str, Any] = {**_retries(said.get("retries")), **_balance(said.get("balance"))}
+    if said.get("protocol") == TCP:
+        options["requests"] = places(said)
     if said.get("timeout") is not None:
         total = seconds(said["timeout"])
         options |= {"total": total, "head": total, "idle": total}

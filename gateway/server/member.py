@@ -163,6 +163,7 @@ class Member:
             route.name: {name: config.upstreams[name].service for name in route.upstreams if config.upstreams[name].service}
             for route in config.routes
         }
+        self.upstreams = {name: upstream.service for name, upstream in config.upstreams.items() if upstream.service}
         self.state = State(self.mesh.state)
         self.identity: Identity | None = None
         self.link: Link | None = None
@@ -221,10 +222,19 @@ class Member:
             return None
         return metrics.labels("source", self.mesh.service, service, domain)
 
+    def tcp_hop(self, target: str) -> dict[str, str] | None:
+        """The labels of raw TCP that leads to a service of the mesh; `target` is "tcp:LISTENER>UPSTREAM"."""
+        _, _, upstream = target.partition(">")
+        service, domain = self.upstreams.get(upstream), self.mesh.joined
+        if not target.startswith("tcp:") or service is None or domain is None:
+            return None
+        return metrics.labels("source", self.mesh.service, service, domain)
+
     def exposition(self, memory: Any) -> Iterator[str]:
         """Lines for /metrics, behind the gateway's own."""
         if self.identity is None or self.link is None or self.identity.svid is None:
             return
         yield from metrics.numbers(metrics.membership(self.identity, self.link))
         yield from metrics.istio(memory, self.hop)
+        yield from metrics.istio_tcp(memory, self.tcp_hop)
 

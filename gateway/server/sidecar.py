@@ -30,7 +30,7 @@ from gateway.mesh.identity import Identity, Svid, load, pause
 from gateway.mesh.link import Link, read_assignment
 from gateway.mesh.pod import BadPod
 from gateway.mesh.pod import read_token as read_pod
-from gateway.mesh.proxy import INBOUND, OUTBOUND, Surroundings, build
+from gateway.mesh.proxy import INBOUND, OUTBOUND, TCP, Surroundings, build
 from gateway.mesh.state import BUNDLE, State, StateError
 from gateway.server import log as logs
 from gateway.server.app_probe import AppProbe
@@ -105,6 +105,8 @@ class Sidecar:
         self.draining = False
         self.left: float | None = None  # when it left the registry, on the loop's clock
         self.revoked = Revoked({})
+        self.raw: frozenset[str] = frozenset()  # listeners of connections, not of requests
+        self.declared: str | None = None  # the service's protocol, as the mesh's file has it
         self.cut = 0  # connections of revoked members
         self.ended: asyncio.Future[None] = loop.create_future()
         self.hurry = asyncio.Event()
@@ -275,12 +277,28 @@ class Sidecar:
         if self.draining:
             snapshot.listeners[INBOUND].leaving = True
         self.engine.apply(snapshot)
+        self.raw = frozenset(name for name, listener in snapshot.listeners.items() if listener.tcp is not None)
+        self._declared(assignment.body.get("own") or {})
         revoked = Revoked(assignment.body.get("revoked") or {})
         if revoked.serials - self.revoked.serials or revoked.identities - self.revoked.identities:
             self._cut(revoked)
         self.revoked = revoked
+        if closed := self.engine.close_denied(INBOUND):
+            log.warning("connections that the policy no longer allows are closed", extra={"connections": closed})
         if not self.listening:
             self._listen()
+
+    def _declared(self, own: dict[str, Any]) -> None:
+        """Tell, once, that the command line and the mesh's file do not mean the same."""
+        declared = own.get("protocol")
+        if declared == self.declared:
+            return
+        self.declared = declared
+        if declared is not None and (declared == TCP) != self.around.raw:
+            log.error(
+                "the mesh's file and --app-protocol do not mean the same: calls will fail",
+                extra={"service": self.setup.service, "file": declared, "app_protocol": self.setup.app_protocol},
+            )  # fmt: skip
 
     def _cut(self, revoked: Revoked) -> None:
         """Close the connections of those who are revoked now; new ones are refused by the snapshot."""
@@ -319,9 +337,11 @@ class Sidecar:
         return self.around.versions
 
     def _announce(self) -> None:
-        rows = [(name, f"{'https' if name == INBOUND else 'http'}://{address(*sock.getsockname()[:2])}") for name, sock in self.sockets.items()]
+        schemes = {name: "tcp" if name in self.raw else "https" if name == INBOUND else "http" for name in self.sockets}
+        rows = [(name, f"{schemes[name]}://{address(*sock.getsockname()[:2])}") for name, sock in self.sockets.items()]
         rows += [(name, f"http://{address(*where)}") for name, where in self.pages_at.items()]
-        rows += [("app", f"http://{address(*self.setup.app)}" if self.setup.app else "none"), ("identity", self._svid().identity)]
+        app = f"{'tcp' if self.around.raw else 'http'}://{address(*self.setup.app)}" if self.setup.app else "none"
+        rows += [("app", app), ("identity", self._svid().identity)]
         with contextlib.suppress(OSError):
             print("\n".join(f"{name:<{max(len(each) for each, _ in rows)}}  {text}" for name, text in rows), flush=True)
 
@@ -469,7 +489,11 @@ class Sidecar:
             ("process_cpu_seconds_total", "counter", "Processor time.", time.process_time()),
         ]  # fmt: skip
         domain = self._svid().domain
-        hops = metrics.istio(self.memory, lambda route: metrics.hop(route, self.setup.service, domain))
+
+        def hop(route: str) -> dict[str, str] | None:
+            return metrics.hop(route, self.setup.service, domain)
+
+        hops = [*metrics.istio(self.memory, hop), *metrics.istio_tcp(self.memory, hop)]
         text = [*metrics.numbers(rows), *metrics.denied(self.around.denials), *hops]
         return 200, metrics.MEDIA_TYPE, ("\n".join(text) + "\n").encode()
 

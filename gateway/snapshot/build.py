@@ -153,7 +153,7 @@ def _tcp(
     default = tcp.upstream or tcp.default
     return TcpListener(
         names.add(f"tcp:{name}"), default=None if default is None else targets[default],
-        sni={pattern: targets[each] for pattern, each in tcp.sni.items()}, idle=tcp.idle, hello=tcp.hello,
+        sni={pattern: targets[each] for pattern, each in tcp.sni.items()} or None, idle=tcp.idle, hello=tcp.hello,
         connections=tcp.connections, allow=None if tcp.allow is None else [str(network) for network in tcp.allow],
         announce=tcp.proxy_protocol == "v2", postgres=tcp.starttls == "postgres",
     )  # fmt: skip

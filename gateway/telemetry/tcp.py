@@ -46,7 +46,7 @@ def counters(shared: SharedState, slots: Slots, by_worker: bool) -> Iterator[Met
     )
     seconds = CounterMetricFamily("crossway_tcp_connection_seconds", "How long the connections that ended had lasted.", labels=names)
     for name, slot in slots:
-        for metric, count, ends, bytes_in, bytes_out, failed, duration_us in slot.tcp_series():
+        for metric, count, ends, bytes_in, bytes_out, failed, duration_us, _closed in slot.tcp_series():
             values = [*([name] if by_worker else []), *_labels(shared, metric)]
             if count or failed or values[-1]:
                 opened.add_metric(values, count)

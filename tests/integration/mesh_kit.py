@@ -130,6 +130,7 @@ class Control:
         self.folder, self.life, self.ca, self.host = folder, life, ca or Ca(), host
         self.port = free_port()
         self.services: dict[str, dict[str, Any]] = {}  # name -> settings, with endpoints
+        self.own: dict[str, dict[str, Any]] = {}  # name -> what its own sidecars are told of it
         self.rules: list[dict[str, Any]] = []
         self.default = "deny"
         self.revoked: dict[str, list[str]] = {"serials": [], "identities": []}
@@ -150,7 +151,7 @@ class Control:
     def body(self, service: str) -> dict[str, Any]:
         rules = [{key: value for key, value in rule.items() if key != "to"} for rule in self.rules if rule["to"] == service]
         return {
-            "version": self.version, "trust_domain": self.ca.domain, "service": service, "issued": int(time.time()), "fresh": self.fresh,
+            "version": self.version, "trust_domain": self.ca.domain, "service": service, "own": dict(self.own.get(service, {})), "issued": int(time.time()), "fresh": self.fresh,
             "bundle": self.ca.bundle, "revoked": {key: list(value) for key, value in self.revoked.items()},
             "services": json.loads(json.dumps({name: each for name, each in self.services.items() if name != service})),
             "authorization": {"default": self.default, "version": self.version, "rules": rules},
@@ -175,7 +176,7 @@ class Control:
         for stream, (service, before) in list(self._sent.items()):
             body = self.body(service)
             if self.deltas:
-                changes: dict[str, Any] = {key: body[key] for key in ("authorization", "revoked", "bundle", "issued", "fresh") if body[key] != before[key]}
+                changes: dict[str, Any] = {key: body[key] for key in ("authorization", "revoked", "bundle", "own", "issued", "fresh") if body[key] != before[key]}
                 services = {name: body["services"].get(name) for name in {**before["services"], **body["services"]}
                             if body["services"].get(name) != before["services"].get(name)}  # fmt: skip
                 if services:

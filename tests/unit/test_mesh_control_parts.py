@@ -59,6 +59,13 @@ def write(folder: Path, text: str = MESH) -> Path:
         ("methods: [GET]", "methods: []", "7:73", "must not be empty"),
         ("timeout: 1.5s", "timeout: 1.5", "3:54", "duration without a unit"),
         ("edge: {}", "Edge: {}", "3:12", "not the name of a service"),
+        ("ledger: {timeout: 1.5s}", "ledger: {protocol: tcp}", "7:73", "`methods` looks into requests, and ledger speaks tcp"),
+        ("ledger: {timeout: 1.5s}", "ledger: {timeout: 1.5s, protocol: tcp}", "3:54", "a tcp service has no answers to wait for"),
+        ("ledger: {timeout: 1.5s}", "ledger: {idle: 5m}", "3:51", "`idle` is of tcp services"),
+        ("ledger: {timeout: 1.5s}", "ledger: {connections: 5}", "3:58", "`connections` is of tcp services"),
+        ("ledger: {timeout: 1.5s}", "ledger: {protocol: detect}", "3:55", "protocols are declared, not detected"),
+        ("to: payments}", "to: payments, ports: [0]}", "6:68", "must be at least 1"),
+        ("to: payments}", "to: payments, ports: []}", "6:67", "must not be empty"),
         ("authorization:", "certificates: {lifetime: 30d}\nauthorization:", "4:26", "between 1m and 7d"),
         ("authorization:", 'revoked: {serials: ["xyz"]}\nauthorization:', "4:21", "not a serial number"),
         ("authorization:", "control: {admin: 0.0.0.0:9}\nauthorization:", "4:18", "not on loopback"),
@@ -79,7 +86,8 @@ def test_files_are_beside_the_meshs_file_also_when_nothing_is_said(tmp_path: Pat
 
 def test_doubts_are_told(tmp_path: Path) -> None:
     more = "    - {name: again, from: [edge], to: payments, methods: [GET]}\n  default: audit\n"
-    text = MESH.replace("ledger: {timeout: 1.5s}", "ledger: {protocol: tcp}") + more
+    more = "    - {name: gets, from: [ledger], to: '*', methods: [GET]}\n" + more
+    text = MESH.replace("accounts: {}", "accounts: {protocol: tcp}") + more
     said = [problem.message for problem in mesh_findings(load_mesh(write(tmp_path, text)))]
     assert any("again allows nothing that edge-to-payments" in each for each in said)
     assert any("speaks tcp" in each for each in said) and any(each.startswith("audit") for each in said)

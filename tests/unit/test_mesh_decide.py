@@ -10,7 +10,7 @@ from gateway.config.mesh_file import MeshFile
 from gateway.config.mesh_load import load_mesh
 from gateway.mesh.decide import Call, below, decide
 
-SERVICES = "services: {edge: {}, payments: {}, ledger: {}, accounts: {}}"
+SERVICES = "services: {edge: {}, payments: {}, ledger: {}, accounts: {}, db: {protocol: tcp}}"
 
 
 @pytest.fixture
@@ -53,6 +53,32 @@ def test_everything_that_a_rule_says_must_hold(mesh_of, change: dict, allowed: b
     assert decision.allowed is allowed and decision.rule == ("one" if allowed else None)
     if not allowed:
         assert decision.considered[0][0] == "one" and unmet in decision.considered[0][1]
+
+
+@pytest.mark.parametrize(
+    ("to", "port", "allowed", "unmet"),
+    [
+        ("payments", 9001, True, ""),
+        ("payments", 9002, False, "the app's port 9002 is not one of 9001"),
+        ("payments", None, False, "the app's port is not known; say --port"),
+        ("db", 5432, True, ""),
+        ("db", None, True, ""),
+    ],
+)
+def test_rules_by_port_and_of_connections(mesh_of, to: str, port: int | None, allowed: bool, unmet: str) -> None:  # type: ignore[no-untyped-def]
+    mesh = mesh_of(
+        "    - {name: gets, from: [edge], to: '*', methods: [PUT]}\n    - {name: port, from: [edge], to: payments, ports: [9001]}\n"
+        "    - {name: open, from: [edge], to: db}"
+    )
+    decision = decide(mesh, Call("edge", to, port=port))
+    assert decision.allowed is allowed, decision
+    if not allowed:
+        assert ("port", unmet) in decision.considered
+
+
+def test_a_connection_satisfies_no_rule_about_requests(mesh_of) -> None:  # type: ignore[no-untyped-def]
+    decision = decide(mesh_of("    - {name: gets, from: [edge], to: '*', methods: [GET]}"), Call("edge", "db"))
+    assert decision.considered == (("gets", "it looks into requests, and db speaks tcp"),) and not decision.allowed
 
 
 def test_who_is_not_named_is_denied(mesh_of) -> None:  # type: ignore[no-untyped-def]

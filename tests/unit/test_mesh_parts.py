@@ -290,7 +290,7 @@ def test_settings_of_a_service_as_its_file_says_them() -> None:
 
 def test_rules_that_are_not_understood_are_no_rules() -> None:
     make_rule({"name": "a", "from": ["b"], "methods": ["GET", "PURGE"], "prefix": "/x", "headers": {"a": "b"}, "claims": {"scope": "x"}})
-    for wrong in ({"ports": [1]}, {"methods": []}, {"headers": {"a": 1}}, {"headers": {"a": {"regex": "x"}}}):
+    for wrong in ({"ports": [True]}, {"ports": []}, {"port": 1}, {"methods": []}, {"headers": {"a": 1}}, {"headers": {"a": {"regex": "x"}}}):
         with pytest.raises(ValueError, match=r"."):
             make_rule({"name": "a", "from": ["b"], **wrong})
     assert conditions({"a": "b", "c": {"present": True}, "d": {"present": False}, "e": {"prefix": "f"}}) == [
