@@ -531,7 +531,7 @@ def test_it_leaves_the_registry_then_closes_inbound_and_keeps_outbound_until_the
 ) -> None:
     control.rules.append({"name": "back", "from": ["payments"], "to": "payments"})
     app = Origin()
-    with Sidecar(control, "payments", app.port, "--drain-delay", "1.5", "--drain-deadline", "60") as payments:
+    with Sidecar(control, "payments", app.port, "--drain-delay", "5", "--drain-deadline", "60") as payments:
         slow: list[int] = []
         pair = control.ca.pair(tmp_path, "self", "spiffe://bank.test/service/payments")
         threading.Thread(target=lambda: slow.append(direct(payments, pair, control.ca, "/held")[0]), daemon=True).start()
