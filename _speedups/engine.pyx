@@ -34,7 +34,7 @@ from gateway._speedups.pool cimport *
 from gateway._speedups.proxy_protocol cimport PROXY_MAX, compose_proxy_header, parse_proxy_header
 from gateway._speedups.sockets cimport *
 from gateway._speedups.tcp_listener cimport TcpListener, TcpTarget
-from gateway._speedups.tls cimport ALPN_HTTP2, FAILED_GONE, FAILED_PLAIN, FAILED_VISITOR, Tls, TlsUpstream, tls_live
+from gateway._speedups.tls cimport ALPN_HTTP2, FAILED_GONE, FAILED_PLAIN, FAILED_VISITOR, Tls, TlsUpstream, tls_cool, tls_live
 from gateway._speedups.token_bucket cimport BucketTable
 from gateway._speedups.upstream_state cimport OUT_NEUTRAL, OUT_OK, U_HEDGES, U_QUEUE_TIMEOUTS, classify_status
 from gateway._speedups.wire cimport cw_equals_folded, cw_fold_name, cw_put_hex
@@ -49,6 +49,7 @@ cdef enum:
     HEAD_ROOM = 131072          # what a head may take of it
     EVENTS = 128                # per epoll_wait
     BATCHES = 8                 # per poll()
+    FEW = 4                     # events of a batch after which there is no other one
     BUDGET_US = 2000            # per poll(): coroutines wait no longer than this for their turn
     PIECES = 16                 # body pieces a connection moves before it queues up again
     ACCEPTS = 64                # per event of a listening socket
@@ -584,7 +585,9 @@ cdef class Engine:
                 if self.corked:
                     self.uncork()
                 self.closed.clear()
-                if n <= 0 and not self.again and not self.parked:
+                # The next call of epoll_wait() would nearly always find nothing after few events, and is dearer than what it could save: what
+                # comes meanwhile makes the loop call again.
+                if n < FEW and not self.again and not self.parked:
                     break
                 self.now = cw_monotonic_us()
                 if self.now - began > BUDGET_US:
@@ -604,6 +607,7 @@ cdef class Engine:
         self.now = cw_monotonic_us()
         self.closed.clear()
         self.expire()
+        tls_cool()
         if self.held:
             self.force_held()
         self.go_on()

@@ -23,7 +23,7 @@ cdef extern from "openssl/ssl.h":
     int SSL_SESS_CACHE_OFF, SSL_SESS_CACHE_CLIENT, SSL_SESS_CACHE_NO_INTERNAL
     uint64_t SSL_OP_NO_COMPRESSION, SSL_OP_NO_RENEGOTIATION, SSL_OP_CIPHER_SERVER_PREFERENCE, SSL_OP_PRIORITIZE_CHACHA
     uint64_t SSL_OP_NO_TICKET, SSL_OP_ENABLE_KTLS
-    long SSL_MODE_ENABLE_PARTIAL_WRITE, SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER, SSL_MODE_RELEASE_BUFFERS
+    long SSL_MODE_ENABLE_PARTIAL_WRITE, SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER
     int SSL_R_UNEXPECTED_EOF_WHILE_READING, SSL_R_HTTP_REQUEST, SSL_R_HTTPS_PROXY_REQUEST
     const SSL_METHOD* TLS_server_method()
     const SSL_METHOD* TLS_client_method()
@@ -64,6 +64,8 @@ cdef extern from "openssl/ssl.h":
     SSL* SSL_new(SSL_CTX* context)
     void SSL_free(SSL* ssl)
     int SSL_set_fd(SSL* ssl, int fd)
+    int SSL_free_buffers(SSL* ssl)
+    const char* SSL_rstate_string(SSL* ssl)
     void SSL_set_bio(SSL* ssl, BIO* reading, BIO* writing)
     void SSL_set_accept_state(SSL* ssl)
     void SSL_set_connect_state(SSL* ssl)

@@ -106,18 +106,31 @@ cdef extern from *:
         e.data.u64 = data;
         return epoll_ctl(epoll, EPOLL_CTL_MOD, fd, &e) < 0 ? -errno : 0;
     }
+    /* inet_ntop() of IPv4 is a printf. Room for 16 bytes; returns the length, which a NUL follows. */
+    static inline int cw_ipv4_text(const void *address, char *out) {
+        unsigned char b[4];
+        char *p = out;
+        memcpy(b, address, 4);
+        for (int i = 0; i < 4; i++) {
+            if (b[i] >= 100) *p++ = (char)('0' + b[i] / 100);
+            if (b[i] >= 10) *p++ = (char)('0' + b[i] / 10 % 10);
+            *p++ = (char)('0' + b[i] % 10);
+            *p++ = i < 3 ? '.' : '\0';
+        }
+        return (int)(p - out) - 1;
+    }
     /* Numeric text of an address without its port; IPv4-mapped IPv6 as IPv4; "unix" for a Unix socket. */
     static inline int cw_address_text(const struct sockaddr_storage *a, char *out, size_t room, uint16_t *port) {
         *port = 0;
         if (a->ss_family == AF_INET) {
             const struct sockaddr_in *v4 = (const struct sockaddr_in *)a;
             *port = ntohs(v4->sin_port);
-            if (!inet_ntop(AF_INET, &v4->sin_addr, out, (socklen_t)room)) return 0;
+            return room < 16 ? 0 : cw_ipv4_text(&v4->sin_addr, out);
         } else if (a->ss_family == AF_INET6) {
             const struct sockaddr_in6 *v6 = (const struct sockaddr_in6 *)a;
             *port = ntohs(v6->sin6_port);
             if (IN6_IS_ADDR_V4MAPPED(&v6->sin6_addr)) {
-                if (!inet_ntop(AF_INET, &v6->sin6_addr.s6_addr[12], out, (socklen_t)room)) return 0;
+                return room < 16 ? 0 : cw_ipv4_text(&v6->sin6_addr.s6_addr[12], out);
             } else if (!inet_ntop(AF_INET6, &v6->sin6_addr, out, (socklen_t)room)) return 0;
         } else {
             strncpy(out, "unix", room);

@@ -49,10 +49,13 @@ cdef class Tls:
     cdef uint8_t failure                # FAILED_*
     cdef readonly str reason            # of a failed handshake, or the alert that ended the session; for a log
     cdef readonly bint resumed
+    cdef int place                      # among those that keep their buffers; 0: none
+    cdef bint used                      # since the last tick
     cdef uint8_t alpn                   # ALPN_*
     cdef readonly ClientCertificate certificate     # of the other side, verified; None when it showed none, or is a server without `admit`
 
     cdef void wake(self, bint ended) noexcept
+    cdef void warm(self) noexcept
     # 1 complete, 0 more events are needed, -1 failed (see failure, reason).
     cdef int handshake(self) except -2
     cdef ssize_t recv(self, void* data, size_t n) noexcept
@@ -105,3 +108,5 @@ cdef class TlsUpstream:
     cdef Tls connect(self, int fd, str address, str host)
 
 cdef int tls_live() noexcept
+# To be called now and then: sessions that rested since the last call give their buffers back.
+cdef void tls_cool() noexcept

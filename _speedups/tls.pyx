@@ -90,6 +90,8 @@ cdef extern from *:
         if (b) { BIO_set_data(b, wire); BIO_set_init(b, 1); }
         return b;
     }
+    /* ERR_clear_error() walks through the whole queue, which is empty nearly always. */
+    static inline void cw_clear_errors(void) { if (ERR_peek_error()) ERR_clear_error(); }
     /* Key updates, renegotiation attempts and alerts cost work and carry nothing (CVE-2026-32283). */
     static void cw_on_info(const SSL *ssl, int where, int result) {
         cw_wire *w = SSL_get_ex_data(ssl, 1);
@@ -167,6 +169,7 @@ cdef extern from *:
     """
     int EPROTO
     BIO* cw_bio_new(void* wire)
+    void cw_clear_errors()
     int cw_ring_make()
     int cw_ring_turn()
     void cw_context_hooks(SSL_CTX* context, int server)
@@ -233,7 +236,7 @@ cdef Context new_context(bint server, bint newest_only, bint ktls):
         raise TlsError(f"OpenSSL offers none of the groups: {openssl_reason()}")
     SSL_CTX_set_options(ctx, SSL_OP_NO_COMPRESSION | SSL_OP_NO_RENEGOTIATION | SSL_OP_CIPHER_SERVER_PREFERENCE |
                         SSL_OP_PRIORITIZE_CHACHA | (SSL_OP_ENABLE_KTLS if ktls else 0))
-    SSL_CTX_set_mode(ctx, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER | SSL_MODE_RELEASE_BUFFERS)
+    SSL_CTX_set_mode(ctx, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER)
     SSL_CTX_set_read_ahead(ctx, not ktls)
     SSL_CTX_set_max_cert_list(ctx, CLIENT_CERTIFICATE_MAX)
     SSL_CTX_set_verify_depth(ctx, DEPTH)
@@ -534,6 +537,40 @@ cdef Tls new_session(object settings, SSL_CTX* ctx, int fd, bint ktls):
     return made
 
 
+cdef enum:
+    WARM = 128                  # sessions that keep OpenSSL's buffers between two records, of 34 KiB each: 4.3 MiB
+
+# OpenSSL would free the buffers with each record and make them anew with the next (SSL_MODE_RELEASE_BUFFERS), or keep them for ever. Those that were
+# used last keep them, until they rest for a tick. Borrowed references to Tls: __dealloc__ takes its own out. The place 0 is nobody's.
+cdef void* keeping[WARM + 1]
+cdef int turn = 0
+
+
+cdef void cool(Tls tls) noexcept:
+    """Gives its buffers back, unless there are bytes in them; the session comes here again with the next record.
+
+    OpenSSL before 3.0.14 would free them under a record of which only the head is here, or a part was taken (CVE-2024-4741).
+    """
+    cdef SSL* ssl = <SSL*>tls.ssl
+    keeping[tls.place] = NULL
+    tls.place = 0
+    if not SSL_has_pending(ssl) and memcmp(SSL_rstate_string(ssl), b"RH", 2) == 0:     # at the head of a record
+        SSL_free_buffers(ssl)
+
+
+cdef void tls_cool() noexcept:
+    cdef int i
+    cdef Tls tls
+    for i in range(1, WARM + 1):
+        if keeping[i] == NULL:
+            continue
+        tls = <Tls>keeping[i]
+        if tls.used:
+            tls.used = False
+        else:
+            cool(tls)
+
+
 cdef class Tls:
     """The TLS of one connection. Created by TlsListener.accept() and TlsUpstream.connect()."""
 
@@ -543,9 +580,23 @@ cdef class Tls:
 
     def __dealloc__(self):
         global live
+        if self.place:
+            keeping[self.place] = NULL
         if self.ssl != NULL:
             SSL_free(<SSL*>self.ssl)
             live -= 1
+
+    cdef void warm(self) noexcept:
+        """It is used: it may keep its buffers."""
+        global turn
+        self.used = True
+        if self.place:
+            return
+        turn = turn % WARM + 1
+        if keeping[turn] != NULL:
+            cool(<Tls>keeping[turn])
+        keeping[turn] = <void*>self
+        self.place = turn
 
     cdef void wake(self, bint ended) noexcept:
         """An event: the kernel may have more."""
@@ -556,6 +607,7 @@ cdef class Tls:
     cdef int handshake(self) except -2:
         cdef int result, error
         ERR_clear_error()
+        self.warm()
         # A server's last words in a handshake are tickets, for which nobody waits: the first answer takes them along.
         self.wire.more = self.accepting and self.wire.spoken
         result = SSL_do_handshake(<SSL*>self.ssl)
@@ -675,7 +727,8 @@ cdef class Tls:
             return 0 if self.failed == ENDED else self.failed
         if n == 0:
             return 0
-        ERR_clear_error()
+        cw_clear_errors()
+        self.warm()
         self.starved = False
         while got < n:
             want = <int>(n - got if n - got < 0x40000000 else 0x40000000)
@@ -700,7 +753,8 @@ cdef class Tls:
     cdef ssize_t send(self, const void* data, size_t n) noexcept:
         cdef size_t sent = 0
         cdef int result, want
-        ERR_clear_error()
+        cw_clear_errors()
+        self.warm()
         while sent < n:
             want = <int>(n - sent if n - sent < 0x40000000 else 0x40000000)
             result = SSL_write(<SSL*>self.ssl, <const char*>data + sent, want)

@@ -77,21 +77,29 @@ class Waits(Policy):
             events.append("done " + path)           # request.path would raise here if the client is gone
 
 
-class Asks(Policy):
-    """Sends a request to the gateway, from within."""
+class Connects(Policy):
+    """Clients of the gateway, within it."""
 
     def on_request(self, request):
-        leaving.append(socket.create_connection(("127.0.0.1", int(request.headers["x-port"]))))
-        leaving[-1].sendall(b"GET /leaves HTTP/1.1\\r\\nHost: a\\r\\n\\r\\n")
+        leaving[:] = [socket.create_connection(("127.0.0.1", int(request.headers["x-port"]))) for _ in range(8)]
+        return respond(204)
+
+
+class Asks(Policy):
+    """They ask, all in the same turn, so that the gateway has enough to do to look for more at once."""
+
+    def on_request(self, request):
+        for each in leaving:
+            each.sendall(b"GET /%b HTTP/1.1\\r\\nHost: a\\r\\n\\r\\n" % (b"leaves" if each is leaving[0] else b"denies"))
         return respond(204)
 
 
 class Leaves(Policy):
-    """The client of that request, which leaves while its policy's coroutine is made."""
+    """The first of them leaves while its policy's coroutine is made."""
 
     def on_request(self, request):
-        leaving[-1].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        leaving[-1].close()
+        leaving[0].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        leaving[0].close()
         events.append("leaves")
         return self.later()
 
@@ -273,6 +281,7 @@ RULES = f"policies:\n  {BANK}\nroutes:\n" + "".join([
     route("tells", "rules:Tells"),
     route("waits", "rules:Waits, timeout: 30s"),
     route("opens", "rules:Opens"),
+    route("connects", "rules:Connects"),
     route("asks", "rules:Asks"),
     route("leaves", "rules:Leaves"),
     route("sees", "bank", "rules:Sees", match="path: '/sees/{kind}/{id}'"),
@@ -580,7 +589,8 @@ def test_a_client_that_leaves_before_its_policy_began_is_nothing_to_warn_of(gate
         return [event for event in events(http) if event in ("leaves", "stays")]
 
     for number in range(1, 6):
-        assert http.get("/asks", headers={"x-port": str(http.base_url.port)}).status_code == 204
+        assert http.get("/connects", headers={"x-port": str(http.base_url.port)}).status_code == 204
+        assert http.get("/asks").status_code == 204
         eventually(lambda number=number: tries().count("leaves") == number)
     eventually(lambda: metric(gateway, "crossway_exchanges") == 0)
     assert tries().count("stays") < 5, "no client left in time"

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import socket
+import ssl
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
 from tests.integration.bank import Peak
-from tests.integration.faults import PATTERN, Cut, ScriptedOrigin, Stream, get
+from tests.integration.faults import PATTERN, Cut, ScriptedOrigin, Stream, get, post
 from tests.integration.processes import PATIENCE, eventually
 from tests.integration.vault import TlsStream, Vault, client_hello, half_hello
 
@@ -228,3 +231,59 @@ def test_a_thousand_connections_leave_nothing(vault: Vault) -> None:
             stream.ask(get())
     vault.gateway.calm()
     assert vault.gateway.files() <= files + 4
+
+
+def test_records_that_pause_anywhere_are_read_whole(vault: Vault) -> None:
+    """Buffers are given back while a connection rests; a record of which a part is here does not rest (CVE-2024-4741)."""
+    records = Records(vault)
+    body = PATTERN[:3000]
+    try:
+        for cut in (0, 1, 4, 5, 6, 40, 2000):
+            sent = records.sealed(get("/x") if cut < 40 else post("/x", body))
+            records.sock.sendall(sent[:cut])
+            time.sleep(0.35)  # three ticks of the worker, which looks for what rests at each
+            records.sock.sendall(sent[cut:])
+            assert records.answer().startswith(b"HTTP/1.1 200 "), cut
+    finally:
+        records.sock.close()
+
+
+def test_more_connections_than_keep_their_buffers_are_served(vault: Vault) -> None:
+    bodies = [PATTERN[number : number + 1 + number * 61 % 40_000] for number in range(300)]
+    with contextlib.ExitStack() as stack:
+        streams = [stack.enter_context(vault.connect()) for _ in bodies]
+        for turn in range(3):
+            for stream, body in zip(streams[::-1] if turn == 1 else streams, bodies, strict=True):
+                stream.send(post("/x", body))
+            assert {stream.answer().status for stream in streams} == {200}
+
+
+class Records:
+    """A client whose records can be cut."""
+
+    def __init__(self, vault: Vault) -> None:
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.client = vault.context().wrap_bio(self.incoming, self.outgoing, server_hostname="bank.test")
+        self.sock = socket.create_connection(("127.0.0.1", vault.gateway.port()), PATIENCE)
+        self._until(self.client.do_handshake)
+        self.sock.sendall(self.outgoing.read())
+
+    def _until(self, step: Callable[[], object]) -> object:
+        while True:
+            with contextlib.suppress(ssl.SSLWantReadError):
+                return step()
+            self.sock.sendall(self.outgoing.read())
+            self.incoming.write(self.sock.recv(1 << 16) or self.lost())
+
+    def lost(self) -> bytes:
+        raise ConnectionError("the gateway ended the connection")
+
+    def sealed(self, data: bytes) -> bytes:
+        self.client.write(data)
+        return self.outgoing.read()
+
+    def answer(self) -> bytes:
+        got = b""
+        while not (head := re.search(rb"(?is)^.*?content-length: (\d+).*?\r\n\r\n", got)) or len(got) < head.end() + int(head[1]):
+            got += bytes(self._until(self.client.read))  # type: ignore[call-overload]
+        return got
