@@ -33,6 +33,19 @@ from gateway._speedups.wire cimport CW_TOKEN, CW_UPPER, cw_class, cw_decimal, cw
 from base64 import b64encode
 from os import urandom
 
+cdef extern from *:
+    """
+    #include <dlfcn.h>
+    #include <nghttp2/nghttp2.h>
+    static const char *cw_nghttp2_version(void) { return nghttp2_version(0)->version_str; }
+    static const char *cw_nghttp2_file(void) {
+        Dl_info found;
+        return dladdr((void *)nghttp2_hd_inflate_new, &found) && found.dli_fname ? found.dli_fname : "";
+    }
+    """
+    const char* cw_nghttp2_version()
+    const char* cw_nghttp2_file()
+
 cdef extern from "nghttp2/nghttp2.h" nogil:
     ctypedef struct nghttp2_nv:
         uint8_t* name
@@ -126,6 +139,11 @@ cdef inline void write_head(char* p, uint32_t length, uint8_t kind, uint8_t flag
     p[3] = <char>kind
     p[4] = <char>flags
     write_word(p + 5, id)
+
+
+def libraries() -> list:
+    """The nghttp2 that decodes heads: its version, and the file it was loaded from."""
+    return [f"nghttp2 {cw_nghttp2_version().decode()}", cw_nghttp2_file().decode()]
 
 
 include "http2_fields.pxi"

@@ -25,6 +25,7 @@ from gateway._speedups.certificates import TlsError
 
 cdef extern from *:
     """
+    #include <dlfcn.h>
     #include <errno.h>
     #include <stdint.h>
     #include <string.h>
@@ -84,6 +85,14 @@ cdef extern from *:
         }
         return m;
     }
+    /* The file that a function came from. */
+    static const char *cw_file_of(void *function) {
+        Dl_info found;
+        return dladdr(function, &found) && found.dli_fname ? found.dli_fname : "";
+    }
+    static const char *cw_tls_file(void) { return cw_file_of((void *)SSL_new); }
+    static const char *cw_crypto_file(void) { return cw_file_of((void *)EVP_EncryptInit_ex); }
+    static const char *cw_tls_version(void) { return OpenSSL_version(OPENSSL_VERSION); }
     static BIO *cw_bio_new(void *wire) {
         BIO_METHOD *m = cw_bio_method();
         BIO *b = m ? BIO_new(m) : NULL;
@@ -169,6 +178,9 @@ cdef extern from *:
     """
     int EPROTO
     BIO* cw_bio_new(void* wire)
+    const char* cw_tls_file()
+    const char* cw_crypto_file()
+    const char* cw_tls_version()
     void cw_clear_errors()
     int cw_ring_make()
     int cw_ring_turn()
@@ -206,6 +218,11 @@ def rotate_ticket_keys() -> None:
     """Put a new ticket key in front and forget the oldest, in all processes forked from this one. One process calls this."""
     if not cw_ring_turn():
         raise OSError("getrandom failed")
+
+
+def libraries() -> list:
+    """The OpenSSL that the engine uses: its version, and the files it was loaded from."""
+    return [cw_tls_version().decode(), cw_tls_file().decode(), cw_crypto_file().decode()]
 
 
 # -- contexts ---------------------------------------------------------------------------------------------------------

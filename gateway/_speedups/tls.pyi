@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from gateway._speedups.certificates import Certificate, ClientCertificate, OcspResponse, PrivateKey, RevocationList
 
 def rotate_ticket_keys() -> None: ...
+def libraries() -> list[str]: ...
 
 class TlsListener:
     @property

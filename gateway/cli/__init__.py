@@ -30,7 +30,7 @@ COMMANDS = {
     "upstreams": ("show upstreams and endpoints: state, load, failures, retries", "gateway.cli.upstreams"),
     "status": ("show what the running gateway runs", "gateway.cli.status"),
     "health": ("exit 0 when the gateway is ready, 1 when it is not", "gateway.cli.health"),
-    "version": ("print the version and whether the core is compiled", "gateway.cli.version"),
+    "version": ("print the version, whether the core is compiled, and its libraries", "gateway.cli.version"),
 }
 
 Subparsers = Any  # argparse._SubParsersAction, which argparse does not export

@@ -75,6 +75,15 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
     assert f"crossway {name}" in capsys.readouterr().out
 
 
+def test_version_names_the_libraries_and_where_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["version"]) == 0
+    tls, http2 = capsys.readouterr().out.splitlines()[2:]
+    for line, name, count in ((tls, "OpenSSL 3.", 2), (http2, "nghttp2 1.", 1)):
+        assert line.startswith(name)
+        files = line.partition("(")[2].removesuffix(")").split(", ")
+        assert len(files) == count and all(Path(file).is_file() for file in files), line
+
+
 def test_run_without_its_file_says_so_and_exits_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "-c", str(tmp_path / "absent.yaml")]) == 2
     (line,) = capsys.readouterr().err.splitlines()

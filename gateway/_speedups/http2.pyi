@@ -1,0 +1,3 @@
+"""What Python sees of _speedups/http2.pyx."""
+
+def libraries() -> list[str]: ...
