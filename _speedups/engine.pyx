@@ -587,13 +587,13 @@ cdef class Engine:
                 self.closed.clear()
                 # The next call of epoll_wait() would nearly always find nothing after few events, and is dearer than what it could save: what
                 # comes meanwhile makes the loop call again.
-                if n < FEW and not self.again and not self.parked:
+                if n < FEW and not self.again and not self.parked and not self.corked:
                     break
                 self.now = cw_monotonic_us()
                 if self.now - began > BUDGET_US:
                     break
             self.slot.counters[C_LOOP_POLLS] += 1
-            if (self.again or self.parked) and self.loop is not None:
+            if (self.again or self.parked or self.corked) and self.loop is not None:
                 self.loop.call_soon(self.poll)
         finally:
             self.polling = False
