@@ -133,6 +133,7 @@ cdef class Upstream:
                     int64_t retry_after_us) noexcept
     cdef void stop(self, Endpoint endpoint) noexcept        # its place in flight, once for each start()
     cdef void look(self, int64_t now) noexcept
+    cdef bint offers(self, int64_t now) noexcept            # an endpoint is up, or may be tried
     cdef Endpoint probe(self, int64_t now, bint safe)
     cdef bint has_idle(self) noexcept
     cdef int index_of(self, Endpoint wanted) noexcept

@@ -327,6 +327,11 @@ cdef class Upstream:
             endpoint.state.set_ewma(<int64_t>self.balancer.expected_us(&endpoint.candidate, now))
         self.balancer.changed()
 
+    cdef bint offers(self, int64_t now) noexcept:
+        if now >= self.look_at:
+            self.look(now)
+        return self.usable > 0 or self.probes > 0
+
     cdef Endpoint probe(self, int64_t now, bint safe):
         """An endpoint whose time out is over, if this request may be the one to try it."""
         cdef Endpoint endpoint

@@ -24,7 +24,9 @@ from pydantic import (
 
 from gateway.config.base import Model, Shorthand, listed, needed, part, setting
 from gateway.config.conditions import Condition
+from gateway.config.mesh_traffic import MOST, ServiceCanary, ServiceSplit, check_traffic
 from gateway.config.resilience import BalanceSettings, RetrySettings
+from gateway.config.shaping import StickyKey
 from gateway.config.source import Document
 from gateway.config.values import (
     Deadline,
@@ -229,6 +231,13 @@ class Service(Model):
     timeout: Deadline | None = setting(None, "for an answer, retries included; default: that of `upstreams`")
     retries: RetrySettings | None = setting(None, "further attempts, as in `upstreams`")
     balance: BalanceSettings | None = setting(None, "how an instance is chosen, as in `upstreams`")
+    split: Annotated[tuple[ServiceSplit, ...], Field(min_length=1, max_length=MOST)] | None = setting(
+        None, "shares of the requests by labels of instances; default: all instances alike"
+    )
+    sticky: StickyKey | None = setting(None, "keeps a caller at one split, as in routes; default: each request is drawn")
+    canary: Annotated[tuple[ServiceCanary, ...], Field(max_length=MOST)] = setting(
+        [], "requests that go to instances of their own; the first that matches counts, before `split`"
+    )
     idle: Deadline | None = setting(None, "with tcp: without a byte in either direction; default: 1h")
     connections: Annotated[int, BeforeValidator(parse_int), Field(ge=1, le=10_000_000)] | None = setting(
         None, "with tcp: open at once at each sidecar, its app's side and each caller's; default: 1024"
@@ -249,6 +258,11 @@ class Service(Model):
         for name in ("idle", "connections"):
             if self.protocol != "tcp" and getattr(self, name) is not None:
                 raise fault(f"`{name}` is of tcp services", "requests have `timeout`, and limits of their own", at=(name,))
+        return self
+
+    @model_validator(mode="after")
+    def _traffic(self) -> Self:
+        check_traffic(self)
         return self
 
 

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from gateway._speedups.certificates import TlsError, parse_certificates
 from gateway.config.load import _sorted, _translate
 from gateway.config.mesh_file import EVERYBODY, KubernetesJoin, MeshFile
+from gateway.config.mesh_traffic import warn_traffic
 from gateway.config.source import Document, Path_
 from gateway.errors import ConfigError, Problem
 
@@ -62,6 +63,8 @@ def mesh_findings(mesh: MeshFile) -> list[Problem]:
     document = mesh._document
     assert document is not None
     kept, document.problems = document.problems, []
+    for name, service in mesh.services.items():
+        warn_traffic(document, name, service)
     for number, rule in enumerate(mesh.authorization.rules):
         at = ("authorization", "rules", number)
         tcp = [name for name, service in mesh.services.items() if service.protocol == "tcp"]

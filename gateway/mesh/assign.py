@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gateway.config.mesh_file import EVERYBODY, MeshFile, Rule, Service
+from gateway.config.mesh_traffic import traffic_said
 from gateway.mesh.revocation import DenyList
 
 REMEMBERED = 8  # versions of a service that deltas can be based on
@@ -50,7 +51,8 @@ def callable_by(service: str, mesh: MeshFile) -> list[str]:
 
 def settings_of(service: Service) -> dict[str, Any]:
     """Return a service's settings as JSON, without what is not said: times in seconds, sizes in bytes, shares as fractions."""
-    said: dict[str, Any] = json.loads(json.dumps(_plain(service.model_dump(exclude_unset=True))))
+    said: dict[str, Any] = json.loads(json.dumps(_plain(service.model_dump(exclude_unset=True, exclude={"split", "canary", "sticky"}))))
+    said |= traffic_said(service)
     said.setdefault("protocol", service.protocol)
     if service.timeout is not None:
         said["timeout"] = f"{service.timeout * 1000:.0f}ms"

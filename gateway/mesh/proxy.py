@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from gateway._speedups.exchange import Edits, ListenerEntry, RouteEntry, Snapshot, Step
+from gateway._speedups.exchange import Edits, ListenerEntry, RouteEntry, Shape, Snapshot, Step
 from gateway._speedups.http2_settings import Http2
 from gateway._speedups.pool import SHARED_WINDOW, Endpoint, Upstream
 from gateway._speedups.route_trie import RouteTrie
+from gateway._speedups.shaping import Chooser, Conditions, Shaper
 from gateway._speedups.tcp_listener import TcpListener
 from gateway._speedups.tls import TlsListener, TlsUpstream
 from gateway._speedups.token_cache import Principal, TokenCache
@@ -28,6 +29,7 @@ from gateway.mesh.authorization import Denials, make_step
 from gateway.mesh.identity import Svid
 from gateway.mesh.raw import places, way_in, way_out
 from gateway.mesh.spiffe import control_id
+from gateway.mesh.traffic import Dealer, Traffic, read
 from gateway.mesh.units import seconds, share, size
 from gateway.workload.admission import Admit, Revoked, admission
 from gateway.workload.user import HEADER, PROOF, Author, Reader
@@ -44,6 +46,7 @@ PROTOCOLS = {"http": "http1", "http1": "http1", "http2": "http2", "grpc": "grpc"
 TCP = "tcp"
 USER_AUTHORS = ("edge",)  # services that may say who the user is, unless the assignment names others
 CONTEXTS = 1 << 20  # bytes of user contexts that are remembered, for each direction
+EJECT = {"failures": 7, "ratio": 0, "minimum": 5, "base": 1, "maximum": 60}  # as `upstreams` has it by default
 CALLERS = 200  # whose requests are counted apart
 APP_TIMES: dict[str, Any] = {"connect": 2.0, "head": 60.0, "idle": 60.0, "total": 300.0}  # seconds; the caller's own are shorter
 
@@ -73,6 +76,7 @@ class Surroundings:
     seed: int = field(default_factory=lambda: secrets.randbits(63))
     versions: int = 0
     callers: set[str] = field(default_factory=set)
+    split: Dealer = field(default_factory=Dealer)
     kept: dict[Any, Any] = field(default_factory=dict)  # parts of the last snapshot, by all that they were made of
 
     @property
@@ -147,19 +151,22 @@ def build(assignment: Assignment, svid: Svid, around: Surroundings) -> Snapshot:
     else:
         inbound = parts.get(rules, lambda: _inbound(body["authorization"], svid, app, around, user))
     services = {name: settings for name, settings in body["services"].items() if spoken(name, settings)}
+    dealt: dict[str, Traffic | None] = {}
     for name, settings in services.items():
         try:
             alpn = () if settings.get("protocol") == TCP else ("http/1.1",) if _protocol(settings) == "http1" else ("h2",)
             tls = parts.get(("tls", name, digest, alpn), partial(_tls, name, svid, digest, admit, alpn))
-            made = ("service", name, digest, canonical(settings))
-            upstreams[f"service:{name}"] = parts.get(made, partial(upstream_of, name, settings, tls, around))
+            dealt[name] = traffic = read(settings)
+            for label, some in around.split.of(name, settings, traffic):
+                made = ("service", name, label, digest, canonical(some))
+                upstreams[upstream_name(name, label)] = parts.get(made, partial(upstream_of, name, some, tls, around, label))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"service {name}: {error}") from None
     for name, settings in services.items():
         if settings.get("protocol") == TCP:
             continue
         told = parts.get(("tell", name, digest), partial(_teller, svid, name))
-        routes.append(_outbound(name, upstreams[f"service:{name}"], around, (heard, told)))
+        routes.append(_outbound(name, upstreams, dealt[name], around, (heard, told)))
     listeners = _listeners(
         inbound, routes, services, upstreams, svid.domain, around,
         parts.get(("inbound", digest), lambda: TlsListener(
@@ -209,8 +216,26 @@ def _inbound(said: Mapping[str, Any], svid: Svid, app: Upstream, around: Surroun
     )  # fmt: skip
 
 
-def _outbound(name: str, upstream: Upstream, around: Surroundings, steps: tuple[Step, ...]) -> RouteEntry:
-    return RouteEntry(f"{OUTBOUND}>{name}", 1, upstream=upstream, metric=around.memory.names.add(f"{OUTBOUND}>{name}"), steps=steps)
+def _outbound(
+    name: str, upstreams: Mapping[str, Upstream], traffic: Traffic | None, around: Surroundings, steps: tuple[Step, ...]
+) -> RouteEntry:
+    """The way to a service; with splits or canaries one for each part, which the same native choice leads to as in a route."""
+
+    def entry(label: str, version: str, shape: Shape | None = None) -> RouteEntry:
+        metric = around.memory.names.add(f"{OUTBOUND}>{name}" + (f">{version}" if version else ""))
+        return RouteEntry(f"{OUTBOUND}>{name}", 1, upstream=upstreams[upstream_name(name, label)], metric=metric, steps=steps, shape=shape)
+
+    if traffic is None:
+        return entry("", "")
+    chooser = Chooser(
+        [Conditions(part.headers, part.cookies) for part in traffic.canaries], [(part.name, part.weight) for part in traffic.splits], traffic.sticky
+    )
+    shape = Shaper(chooser, tuple(entry(part.name, part.version) for part in traffic.parts), spare=True)
+    return entry(traffic.splits[0].name, "", shape)
+
+
+def upstream_name(service: str, part: str) -> str:
+    return f"service:{service}/{part}" if part else f"service:{service}"
 
 
 def _listeners(
@@ -265,8 +290,11 @@ def destinations(services: Mapping[str, Any]) -> dict[tuple[str, int], str]:
     return found
 
 
-def upstream_of(name: str, said: Mapping[str, Any], tls: TlsUpstream, around: Surroundings) -> Upstream:
-    """Return the upstream of a service. Raises ValueError or TypeError for settings that are not understood."""
+def upstream_of(name: str, said: Mapping[str, Any], tls: TlsUpstream, around: Surroundings, part: str = "") -> Upstream:
+    """Return the upstream of a service, or of a part of it. Raises ValueError or TypeError for settings that are not understood.
+
+    All of a part may be ejected, since the other parts take its share; with all parts out, they are used as if none were.
+    """
     unknown = set(said) - {"protocol", "timeout", "retries", "balance", "endpoints", "labels", "zone", "http2", "idle", "connections"}
     if unknown:
         raise ValueError(f"{', '.join(sorted(unknown))} is not known to this version")
@@ -277,8 +305,8 @@ def upstream_of(name: str, said: Mapping[str, Any], tls: TlsUpstream, around: Su
         total = seconds(said["timeout"])
         options |= {"total": total, "head": total, "idle": total}
     return Upstream(
-        f"service:{name}", endpoints_of(name, said.get("endpoints", ())), host="preserve", table=around.memory.upstreams,
-        tls=tls, protocol=_protocol(said), zone=around.zone, eject={"failures": 7, "ratio": 0, "minimum": 5, "base": 1, "maximum": 60, "share": 0.5},
+        upstream_name(name, part), endpoints_of(name, said.get("endpoints", ())), host="preserve", table=around.memory.upstreams,
+        tls=tls, protocol=_protocol(said), zone=around.zone, eject={**EJECT, "share": 1.0 if part else 0.5}, panic=bool(part),
         keep_connections=1024, **options,
     )  # fmt: skip
 

@@ -488,10 +488,10 @@ class Sidecar:
             ("crossway_mesh_app_up", "gauge", "1 while the app takes connections.", self.app_there),
             ("process_cpu_seconds_total", "counter", "Processor time.", time.process_time()),
         ]  # fmt: skip
-        domain = self._svid().domain
+        domain, version = self._svid().domain, self.setup.labels.get("version", "")
 
         def hop(route: str) -> dict[str, str] | None:
-            return metrics.hop(route, self.setup.service, domain)
+            return metrics.hop(route, self.setup.service, domain, version)
 
         hops = [*metrics.istio(self.memory, hop), *metrics.istio_tcp(self.memory, hop)]
         text = [*metrics.numbers(rows), *metrics.denied(self.around.denials), *hops]
