@@ -307,6 +307,9 @@ class Authorization(Model):
 
     default: Literal["deny", "audit"] = setting("deny", "what no rule allows: deny, or audit: let pass and record what would be denied")
     rules: tuple[Rule, ...] = setting([], "each allows something")
+    user_authors: Annotated[tuple[ServiceName, ...], listed("service")] = setting(
+        ["edge"], "services, edges by nature, that may say for which user a request is made; []: none"
+    )
 
 
 class Revoked(Model):

@@ -147,6 +147,8 @@ def _check_names(document: Document) -> None:
             seen[name] = number
         for key in ("from", "to"):
             _check_list(document, (*at, key), rule.get(key), [*known, EVERYBODY])
+    if isinstance(section, dict):
+        _check_list(document, ("authorization", "user_authors"), section.get("user_authors"), known)
     revoked = data.get("revoked")
     if isinstance(revoked, dict):
         _check_list(document, ("revoked", "services"), revoked.get("services"), known)

@@ -19,6 +19,8 @@ from gateway.config.mesh_traffic import traffic_said
 from gateway.mesh.revocation import DenyList
 
 REMEMBERED = 8  # versions of a service that deltas can be based on
+# What members of every version take as a delta; a change of anything else is sent as the whole.
+DELTA_MEMBERS = frozenset({"services", "authorization", "revoked", "bundle", "version", "issued", "fresh"})
 DELTA_SHARE = 0.8  # of the whole: a delta that is not smaller than that is sent as the whole
 
 
@@ -94,6 +96,7 @@ def content_of(service: str, world: World) -> dict[str, Any]:
     rules = [rule_said(rule, mesh) for rule in mesh.authorization.rules if reaches(rule, service)]
     return {
         "trust_domain": mesh.trust_domain, "service": service, "own": own(mesh.services[service]), "fresh": mesh.control.fresh, "bundle": world.bundle, "revoked": world.deny.said(),
+        "user_authors": list(mesh.authorization.user_authors),
         "services": services, "authorization": {"default": mesh.authorization.default, "version": world.policy, "rules": rules},
     }  # fmt: skip
 
@@ -145,9 +148,10 @@ class Assignments:
         if before is None or before is now:
             return now.whole
         if base not in now.deltas:
-            delta = {"type": "delta", "version": now.version, "base": base, "changes": changes(before.body, now.body), "signature": now.signature}
-            text = _text(delta)
-            now.deltas[base] = text if len(text) < DELTA_SHARE * len(now.whole) else now.whole
+            changed = changes(before.body, now.body)
+            text = _text({"type": "delta", "version": now.version, "base": base, "changes": changed, "signature": now.signature})
+            good = len(text) < DELTA_SHARE * len(now.whole) and DELTA_MEMBERS >= set(changed)
+            now.deltas[base] = text if good else now.whole
         return now.deltas[base]
 
     def forget(self, services: set[str]) -> None:

@@ -126,7 +126,10 @@ def build(assignment: Assignment, svid: Svid, around: Surroundings) -> Snapshot:
     parts = Parts(around)
     body = assignment.body
     revoked = Revoked(body.get("revoked") or {})
-    firsts = frozenset(f"spiffe://{svid.domain}/service/{name}" for name in body.get("user_authors", USER_AUTHORS))
+    authors = body.get("user_authors", USER_AUTHORS)
+    if isinstance(authors, str) or not all(isinstance(name, str) for name in authors):
+        raise ValueError("user_authors is no list of services")
+    firsts = frozenset(f"spiffe://{svid.domain}/service/{name}" for name in authors)
     rests = repr((sorted(revoked.serials), sorted(revoked.identities), sorted(firsts))).encode()
     digest = hashlib.sha256(b"".join(each.der for each in (svid.leaf, *svid.roots)) + rests).digest()
     admit = admission(svid.domain, revoked)

@@ -73,6 +73,8 @@ def write(folder: Path, text: str = MESH) -> Path:
         ("payments: {}", "payments: {canary: [{labels: {a: b}, when: {}}]}", "3:65", "neither `headers` nor `cookies`"),
         ("payments: {}", "payments: {canary: [{when: {headers: {x: y}}}]}", "3:42", "missing key 'labels'"),
         ("payments: {}", "payments: {protocol: tcp, split: [{labels: {a: b}}]}", "3:55", "`split` for a service that speaks tcp"),
+        ("authorization:", "authorization:\n  user_authors: [edge, egde]", "5:24", "unknown service 'egde'"),
+        ("authorization:", "authorization:\n  user_authors: {edge: {}}", "5:17", "expected a list"),
         ("edge: {}", "Edge: {}", "3:12", "not the name of a service"),
         ("ledger: {timeout: 1.5s}", "ledger: {protocol: tcp}", "7:73", "`methods` looks into requests, and ledger speaks tcp"),
         ("ledger: {timeout: 1.5s}", "ledger: {timeout: 1.5s, protocol: tcp}", "3:54", "a tcp service has no answers to wait for"),
@@ -259,6 +261,20 @@ def test_a_delta_makes_the_whole_that_was_signed(tmp_path: Path) -> None:
     assert held is not None and set(held.body["services"]) == {"accounts"}
     with pytest.raises(Refused, match="signature is wrong"):
         take({**json.loads(now.whole), "assignment": {**held.body, "fresh": 1e9}}, None, roots, "bank.test", "payments")
+
+
+def test_who_may_name_users_is_said_and_changes_as_members_of_every_version_take_it(tmp_path: Path) -> None:
+    ca = Ca(tmp_path / "ca", "bank.test").open()
+    assignments = Assignments(Signer(ca).sign)
+    before = content_of("payments", world(tmp_path))
+    text = MESH.replace("authorization:", "authorization:\n  user_authors: [accounts]")
+    after = content_of("payments", world(tmp_path, text))
+    nobody = content_of("payments", world(tmp_path, text.replace("[accounts]", "[]")))
+    assert (before["user_authors"], after["user_authors"], nobody["user_authors"]) == (["edge"], ["accounts"], [])
+    for version, content in enumerate((before, after), 1):
+        assignments.put("payments", content, version)
+    message = json.loads(assignments.message("payments", 1))
+    assert message["type"] == "assignment" and message["assignment"]["user_authors"] == ["accounts"]
 
 
 def test_unknown_bases_get_the_whole(tmp_path: Path) -> None:
