@@ -104,6 +104,7 @@ cdef class Upstream:
     cdef bint honours_key               # the service executes an Idempotency-Key once
     cdef int64_t hedge_us               # 0: no second request
     cdef bint finish_abandoned          # what was sent completely goes on when its client has left
+    cdef bint foreign                   # not ours: it is told no deadline and no attempts, and has no say in ours
     cdef int host_mode                  # HOST_*
     cdef bytes host_literal
     cdef readonly TlsUpstream tls       # None: clear text; HTTP/2 by prior knowledge then

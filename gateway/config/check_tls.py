@@ -28,7 +28,8 @@ from gateway._speedups.certificates import (
 )
 from gateway.config.keyfile import read_file
 from gateway.config.source import Document, Key
-from gateway.config.tls import ListenerTls, Pair, UpstreamTls, listener_files, system_authorities, upstream_files
+from gateway.config.tls import ListenerTls, Pair, UpstreamTls, listener_files, upstream_files
+from gateway.workload.authorities import system_authorities
 
 if TYPE_CHECKING:
     from gateway.config.schema import Config

@@ -24,6 +24,7 @@ from pydantic import (
 
 from gateway.config.base import Model, Shorthand, listed, needed, part, setting
 from gateway.config.conditions import Condition
+from gateway.config.mesh_external import External
 from gateway.config.mesh_traffic import MOST, ServiceCanary, ServiceSplit, check_traffic
 from gateway.config.resilience import BalanceSettings, RetrySettings
 from gateway.config.shaping import StickyKey
@@ -285,7 +286,7 @@ class Rule(Model):
     callers: Annotated[tuple[ServiceOrAll, ...], listed("service"), Field(min_length=1)] = needed(
         "services that call; `*`: every service of this file", alias="from"
     )
-    to: Annotated[tuple[ServiceOrAll, ...], listed("service"), Field(min_length=1)] = needed("the service that is called; `*`: every one")
+    to: Annotated[tuple[ServiceOrAll, ...], listed("service"), Field(min_length=1)] = needed("the service or external host that is called; `*`: every service")
     methods: Annotated[tuple[Method, ...], listed("method"), Field(min_length=1)] | None = setting(None, "default: any")
     prefix: Prefix | None = setting(None, "a path and everything below it; default: any")
     headers: dict[FieldName, Condition] = setting({}, "headers: a value, {present: true} or {prefix: text}")
@@ -330,6 +331,7 @@ class MeshFile(Model):
     control: Control = setting({}, "the control plane")
     certificates: Certificates = part(Certificates, "certificates of members")
     services: Annotated[dict[ServiceName, Service], Field(min_length=1)] = needed("who there is, by name")
+    external: dict[ServiceName, External] = setting({}, "hosts outside the mesh that rules may name in `to`, by name")
     authorization: Authorization = part(Authorization, "who may call whom; default: nobody anybody")
     revoked: Revoked = part(Revoked, "who is shut out")
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from gateway.mesh.authorization import Denials
+from gateway.mesh.egress import EXTERNAL
 from gateway.mesh.identity import Identity
 from gateway.mesh.link import Link
 from gateway.mesh.proxy import INBOUND, OUTBOUND
@@ -18,6 +19,8 @@ MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 BOUNDS_US = (50, 100, 250, 500, 1000, 2500, 5000, 10000, 25000, 50000, 75000, 100000, 250000, 500000, 750000, 1000000, 2500000,
              5000000, 7500000, 10000000)  # fmt: skip
 UNKNOWN = "unknown"
+# What cannot be said of an external host.
+NOT_OURS = ("destination_workload_namespace", "destination_principal", "destination_cluster", "destination_service_namespace")
 
 
 def line(name: str, labels: Mapping[str, str], value: float) -> str:
@@ -37,6 +40,8 @@ def family(name: str, kind: str, text: str, samples: Iterable[str]) -> list[str]
 def hop(route: str, service: str, domain: str, version: str = "") -> dict[str, str] | None:
     """The labels of a sidecar's route; None for a route that is no hop. `version` is the sidecar's own."""
     side, _, other = route.partition(">")
+    if side == EXTERNAL:
+        return labels("source", service, other, domain, (version, "")) | dict.fromkeys(NOT_OURS, UNKNOWN)
     if side not in (INBOUND, OUTBOUND) or not other:
         return None
     if side == INBOUND:

@@ -17,15 +17,19 @@ from typing import Any, NamedTuple, TypeVar
 
 from gateway._speedups.exchange import Edits, ListenerEntry, RouteEntry, Shape, Snapshot, Step
 from gateway._speedups.http2_settings import Http2
+from gateway._speedups.journal import Journal
 from gateway._speedups.pool import SHARED_WINDOW, Endpoint, Upstream
 from gateway._speedups.route_trie import RouteTrie
 from gateway._speedups.shaping import Chooser, Conditions, Shaper
+from gateway._speedups.steps import AuditStep
 from gateway._speedups.tcp_listener import TcpListener
 from gateway._speedups.tls import TlsListener, TlsUpstream
 from gateway._speedups.token_cache import Principal, TokenCache
 from gateway._speedups.user_context import TellUserStep, UserStep
 from gateway.mesh.assignment import Assignment, canonical
 from gateway.mesh.authorization import Denials, make_step
+from gateway.mesh.egress import EXTERNAL, Destination, Leaving, Way, ways
+from gateway.mesh.egress import PROTOCOLS as EXTERNAL_PROTOCOLS
 from gateway.mesh.identity import Svid
 from gateway.mesh.raw import places, way_in, way_out
 from gateway.mesh.spiffe import control_id
@@ -77,6 +81,9 @@ class Surroundings:
     versions: int = 0
     callers: set[str] = field(default_factory=set)
     split: Dealer = field(default_factory=Dealer)
+    external_certs: Mapping[str, str] = field(default_factory=dict)  # external host -> file of our certificate towards it, with its key
+    journal: Journal | None = None  # of calls to external hosts
+    outside: list[Destination] = field(default_factory=list)  # external hosts of the last snapshot
     kept: dict[Any, Any] = field(default_factory=dict)  # parts of the last snapshot, by all that they were made of
 
     @property
@@ -170,17 +177,41 @@ def build(assignment: Assignment, svid: Svid, around: Surroundings) -> Snapshot:
             continue
         told = parts.get(("tell", name, digest), partial(_teller, svid, name))
         routes.append(_outbound(name, upstreams, dealt[name], around, (heard, told)))
+    out = _ways_out(body, svid, around, parts, heard)
     listeners = _listeners(
-        inbound, routes, services, upstreams, svid.domain, around,
+        inbound, routes, services, upstreams, out, svid.domain, around,
         parts.get(("inbound", digest), lambda: TlsListener(
             INBOUND, [(svid.chain, svid.key, None)], digest=digest, authorities=svid.roots, client_auth="required", tickets=False,
             admit=admission(svid.domain, revoked, control_id(svid.domain)), alpn=() if around.raw else ("h2", "http/1.1"),
         )),
     )  # fmt: skip
     parts.commit()
-    snapshot = Snapshot(around.versions, f"{assignment.version}", listeners, upstreams, [*([inbound] if isinstance(inbound, RouteEntry) else []), *routes])
+    upstreams |= {way.destination.upstream.name: way.destination.upstream for way in out}
+    around.outside = [way.destination for way in out]
+    ins = [inbound] if isinstance(inbound, RouteEntry) else []
+    snapshot = Snapshot(around.versions, f"{assignment.version}", listeners, upstreams, [*ins, *routes, *(way.route for way in out)])
     snapshot.identity_names = (CALLER, HEADER)
     return snapshot
+
+
+def _ways_out(body: Mapping[str, Any], svid: Svid, around: Surroundings, parts: Parts, heard: Step) -> list[Way]:
+    """The external hosts that this service may call. An upstream is taken over with its pools while nothing about it changes."""
+
+    def upstream(name: str, said: Mapping[str, Any], tls: TlsUpstream, host: str) -> Upstream:
+        key = (EXTERNAL, name, host, canonical({key: each for key, each in said.items() if key != "rules"}), tls.digest)
+        return parts.get(key, lambda: Upstream(
+            f"{EXTERNAL}:{name}/{host}", [], host=host, table=around.memory.upstreams, tls=tls, foreign=True,
+            protocol=EXTERNAL_PROTOCOLS[said.get("protocol", "http")][0], eject={**EJECT, "share": 0.5}, keep_connections=64,
+            **_retries(said.get("retries")), **_balance(said.get("balance")), **_total(said.get("timeout")),
+        ))  # fmt: skip
+
+    said, version = body.get("external") or {}, int(body["authorization"]["version"])
+    audits = () if around.journal is None else (AuditStep("egress-audit", around.journal),)
+    return ways(Leaving(said, version, svid.identity, around.external_certs), around.denials, (heard,), audits, parts.get, upstream, around.memory.names.add)
+
+
+def _total(timeout: Any) -> dict[str, Any]:
+    return {} if timeout is None else dict.fromkeys(("total", "head", "idle"), seconds(timeout))
 
 
 def _protocol(settings: Mapping[str, Any]) -> str:
@@ -242,8 +273,8 @@ def upstream_name(service: str, part: str) -> str:
 
 
 def _listeners(
-    inbound: RouteEntry | TcpListener, routes: list[RouteEntry], services: Mapping[str, Any], upstreams: Mapping[str, Upstream], domain: str,
-    around: Surroundings, tls: TlsListener,
+    inbound: RouteEntry | TcpListener, routes: list[RouteEntry], services: Mapping[str, Any], upstreams: Mapping[str, Upstream],
+    out: list[Way], domain: str, around: Surroundings, tls: TlsListener,
 ) -> dict[str, ListenerEntry]:  # fmt: skip
     """Every service has an outbound listener of its own as well: for its own port, and for connections redirected on their way to it."""
 
@@ -252,6 +283,7 @@ def _listeners(
 
     spoken_to = [name for name, settings in services.items() if settings.get("protocol") != TCP]
     by_host = [(route, Spec(hosts=(name, f"{name}.{domain}"))) for route, name in zip(routes, spoken_to, strict=True)]
+    by_host += [(way.route, Spec(hosts=(way.destination.host,))) for way in out]
     originals = destinations(services) if around.intercepts else None
     found = {
         INBOUND: listener(INBOUND, RouteTrie([]), tls=tls, tcp=inbound) if isinstance(inbound, TcpListener)
@@ -301,12 +333,9 @@ def upstream_of(name: str, said: Mapping[str, Any], tls: TlsUpstream, around: Su
     unknown = set(said) - {"protocol", "timeout", "retries", "balance", "endpoints", "labels", "zone", "http2", "idle", "connections"}
     if unknown:
         raise ValueError(f"{', '.join(sorted(unknown))} is not known to this version")
-    options: dict[str, Any] = {**_retries(said.get("retries")), **_balance(said.get("balance"))}
+    options: dict[str, Any] = {**_retries(said.get("retries")), **_balance(said.get("balance")), **_total(said.get("timeout"))}
     if said.get("protocol") == TCP:
         options["requests"] = places(said)
-    if said.get("timeout") is not None:
-        total = seconds(said["timeout"])
-        options |= {"total": total, "head": total, "idle": total}
     return Upstream(
         upstream_name(name, part), endpoints_of(name, said.get("endpoints", ())), host="preserve", table=around.memory.upstreams,
         tls=tls, protocol=_protocol(said), zone=around.zone, eject={**EJECT, "share": 1.0 if part else 0.5}, panic=bool(part),

@@ -133,6 +133,7 @@ class Control:
         self.own: dict[str, dict[str, Any]] = {}  # name -> what its own sidecars are told of it
         self.rules: list[dict[str, Any]] = []
         self.default = "deny"
+        self.external: dict[str, dict[str, dict[str, Any]]] = {}  # caller -> what it may call outside
         self.user_authors: list[str] | None = None  # None: nothing is said of them
         self.revoked: dict[str, list[str]] = {"serials": [], "identities": []}
         self.version = 1
@@ -154,6 +155,7 @@ class Control:
         return {
             "version": self.version, "trust_domain": self.ca.domain, "service": service, "own": dict(self.own.get(service, {})), "issued": int(time.time()), "fresh": self.fresh,
             **({} if self.user_authors is None else {"user_authors": list(self.user_authors)}),
+            "external": json.loads(json.dumps(self.external.get(service, {}))),
             "bundle": self.ca.bundle, "revoked": {key: list(value) for key, value in self.revoked.items()},
             "services": json.loads(json.dumps({name: each for name, each in self.services.items() if name != service})),
             "authorization": {"default": self.default, "version": self.version, "rules": rules},

@@ -142,7 +142,7 @@ def test_a_meshs_file_is_told_from_a_gateways(tmp_path: Path) -> None:
 
 def test_the_schema_names_everything() -> None:
     schema = mesh_schema()
-    assert set(schema["properties"]) == {"version", "trust_domain", "control", "certificates", "services", "authorization", "revoked"}
+    assert set(schema["properties"]) == {"version", "trust_domain", "control", "certificates", "services", "external", "authorization", "revoked"}
     assert "from" in schema["$defs"]["Rule"]["properties"]
     json.dumps(schema)
 
