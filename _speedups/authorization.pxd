@@ -44,3 +44,4 @@ cdef class Authorization:
 
 cdef class AuthorizationStep(Step):
     cdef readonly Authorization policy
+    cdef Caller caller                  # who calls, whatever his certificate: our own app; None: his certificate says

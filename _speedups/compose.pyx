@@ -387,9 +387,12 @@ cdef void put_deadline(cw_out* o, Exchange x, int64_t now) noexcept:
             cw_lit(o, b"grpc-timeout: ")
             put_number(o, left if left > 0 else 0)
             cw_lit(o, b"m\r\n")
-        cw_lit(o, b"x-crossway-deadline-ms: ")
-        put_number(o, left if left > 0 else 0)
-        cw_lit(o, b"\r\n")
+        if not x.upstream.foreign:
+            cw_lit(o, b"x-crossway-deadline-ms: ")
+            put_number(o, left if left > 0 else 0)
+            cw_lit(o, b"\r\n")
+    if x.upstream.foreign:
+        return
     cw_lit(o, b"x-crossway-attempts-left: ")
     put_number(o, x.attempts - x.tries if x.attempts > x.tries else 0)
     cw_lit(o, b"\r\n")

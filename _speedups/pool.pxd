@@ -104,6 +104,7 @@ cdef class Upstream:
     cdef bint honours_key               # the service executes an Idempotency-Key once
     cdef int64_t hedge_us               # 0: no second request
     cdef bint finish_abandoned          # what was sent completely goes on when its client has left
+    cdef bint foreign                   # not ours: it is told no deadline and no attempts, and has no say in ours
     cdef int host_mode                  # HOST_*
     cdef bytes host_literal
     cdef readonly TlsUpstream tls       # None: clear text; HTTP/2 by prior knowledge then
@@ -133,6 +134,7 @@ cdef class Upstream:
                     int64_t retry_after_us) noexcept
     cdef void stop(self, Endpoint endpoint) noexcept        # its place in flight, once for each start()
     cdef void look(self, int64_t now) noexcept
+    cdef bint offers(self, int64_t now) noexcept            # an endpoint is up, or may be tried
     cdef Endpoint probe(self, int64_t now, bint safe)
     cdef bint has_idle(self) noexcept
     cdef int index_of(self, Endpoint wanted) noexcept

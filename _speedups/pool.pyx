@@ -107,7 +107,7 @@ cdef class Upstream:
                  str zone=None, int attempts=1, retry_on=("connect-failure",), double per_try=0, double backoff=0.025,
                  double backoff_max=0.25, int64_t replay=65536, bint honours_key=False, double budget=0.2, int reserve=10,
                  double hedge=0, bint finish_abandoned=True, dict eject=None, bint panic=False, table=None, int worker=0,
-                 TlsUpstream tls=None, str protocol="http1", Http2 http2=None):
+                 TlsUpstream tls=None, str protocol="http1", Http2 http2=None, bint foreign=False):
         self.name = name
         self.tls = tls
         self.protocol = PROTOCOLS[protocol]
@@ -141,6 +141,7 @@ cdef class Upstream:
         self.pending_max = pending
         self.queue_us = <int64_t>(queue * 1e6)
         self.waiting = {}
+        self.foreign = foreign
         self.host_literal = host.encode("ascii")
         self.host_mode = HOST_PRESERVE if host == "preserve" else HOST_TARGET if host == "target" else HOST_LITERAL
         self.attempts = attempts
@@ -326,6 +327,11 @@ cdef class Upstream:
             endpoint.candidate.usable = usable
             endpoint.state.set_ewma(<int64_t>self.balancer.expected_us(&endpoint.candidate, now))
         self.balancer.changed()
+
+    cdef bint offers(self, int64_t now) noexcept:
+        if now >= self.look_at:
+            self.look(now)
+        return self.usable > 0 or self.probes > 0
 
     cdef Endpoint probe(self, int64_t now, bint safe):
         """An endpoint whose time out is over, if this request may be the one to try it."""

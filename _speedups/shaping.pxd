@@ -61,14 +61,18 @@ cdef class Chooser:
     cdef Dice dice
     # Index of a canary, else canary_count plus the index of a split.
     cdef int choose(self, Head* head, str client, const unsigned char* address) except -1
-    cdef int canary(self, Head* head) noexcept
-    cdef int by_key(self, uint64_t key) noexcept
+    cdef int canary(self, Head* head, int start) noexcept
+    # Index of a split, one of those whose byte in `open` is not 0 (NULL: all); -1 when none of these has a weight.
+    cdef int split(self, Head* head, str client, const unsigned char* address, const uint8_t* open) except -2
+    cdef int by_key(self, uint64_t key, const uint8_t* open) noexcept
     cdef bint key_of(self, Head* head, str client, const unsigned char* address, uint64_t* key) except -1
 
 cdef class Shaper(Shape):
     cdef readonly Chooser chooser       # None: one upstream
-    cdef readonly tuple entries         # a RouteEntry per canary and split
+    cdef readonly tuple entries         # a RouteEntry per canary and split; one may have a Shape of its own
     cdef readonly Mirror mirror         # None: no mirror
+    cdef readonly bint spare            # what leads to no endpoint that is up goes to the other choices
+    cdef int instead(self, Exchange x, str client, int chosen, int64_t now) except -1
 
 cdef class Mirror:
     cdef readonly Upstream upstream

@@ -59,6 +59,7 @@ cdef extern from *:
 
 cdef enum:
     ROOM = 131072               # what the engine gives a composed head, too
+    SPLITS = 64                 # of a Shaper that spares
     HEAD_MAX = 65536            # of a request that explain() makes
 
 cdef uint64_t CALLER = 0x63726f7373776179           # domains of cw_hash(): a caller's key and a split's name never meet
@@ -230,36 +231,45 @@ cdef class Chooser:
         free(self.salts)
 
     cdef int choose(self, Head* head, str client, const unsigned char* address) except -1:
-        cdef int i = self.canary(head) if self.canary_count else -1
-        cdef uint64_t key, point
-        if i >= 0:
-            return i
-        if self.sticky != STICKY_NONE and self.key_of(head, client, address, &key):
-            return self.canary_count + self.by_key(key)
-        i = 0
-        if self.split_count > 1:
-            point = self.dice.below(self.upto[self.split_count - 1])
-            while point >= self.upto[i]:            # ends: the last one is above every point
-                i += 1
-        return self.canary_count + i
+        cdef int i = self.canary(head, 0) if self.canary_count else -1
+        return i if i >= 0 else self.canary_count + self.split(head, client, address, NULL)
 
-    cdef int canary(self, Head* head) noexcept:
-        """Index of the first canary that takes the request, or -1."""
+    cdef int split(self, Head* head, str client, const unsigned char* address, const uint8_t* open) except -2:
+        cdef uint64_t key, point, weight, total = 0
         cdef int i
-        for i in range(self.canary_count):
+        if self.sticky != STICKY_NONE and self.key_of(head, client, address, &key):
+            return self.by_key(key, open)
+        if self.split_count == 1:
+            return 0 if open == NULL or open[0] else -1
+        for i in range(self.split_count):
+            if open == NULL or open[i]:
+                total += self.upto[i] - (self.upto[i - 1] if i else 0)
+        if total == 0:
+            return -1
+        point = self.dice.below(total)
+        for i in range(self.split_count):
+            if open == NULL or open[i]:
+                weight = self.upto[i] - (self.upto[i - 1] if i else 0)
+                if point < weight:
+                    return i
+                point -= weight
+        return -1                                       # not reached: point is below the sum
+
+    cdef int canary(self, Head* head, int start) noexcept:
+        """Index of the first canary from `start` on that takes the request, or -1."""
+        cdef int i
+        for i in range(start, self.canary_count):
             if (<Conditions>self.canaries[i]).hold(head):
                 return i
         return -1
 
-    cdef int by_key(self, uint64_t key) noexcept:
-        cdef int i, best = 0
+    cdef int by_key(self, uint64_t key, const uint8_t* open) noexcept:
+        cdef int i, best = -1
         cdef double score, lowest = 0
-        cdef bint found = False
         for i in range(self.split_count):
-            if self.weights[i] > 0:
+            if self.weights[i] > 0 and (open == NULL or open[i]):
                 score = -log(cw_unit(cw_mix64(key ^ self.salts[i]))) / self.weights[i]
-                if not found or score < lowest:
-                    found = True
+                if best < 0 or score < lowest:
                     lowest = score
                     best = i
         return best
@@ -300,7 +310,7 @@ cdef class Chooser:
 
     def of_key(self, bytes key not None) -> int:
         """The split, from 0, of a caller known by these bytes."""
-        return self.by_key(cw_hash(key, len(key), CALLER))
+        return self.by_key(cw_hash(key, len(key), CALLER), NULL)
 
     def explain(self, list fields not None, str client=None, str source=None):
         """Where a request with these header fields (name and value, bytes) goes: ("canary" | "sticky", index), or ("weight", -1)
@@ -319,7 +329,7 @@ cdef class Chooser:
         head.base = request
         if parse_request(request, <uint32_t>len(request), &head, &limits) != <int>len(request):
             raise ValueError("the headers are not valid")
-        i = self.canary(&head)
+        i = self.canary(&head, 0)
         if i >= 0:
             return "canary", i
         for i in range(16):
@@ -332,7 +342,7 @@ cdef class Chooser:
             for i in range(16):
                 address[i] = <unsigned char>packed[i]
         if self.sticky != STICKY_NONE and self.key_of(&head, client, address, &key):
-            return "sticky", self.by_key(key)
+            return "sticky", self.by_key(key, NULL)
         return "weight", -1
 
     def draw(self) -> int:
@@ -348,31 +358,63 @@ cdef class Chooser:
 
 
 cdef class Shaper(Shape):
-    """A route's choice and its mirror. `entries` holds a RouteEntry per index of the chooser."""
+    """A route's choice and its mirror. `entries` holds a RouteEntry per index of the chooser.
 
-    def __init__(self, Chooser chooser, tuple entries, Mirror mirror=None):
+    `spare`: a choice without an endpoint that is up is passed over. A canary's request goes to the next canary that takes it, else by
+    the splits; a split's share goes to the others that have a weight, in proportion. When none is up, the choice stays as it fell.
+    """
+
+    def __init__(self, Chooser chooser, tuple entries, Mirror mirror=None, *, bint spare=False):
         if chooser is not None and len(entries) != chooser.canary_count + chooser.split_count:
             raise ValueError("a route entry is needed for every canary and split")
+        if spare and (chooser is None or chooser.split_count > SPLITS):
+            raise ValueError(f"there is nothing to spare, or there are more than {SPLITS} splits")
         for entry in entries:
             if not isinstance(entry, RouteEntry):
                 raise TypeError(f"not a route entry: {entry!r}")
         self.chooser = chooser
         self.entries = entries
         self.mirror = mirror
+        self.spare = spare
 
     cdef int apply(self, Exchange x) except -1:
         cdef RouteEntry entry
         cdef str client = None
+        cdef int64_t now
+        cdef int chosen
         if self.chooser is not None:
             if self.chooser.sticky == STICKY_CLIENT and x.principal is not None:
                 client = x.principal.client
-            entry = <RouteEntry>self.entries[self.chooser.choose(x.head, client, x.client)]
+            chosen = self.chooser.choose(x.head, client, x.client)
+            if self.spare:
+                now = cw_monotonic_us()
+                if not (<RouteEntry>self.entries[chosen]).upstream.offers(now):
+                    chosen = self.instead(x, client, chosen, now)
+            entry = <RouteEntry>self.entries[chosen]
             entry.captures = x.route.captures
             x.route = entry
             x.total_at = x.started + entry.total_us
+            if entry.shape is not None:
+                entry.shape.apply(x)
         if self.mirror is not None:
             self.mirror.offer(x)
         return 0
+
+    cdef int instead(self, Exchange x, str client, int chosen, int64_t now) except -1:
+        # `open` has SPLITS places, and split_count was checked to be no more.
+        cdef uint8_t open[SPLITS]
+        cdef Chooser chooser = self.chooser
+        cdef int i = chosen
+        while 0 <= i < chooser.canary_count:
+            i = chooser.canary(x.head, i + 1)
+            if i >= 0 and (<RouteEntry>self.entries[i]).upstream.offers(now):
+                return i
+        for i in range(chooser.split_count):
+            open[i] = (<RouteEntry>self.entries[chooser.canary_count + i]).upstream.offers(now)
+        i = chooser.split(x.head, client, x.client, open)
+        if i < 0 and chosen < chooser.canary_count:
+            i = chooser.split(x.head, client, x.client, NULL)
+        return chosen if i < 0 else chooser.canary_count + i
 
 
 # -- mirrors ----------------------------------------------------------------------------------------------------------

@@ -468,7 +468,7 @@ cdef class UpstreamConnection(Connection):
             else:
                 drop_hedge(x, OUTCOME_NONE)
         if retry_bit(status) & x.upstream.retry_on:
-            left = number_of(head, F_CROSSWAY_ATTEMPTS)
+            left = -1 if x.upstream.foreign else number_of(head, F_CROSSWAY_ATTEMPTS)
             if left >= 0 and x.tries + left < x.attempts:       # a hop behind us has tried already
                 x.attempts = x.tries + <int>left
             if after <= x.upstream.backoff_max_us and try_again(downstream, retry_bit(status), after):

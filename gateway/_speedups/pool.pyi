@@ -72,6 +72,7 @@ class Upstream:
         tls: TlsUpstream | None = None,
         protocol: str = "http1",
         http2: Http2 | None = None,
+        foreign: bool = False,
     ) -> None: ...
     @property
     def tls(self) -> TlsUpstream | None: ...

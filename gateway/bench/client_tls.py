@@ -15,7 +15,7 @@ from gateway._speedups.certificates import PEM_MAX, Certificate, TlsError, parse
 from gateway._speedups.tls import TlsUpstream
 from gateway.bench.settings import TlsOptions, UsageError
 from gateway.config.keyfile import read_file
-from gateway.config.tls import system_authorities
+from gateway.workload.authorities import system_authorities
 
 Made = TypeVar("Made")
 

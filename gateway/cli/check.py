@@ -69,7 +69,9 @@ def _gateway(path: str) -> tuple[list[Problem], list[str], str]:
 
     config = load(path)
     problems = sorted([*findings(config), *snapshot.check(config)], key=lambda problem: (problem.line, problem.column))
-    parts = [_count(len(getattr(config, name)), name) for name in ("listeners", "upstreams", "policies", "routes")]
+    numbers = {name: len(getattr(config, name)) for name in ("listeners", "upstreams", "policies", "routes")}
+    numbers["upstreams"] -= sum(upstream.is_part for upstream in config.upstreams.values())
+    parts = [_count(number, name) for name, number in numbers.items()]
     return problems, parts, config.digest
 
 

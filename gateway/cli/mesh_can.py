@@ -23,7 +23,7 @@ def register(subparsers: Subparsers) -> None:
         epilog="exit status: 0 allowed, 1 denied (or, with `default: audit`, recorded as to be denied), 2 the file or the question cannot be read",
     )  # fmt: skip
     parser.add_argument("caller", metavar="CALLER", help="the service that calls")
-    parser.add_argument("service", metavar="SERVICE", help="the service that is called")
+    parser.add_argument("service", metavar="SERVICE", help="the service or external host that is called, by its name in the file")
     parser.add_argument("method", metavar="METHOD", nargs="?", help="default: GET; not of a service that speaks tcp")
     parser.add_argument("path", metavar="PATH", nargs="?", help="default: /")
     add_file(parser)
@@ -44,10 +44,10 @@ def run(parsed: argparse.Namespace) -> int:
         from gateway.mesh.decide import decide
 
         mesh = load_mesh(parsed.config)
-        for name in (parsed.caller, parsed.service):
-            if name not in mesh.services:
-                raise ValueError(f"{name} is not a service of {parsed.config}: there are {', '.join(mesh.services)}")
-        call = read_call(parsed, mesh.services[parsed.service].protocol == "tcp")
+        for name, known in ((parsed.caller, [*mesh.services]), (parsed.service, [*mesh.services, *mesh.external])):
+            if name not in known:
+                raise ValueError(f"{name} is not a service of {parsed.config}: there are {', '.join(known)}")
+        call = read_call(parsed, parsed.service in mesh.services and mesh.services[parsed.service].protocol == "tcp")
         revoked, policy, ports = asyncio.run(_known(mesh, parsed.service))
         if call.port is None and len(ports) == 1:
             call = replace(call, port=min(ports))

@@ -38,6 +38,8 @@ def register(subparsers: Subparsers) -> None:
     parser.add_argument("--zone", type=_name, metavar="NAME", help="where this instance is; endpoints of the same zone are preferred")
     parser.add_argument("--label", action="append", default=[], type=_label, metavar="KEY=VALUE", help="for splits and canaries; may be repeated")
     parser.add_argument("--intercept", action="store_true", help="--outbound gets connections that `crossway mesh intercept` redirects")
+    parser.add_argument("--external-cert", action="append", default=[], type=_pair, metavar="NAME=FILE", help="our certificate with its key, PEM, towards an external host; may be repeated")
+    parser.add_argument("--egress-audit", metavar="FILE", help="a record of each call to an external host: a file, stdout or stderr")
     parser.add_argument("--drain-delay", default=2.0, type=_seconds, metavar="SECONDS", help="from leaving the registry to closing inbound (2)")
     parser.add_argument("--drain-deadline", default=30.0, type=_seconds, metavar="SECONDS", help="for what is in flight, and for the app to end (30)")
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"], help="least severe line of the log (info)")
@@ -74,6 +76,13 @@ def _name(text: str) -> str:
 def _local(text: str) -> tuple[str, tuple[str, int]]:
     name, _, where = text.partition("=")
     return _name(name), _loopback(where)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, path = text.partition("=")
+    if not equals or not path:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FILE")
+    return _name(name), path
 
 
 def _label(text: str) -> tuple[str, str]:
@@ -131,7 +140,8 @@ def run(parsed: argparse.Namespace) -> int:
             state=parsed.state, token=parsed.token, ports=dict(parsed.local), admin=parsed.admin, zone=parsed.zone,
             pair=None if parsed.join_cert is None else (parsed.join_cert, parsed.join_key or parsed.join_cert), control_ca=parsed.control_ca,
             pod=parsed.join_kubernetes, probes=parsed.probes, app_probes=dict(parsed.app_probe),
-            labels=dict(parsed.label), advertise=None if parsed.advertise is None else address(*parsed.advertise),
+            labels=dict(parsed.label), external_certs=dict(parsed.external_cert), egress_audit=parsed.egress_audit,
+            advertise=None if parsed.advertise is None else address(*parsed.advertise),
             intercept=parsed.intercept, app_protocol=parsed.app_protocol, drain_delay=parsed.drain_delay, drain_deadline=parsed.drain_deadline,
         )
     )  # fmt: skip

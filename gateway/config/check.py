@@ -46,6 +46,8 @@ def findings(config: Config) -> list[Problem]:
     for place, policy in _all_policies(config):
         _files(policy, place, document)
     for name, upstream in config.upstreams.items():
+        if upstream.is_part:
+            continue  # as what it is a part of
         _upstream(upstream, ("upstreams", name), document)
     check_redis(config.redis, _all_policies(config), document)
     for number, route in enumerate(config.routes):
@@ -343,8 +345,8 @@ def _unused(config: Config, document: Document) -> None:
     upstreams = {name for route in config.routes for name in route.upstreams}
     upstreams |= config.tcp_upstreams
     upstreams |= {route.mirror.upstream for route in config.routes if route.mirror is not None}
-    for name in config.upstreams:
-        if name not in upstreams:
+    for name, upstream in config.upstreams.items():
+        if name not in upstreams and not upstream.is_part:
             document.warn(
                 ("upstreams", name),
                 f"upstream '{name}' is used by no route" + (" and no listener" if config.tcp_upstreams else ""),

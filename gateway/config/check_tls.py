@@ -28,7 +28,8 @@ from gateway._speedups.certificates import (
 )
 from gateway.config.keyfile import read_file
 from gateway.config.source import Document, Key
-from gateway.config.tls import ListenerTls, Pair, UpstreamTls, listener_files, system_authorities, upstream_files
+from gateway.config.tls import ListenerTls, Pair, UpstreamTls, listener_files, upstream_files
+from gateway.workload.authorities import system_authorities
 
 if TYPE_CHECKING:
     from gateway.config.schema import Config
@@ -200,11 +201,11 @@ def _upstream(tls: UpstreamTls, place: Place, owner: str, files: _Files, member:
 
 
 def watched_files(config: Config) -> list[str]:
-    """Return the files whose change reloads the configuration: all that TLS is made of, and the mesh's deny list."""
+    """Return the files whose change reloads the configuration: all that TLS is made of, and what the mesh says of it."""
     found = [str(path) for each in config.listeners.values() if each.tls for path in listener_files(each.tls)]
     found += [str(path) for each in config.upstreams.values() if each.tls for path in upstream_files(each.tls)]
     if config.mesh is not None:
-        found.append(str(config.mesh.revoked))
+        found += [str(config.mesh.revoked), str(config.mesh.traffic)]
     return list(dict.fromkeys(found))
 
 

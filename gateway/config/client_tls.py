@@ -9,7 +9,8 @@ import asyncio
 import ssl
 from typing import Any
 
-from gateway.config.tls import UpstreamTls, system_authorities
+from gateway.config.tls import UpstreamTls
+from gateway.workload.authorities import system_authorities
 
 VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 

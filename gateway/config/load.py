@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 from gateway.config.base import Model, _key
 from gateway.config.check import findings
 from gateway.config.discovery import MAX_ENDPOINTS, file_time
+from gateway.config.mesh_parts import add_parts
 from gateway.config.names import check_names
 from gateway.config.schema import Config, Endpoint, Target, check_targets
 from gateway.config.source import Document, Resolved, hide_login
@@ -64,6 +65,7 @@ def load(path: str | Path) -> Config:
         raise ConfigError(_sorted([*problems, *document.problems]))
     document.problems.clear()
     config._document = document
+    problems += add_parts(config)
     problems += _endpoint_files(config) + findings(config)
     if any(problem.severity == "error" for problem in problems):
         raise ConfigError(_sorted(problems))

@@ -24,7 +24,10 @@ from pydantic import (
 
 from gateway.config.base import Model, Shorthand, listed, needed, part, setting
 from gateway.config.conditions import Condition
+from gateway.config.mesh_external import External
+from gateway.config.mesh_traffic import MOST, ServiceCanary, ServiceSplit, check_traffic
 from gateway.config.resilience import BalanceSettings, RetrySettings
+from gateway.config.shaping import StickyKey
 from gateway.config.source import Document
 from gateway.config.values import (
     Deadline,
@@ -229,6 +232,13 @@ class Service(Model):
     timeout: Deadline | None = setting(None, "for an answer, retries included; default: that of `upstreams`")
     retries: RetrySettings | None = setting(None, "further attempts, as in `upstreams`")
     balance: BalanceSettings | None = setting(None, "how an instance is chosen, as in `upstreams`")
+    split: Annotated[tuple[ServiceSplit, ...], Field(min_length=1, max_length=MOST)] | None = setting(
+        None, "shares of the requests by labels of instances; default: all instances alike"
+    )
+    sticky: StickyKey | None = setting(None, "keeps a caller at one split, as in routes; default: each request is drawn")
+    canary: Annotated[tuple[ServiceCanary, ...], Field(max_length=MOST)] = setting(
+        [], "requests that go to instances of their own; the first that matches counts, before `split`"
+    )
     idle: Deadline | None = setting(None, "with tcp: without a byte in either direction; default: 1h")
     connections: Annotated[int, BeforeValidator(parse_int), Field(ge=1, le=10_000_000)] | None = setting(
         None, "with tcp: open at once at each sidecar, its app's side and each caller's; default: 1024"
@@ -251,6 +261,11 @@ class Service(Model):
                 raise fault(f"`{name}` is of tcp services", "requests have `timeout`, and limits of their own", at=(name,))
         return self
 
+    @model_validator(mode="after")
+    def _traffic(self) -> Self:
+        check_traffic(self)
+        return self
+
 
 AppPort = Annotated[int, BeforeValidator(parse_int), Field(ge=1, le=65535)]
 ClaimValue = Annotated[
@@ -271,7 +286,7 @@ class Rule(Model):
     callers: Annotated[tuple[ServiceOrAll, ...], listed("service"), Field(min_length=1)] = needed(
         "services that call; `*`: every service of this file", alias="from"
     )
-    to: Annotated[tuple[ServiceOrAll, ...], listed("service"), Field(min_length=1)] = needed("the service that is called; `*`: every one")
+    to: Annotated[tuple[ServiceOrAll, ...], listed("service"), Field(min_length=1)] = needed("the service or external host that is called; `*`: every service")
     methods: Annotated[tuple[Method, ...], listed("method"), Field(min_length=1)] | None = setting(None, "default: any")
     prefix: Prefix | None = setting(None, "a path and everything below it; default: any")
     headers: dict[FieldName, Condition] = setting({}, "headers: a value, {present: true} or {prefix: text}")
@@ -293,6 +308,9 @@ class Authorization(Model):
 
     default: Literal["deny", "audit"] = setting("deny", "what no rule allows: deny, or audit: let pass and record what would be denied")
     rules: tuple[Rule, ...] = setting([], "each allows something")
+    user_authors: Annotated[tuple[ServiceName, ...], listed("service")] = setting(
+        ["edge"], "services, edges by nature, that may say for which user a request is made; []: none"
+    )
 
 
 class Revoked(Model):
@@ -313,6 +331,7 @@ class MeshFile(Model):
     control: Control = setting({}, "the control plane")
     certificates: Certificates = part(Certificates, "certificates of members")
     services: Annotated[dict[ServiceName, Service], Field(min_length=1)] = needed("who there is, by name")
+    external: dict[ServiceName, External] = setting({}, "hosts outside the mesh that rules may name in `to`, by name")
     authorization: Authorization = part(Authorization, "who may call whom; default: nobody anybody")
     revoked: Revoked = part(Revoked, "who is shut out")
 

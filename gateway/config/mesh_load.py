@@ -6,6 +6,7 @@ they are reported together with mistakes of the schema.
 
 from __future__ import annotations
 
+import ssl
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from pydantic import ValidationError
 from gateway._speedups.certificates import TlsError, parse_certificates
 from gateway.config.load import _sorted, _translate
 from gateway.config.mesh_file import EVERYBODY, KubernetesJoin, MeshFile
+from gateway.config.mesh_traffic import warn_traffic
 from gateway.config.source import Document, Path_
 from gateway.errors import ConfigError, Problem
 
@@ -47,9 +49,11 @@ def load_mesh(path: str | Path) -> MeshFile:
         _check_layers(document, mesh)
     if mesh is not None and mesh.control.join is not None:
         if mesh.control.join.ca is not None:
-            _check_roots(document, ("ca",), mesh.control.join.ca)
+            _check_roots(document, ("control", "join", "ca"), mesh.control.join.ca)
         for number, cluster in enumerate(mesh.control.join.kubernetes):
             _check_cluster(document, number, cluster)
+    if mesh is not None:
+        _check_external(document, mesh)
     if mesh is None or any(problem.severity == "error" for problem in document.problems):
         raise ConfigError(_sorted(document.problems))
     mesh._document = document
@@ -62,6 +66,8 @@ def mesh_findings(mesh: MeshFile) -> list[Problem]:
     document = mesh._document
     assert document is not None
     kept, document.problems = document.problems, []
+    for name, service in mesh.services.items():
+        warn_traffic(document, name, service)
     for number, rule in enumerate(mesh.authorization.rules):
         at = ("authorization", "rules", number)
         tcp = [name for name, service in mesh.services.items() if service.protocol == "tcp"]
@@ -72,6 +78,9 @@ def mesh_findings(mesh: MeshFile) -> list[Problem]:
             if not other.layer7 and ports and set(rule.callers) <= set(other.callers) and set(rule.to) <= set(other.to):
                 document.warn(at, f"rule {rule.name} allows nothing that {other.name} does not allow", "remove one of them")
                 break
+    for name in mesh.external:
+        if not any(name in rule.to for rule in mesh.authorization.rules):
+            document.warn(("external", name), f"nobody may call {name}: no rule names it in `to`", "add a rule, or remove it", key=True)
     if mesh.authorization.default == "audit":
         document.warn(("authorization", "default"), "audit: what no rule allows passes", "write deny when the record shows nothing more")
     found, document.problems = document.problems, kept
@@ -98,7 +107,7 @@ def _check_layers(document: Document, mesh: MeshFile) -> None:
 
 def _check_cluster(document: Document, number: int, cluster: KubernetesJoin) -> None:
     """Its files are there; whether the keys can serve is seen, and told, where tokens are verified."""
-    at = ("kubernetes", number)
+    at = ("control", "join", "kubernetes", number)
     if cluster.keys_ca is not None:
         _check_roots(document, (*at, "keys_ca"), cluster.keys_ca)
     if "://" in cluster.keys:
@@ -108,20 +117,35 @@ def _check_cluster(document: Document, number: int, cluster: KubernetesJoin) -> 
         document.files[f"file:{path}"] = path.read_bytes()
     except OSError as error:
         document.report(
-            ("control", "join", *at, "keys"), f"cannot read the keys: {error.strerror}", f"kubectl get --raw /openid/v1/jwks > {path}"
+            (*at, "keys"), f"cannot read the keys: {error.strerror}", f"kubectl get --raw /openid/v1/jwks > {path}"
         )
 
 
-def _check_roots(document: Document, at: Path_, path: Path) -> None:
-    at = ("control", "join", *at)
+def _check_roots(document: Document, at: Path_, path: Path) -> str | None:
+    """Return the certificates in a file of them, as text without what stands around; None when it is reported."""
     try:
         content = path.read_bytes()
-        parse_certificates(content)
         document.files[f"file:{path}"] = content
+        return "".join(ssl.DER_cert_to_PEM_cert(each.der) for each in parse_certificates(content))
     except OSError as error:
         document.report(at, f"cannot be read: {error.strerror}", "a file of certificates, PEM")
     except TlsError as error:
         document.report(at, f"cannot be used: {error}", "a file of certificates, PEM")
+    return None
+
+
+def _check_external(document: Document, mesh: MeshFile) -> None:
+    """Report names and hosts that mean two things, and read the authorities of external hosts."""
+    taken = {each: f"the service {name}" for name in mesh.services for each in (name, f"{name}.{mesh.trust_domain}")}
+    for name, external in mesh.external.items():
+        if name in mesh.services:
+            document.report(("external", name), f"{name} is a service already", "rules would mean both: give it another name", key=True)
+        for number, host in enumerate(external.hosts):
+            if host in taken:
+                document.report(("external", name, "hosts", number), f"the host {host} is {taken[host]} already", "a Host leads to one place")
+            taken.setdefault(host, f"of external {name}")
+        if external.tls.ca is not None:
+            external._authorities = _check_roots(document, ("external", name, "tls", "ca"), external.tls.ca)
 
 
 def _check_names(document: Document) -> None:
@@ -129,6 +153,8 @@ def _check_names(document: Document) -> None:
     data = document.data if isinstance(document.data, dict) else {}
     services = data.get("services")
     known = [str(name) for name in services] if isinstance(services, dict) else []
+    outside = data.get("external")
+    called = [*known, *(str(name) for name in outside)] if isinstance(outside, dict) else known
     section = data.get("authorization")
     rules = section.get("rules") if isinstance(section, dict) else None
     seen: dict[str, int] = {}
@@ -143,7 +169,9 @@ def _check_names(document: Document) -> None:
         elif isinstance(name, str):
             seen[name] = number
         for key in ("from", "to"):
-            _check_list(document, (*at, key), rule.get(key), [*known, EVERYBODY])
+            _check_list(document, (*at, key), rule.get(key), [*(called if key == "to" else known), EVERYBODY])
+    if isinstance(section, dict):
+        _check_list(document, ("authorization", "user_authors"), section.get("user_authors"), known)
     revoked = data.get("revoked")
     if isinstance(revoked, dict):
         _check_list(document, ("revoked", "services"), revoked.get("services"), known)

@@ -21,7 +21,8 @@ from gateway.config.base import Model, needed, setting
 from gateway.config.tls import Pair
 from gateway.config.values import FilePath, Name, fault, text_of
 
-SVID, BUNDLE, ENDPOINTS, REVOKED = "svid.pem", "bundle.pem", "endpoints", "revoked.json"  # below the state folder, written by gateway.mesh
+# Below the state folder, written by gateway.mesh.
+SVID, BUNDLE, ENDPOINTS, REVOKED, TRAFFIC = "svid.pem", "bundle.pem", "endpoints", "revoked.json", "traffic.json"
 SERVICE = re.compile(r"spiffe://([a-z0-9._-]+)/service/([A-Za-z0-9._-]+)")
 NOBODY = "not-joined.invalid"  # the trust domain of those who have none: no certificate carries it
 FIXED = ("targets", "discovery", "tls")  # what `service` decides
@@ -73,6 +74,11 @@ class Mesh(Model):
     def revoked(self) -> Path:
         """Return the file of the deny list."""
         return self.state / REVOKED
+
+    @property
+    def traffic(self) -> Path:
+        """Return the file of the services' splits and canaries."""
+        return self.state / TRAFFIC
 
     @property
     def joined(self) -> str | None:

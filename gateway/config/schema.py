@@ -23,6 +23,7 @@ from gateway.config.grpc import CONTENT_TYPE, GrpcMatch
 from gateway.config.health import Health
 from gateway.config.http2 import ListenerHttp2, UpstreamHttp2, widen_http2
 from gateway.config.mesh_member import Mesh, written_out
+from gateway.config.mesh_parts import ServiceTraffic
 from gateway.config.policies import Policy, PolicyRef
 from gateway.config.redis import Redis
 from gateway.config.resilience import Balance, BalanceSettings, Hedge, Retries, RetrySettings, UpstreamLimits
@@ -245,6 +246,19 @@ class Upstream(Model):
         None, "what is not safe to repeat and was sent completely, when its client leaves: let it finish, or cancel it; default: "
         "`finish`, with `protocol: grpc` `cancel`, since a call's client cancels it on purpose and its service is told"
     )
+
+    _traffic: ServiceTraffic | None = PrivateAttr(default=None)
+    _part: bool = PrivateAttr(default=False)
+
+    @property
+    def traffic(self) -> ServiceTraffic | None:
+        """Return how the mesh deals the service's requests out; None when all its instances are alike."""
+        return self._traffic
+
+    @property
+    def is_part(self) -> bool:
+        """Tell whether this upstream is not the file's, but a part of one that is."""
+        return self._part
 
     @model_validator(mode="after")
     def _endpoints(self) -> Self:

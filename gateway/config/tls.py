@@ -6,7 +6,6 @@ Strategy: what a mapping can contradict in itself is checked here; the content o
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -18,13 +17,6 @@ from pydantic.json_schema import WithJsonSchema
 from gateway.config.base import Model, listed, needed, part, setting
 from gateway.config.values import Deadline, FilePath, Flag, Int, Text, fault
 from gateway.config.web import parse_host_pattern
-
-SYSTEM_AUTHORITIES = (
-    "/etc/ssl/certs/ca-certificates.crt",  # Debian, Ubuntu, Alpine
-    "/etc/pki/tls/certs/ca-bundle.crt",  # Fedora, RHEL
-    "/etc/ssl/ca-bundle.pem",  # SUSE
-    "/etc/ssl/cert.pem",
-)
 
 
 def _version(raw: Any) -> Any:
@@ -147,13 +139,6 @@ def widen_upstream_tls(raw: Any) -> Any:
     if isinstance(raw, bool):
         return {} if raw else None
     return raw
-
-
-def system_authorities() -> Path | None:
-    """Return the file with the authorities that this machine trusts, or None when there is none."""
-    named = os.environ.get("SSL_CERT_FILE")
-    candidates = [named] if named else list(SYSTEM_AUTHORITIES)
-    return next((Path(path) for path in candidates if os.path.isfile(path)), None)
 
 
 def listener_files(tls: ListenerTls) -> Iterator[Path]:

@@ -16,8 +16,8 @@ from typing import Protocol
 
 from gateway.discovery.dns import Missing, Unanswered
 from gateway.discovery.dns_wire import Service
-from gateway.discovery.found import chosen
 from gateway.discovery.names import Answer, Lookups, Wanted
+from gateway.discovery.order import chosen
 
 log = logging.getLogger("crossway.discovery")
 

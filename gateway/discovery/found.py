@@ -1,25 +1,19 @@
 """What discovery finds: endpoints with one numeric address each, in an order and a number on which every process agrees.
 
-Strategy: pure functions. Of more addresses than an upstream may have, those are taken whose hash with this machine's name is
-least: the same ones in every process of a machine and after every answer, whatever its order, others on other machines.
+Strategy: pure functions; of more addresses than an upstream may have, `order` says which.
 """
 
 from __future__ import annotations
 
-import hashlib
-import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
-from gateway.config.discovery import MAX_ENDPOINTS
 from gateway.config.schema import Endpoint
 from gateway.config.web import Address
 from gateway.discovery.dns_wire import Service
+from gateway.discovery.order import chosen
 
 MAX_WEIGHT = 256
-_HERE = socket.gethostname().encode("utf-8", "replace")[:64]
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +54,6 @@ def targets_of_services(services: Sequence[Service]) -> list[Target]:
         Target(Address(service.host, service.port), max(1, round(service.weight * scale)), None, service.priority)
         for service in sorted(services)
     ]
-
-
-def chosen(items: Sequence[Item], most: int = MAX_ENDPOINTS) -> tuple[Item, ...]:
-    """Return `items`, or `most` of them, in an order that depends on their values only."""
-    distinct = {repr(item).encode(): item for item in items}
-    keys = sorted(distinct)
-    if len(keys) > most:
-        keys = sorted(sorted(keys, key=lambda key: hashlib.blake2b(key, key=_HERE, digest_size=8).digest())[:most])
-    return tuple(distinct[key] for key in keys)
 
 
 def merge(targets: Sequence[Target], addresses: dict[str, tuple[str, ...]]) -> list[Found]:

@@ -16,8 +16,9 @@ from gateway.config.web import Address
 from gateway.discovery.book import Book, Subscription, book_of
 from gateway.discovery.dns_wire import Service
 from gateway.discovery.file import FileWatch
-from gateway.discovery.found import Found, Target, chosen, merge, targets_of, targets_of_services
+from gateway.discovery.found import Found, Target, merge, targets_of, targets_of_services
 from gateway.discovery.names import Wanted
+from gateway.discovery.order import chosen
 
 log = logging.getLogger("crossway.discovery")
 

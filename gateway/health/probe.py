@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 import httptools
 
 from gateway.config.health import Check, HttpCheck
-from gateway.discovery import Found
+from gateway.discovery.found import Found
 from gateway.health.grpc import ask_grpc
 from gateway.health.http2 import ask_http2
 

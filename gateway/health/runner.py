@@ -18,7 +18,8 @@ from gateway.config import Config
 from gateway.config.health import Check
 from gateway.config.schema import Upstream
 from gateway.config.web import Address
-from gateway.discovery import Discovery, Found
+from gateway.discovery.found import Found
+from gateway.discovery.source import Discovery
 from gateway.health.probe import Inconclusive, Opener, open_plain, probe
 from gateway.health.tls import opener_of
 

@@ -10,7 +10,7 @@ import ssl
 
 from gateway.config.client_tls import ClientTls
 from gateway.config.tls import UpstreamTls
-from gateway.discovery import Found
+from gateway.discovery.found import Found
 from gateway.health.probe import MAX_HEAD, Connection, Inconclusive, Opener
 
 

@@ -14,10 +14,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from gateway.config.mesh_external import External
 from gateway.config.mesh_file import EVERYBODY, MeshFile, Rule, Service
+from gateway.config.mesh_traffic import traffic_said
 from gateway.mesh.revocation import DenyList
 
+APART = {"split", "canary", "sticky", "hosts", "port", "tls", "addresses", "resolver"}  # settings that are said in another form
 REMEMBERED = 8  # versions of a service that deltas can be based on
+# What members of every version take as a delta; a change of anything else is sent as the whole.
+DELTA_MEMBERS = frozenset({"services", "authorization", "revoked", "bundle", "version", "issued", "fresh"})
 DELTA_SHARE = 0.8  # of the whole: a delta that is not smaller than that is sent as the whole
 
 
@@ -48,13 +53,33 @@ def callable_by(service: str, mesh: MeshFile) -> list[str]:
     return [name for name in mesh.services if name != service and any(reaches(rule, name) for rule in rules)]
 
 
-def settings_of(service: Service) -> dict[str, Any]:
+def settings_of(service: Service | External) -> dict[str, Any]:
     """Return a service's settings as JSON, without what is not said: times in seconds, sizes in bytes, shares as fractions."""
-    said: dict[str, Any] = json.loads(json.dumps(_plain(service.model_dump(exclude_unset=True))))
+    said: dict[str, Any] = json.loads(json.dumps(_plain(service.model_dump(exclude_unset=True, exclude=APART))))
+    said |= traffic_said(service) if isinstance(service, Service) else {}
     said.setdefault("protocol", service.protocol)
     if service.timeout is not None:
         said["timeout"] = f"{service.timeout * 1000:.0f}ms"
     return said
+
+
+def leaves(rule: Rule, name: str) -> bool:
+    """Whether a rule lets somebody out to an external host: only by its name, never by a star."""
+    return name in rule.to
+
+
+def external_of(service: str, mesh: MeshFile) -> dict[str, Any]:
+    """Return the external hosts that a rule lets a service call, each with the rules of this caller."""
+    found = {}
+    for name, each in mesh.external.items():
+        rules = [rule for rule in mesh.authorization.rules if leaves(rule, name) and service in callers_of(rule, mesh)]
+        if rules:
+            found[name] = {
+                **settings_of(each), "hosts": list(each.hosts), "port": each.port, "ca": each.authorities, "resolver": each.resolver,
+                "addresses": None if each.addresses is None else [str(network) for network in each.addresses],
+                "rules": [{**rule_said(rule, mesh), "from": [service]} for rule in rules],
+            }  # fmt: skip
+    return found
 
 
 def _plain(value: Any) -> Any:
@@ -92,6 +117,7 @@ def content_of(service: str, world: World) -> dict[str, Any]:
     rules = [rule_said(rule, mesh) for rule in mesh.authorization.rules if reaches(rule, service)]
     return {
         "trust_domain": mesh.trust_domain, "service": service, "own": own(mesh.services[service]), "fresh": mesh.control.fresh, "bundle": world.bundle, "revoked": world.deny.said(),
+        "external": external_of(service, mesh), "user_authors": list(mesh.authorization.user_authors),
         "services": services, "authorization": {"default": mesh.authorization.default, "version": world.policy, "rules": rules},
     }  # fmt: skip
 
@@ -143,9 +169,10 @@ class Assignments:
         if before is None or before is now:
             return now.whole
         if base not in now.deltas:
-            delta = {"type": "delta", "version": now.version, "base": base, "changes": changes(before.body, now.body), "signature": now.signature}
-            text = _text(delta)
-            now.deltas[base] = text if len(text) < DELTA_SHARE * len(now.whole) else now.whole
+            changed = changes(before.body, now.body)
+            text = _text({"type": "delta", "version": now.version, "base": base, "changes": changed, "signature": now.signature})
+            good = len(text) < DELTA_SHARE * len(now.whole) and DELTA_MEMBERS >= set(changed)
+            now.deltas[base] = text if good else now.whole
         return now.deltas[base]
 
     def forget(self, services: set[str]) -> None:

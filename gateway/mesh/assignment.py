@@ -16,7 +16,7 @@ from typing import Any
 from gateway._speedups.certificates import Certificate, TlsError, chain_fault, parse_certificates
 from gateway.workload.admission import control_fault
 
-REPLACED = ("services", "authorization", "revoked", "bundle", "own")  # members that a delta may change
+REPLACED = ("services", "authorization", "revoked", "bundle", "own", "user_authors", "external")  # members that a delta may change
 MOST_CERTIFICATES = 6
 
 

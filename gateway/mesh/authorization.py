@@ -29,9 +29,12 @@ class Denials:
         self._second, self._lines, self._unsaid = 0, 0, 0
 
     def record(
-        self, caller: str, rules: tuple[str, ...], request_id: str, method: str, path: str, audit: bool, version: int
+        self, caller: str, rules: tuple[str, ...], request_id: str, method: str, path: str, audit: bool, version: int, *, to: str | None = None
     ) -> None:
-        """Count one denial and tell it. `rules` are those that name the caller; none of them matched. Without a method: a raw connection."""
+        """Count one denial and tell it. `rules` are those that name the caller; none of them matched. Without a method: a raw connection.
+
+        `to` is an external host's name.
+        """
         key = (caller or "nobody", "none", version, audit)
         if key not in self.counts and len(self.counts) >= SERIES:
             key = ("others", "none", 0, audit)
@@ -47,6 +50,8 @@ class Denials:
         if method:
             told |= {"method": method, "path": path, "request_id": request_id}
         what = "call" if method else "connection"
+        if to is not None:
+            told["external"] = to
         if self._unsaid:
             told["unsaid"], self._unsaid = self._unsaid, 0
         log.warning(f"a {what} would be denied" if audit else f"a {what} was denied", extra=told)

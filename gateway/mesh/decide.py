@@ -7,11 +7,11 @@ each rule between the two services the condition that failed. Revoked callers ar
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gateway.config.mesh_file import MeshFile, Rule
-from gateway.mesh.assign import callers_of, reaches
+from gateway.mesh.assign import callers_of, leaves, reaches
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,18 @@ def decide(mesh: MeshFile, call: Call, revoked: frozenset[str] = frozenset()) ->
     if call.to in revoked:
         return Decision(False, f"{call.to} is revoked: nobody connects to it")
     considered: list[tuple[str, str]] = []
+    outside = call.to in mesh.external
+    if outside:
+        call = replace(call, port=mesh.external[call.to].port)
     for number, rule in enumerate(mesh.authorization.rules):
-        if not reaches(rule, call.to) or call.caller not in callers_of(rule, mesh):
+        if not (leaves if outside else reaches)(rule, call.to) or call.caller not in callers_of(rule, mesh):
             continue
-        failed = unmet(rule, call, mesh.services[call.to].protocol == "tcp")
+        failed = unmet(rule, call, not outside and mesh.services[call.to].protocol == "tcp")
         if failed is None:
             return Decision(True, f"rule {rule.name} allows it", rule.name, number)
         considered.append((rule.name, failed))
     why = f"no rule lets {call.caller} do this at {call.to}" if considered else f"no rule names {call.caller} as a caller of {call.to}"
-    audit = mesh.authorization.default == "audit"
+    audit = mesh.authorization.default == "audit" and not outside  # the way out of the mesh is never open by default
     return Decision(audit, why, audited=audit, considered=tuple(considered))
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from gateway.mesh.authorization import Denials
+from gateway.mesh.egress import EXTERNAL
 from gateway.mesh.identity import Identity
 from gateway.mesh.link import Link
 from gateway.mesh.proxy import INBOUND, OUTBOUND
@@ -18,6 +19,8 @@ MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 BOUNDS_US = (50, 100, 250, 500, 1000, 2500, 5000, 10000, 25000, 50000, 75000, 100000, 250000, 500000, 750000, 1000000, 2500000,
              5000000, 7500000, 10000000)  # fmt: skip
 UNKNOWN = "unknown"
+# What cannot be said of an external host.
+NOT_OURS = ("destination_workload_namespace", "destination_principal", "destination_cluster", "destination_service_namespace")
 
 
 def line(name: str, labels: Mapping[str, str], value: float) -> str:
@@ -34,16 +37,22 @@ def family(name: str, kind: str, text: str, samples: Iterable[str]) -> list[str]
     return [f"# HELP {name} {text}", f"# TYPE {name} {kind}", *found] if found else []
 
 
-def hop(route: str, service: str, domain: str) -> dict[str, str] | None:
-    """The labels of a sidecar's route; None for a route that is no hop."""
+def hop(route: str, service: str, domain: str, version: str = "") -> dict[str, str] | None:
+    """The labels of a sidecar's route; None for a route that is no hop. `version` is the sidecar's own."""
     side, _, other = route.partition(">")
+    if side == EXTERNAL:
+        return labels("source", service, other, domain, (version, "")) | dict.fromkeys(NOT_OURS, UNKNOWN)
     if side not in (INBOUND, OUTBOUND) or not other:
         return None
-    return labels("destination", other, service, domain) if side == INBOUND else labels("source", service, other, domain)
+    if side == INBOUND:
+        return labels("destination", other, service, domain, (UNKNOWN, version))
+    other, _, part = other.partition(">")
+    return labels("source", service, other, domain, (version, part))
 
 
-def labels(reporter: str, source: str, destination: str, domain: str) -> dict[str, str]:
-    """What Istio's standard metrics say of a hop between two services of a trust domain."""
+def labels(reporter: str, source: str, destination: str, domain: str, versions: tuple[str, str] = ("", "")) -> dict[str, str]:
+    """What Istio's standard metrics say of a hop between two services of a trust domain; `versions` are theirs, where known."""
+    source_version, destination_version = (each or UNKNOWN for each in versions)
 
     def principal(name: str) -> str:
         return UNKNOWN if name in (UNKNOWN, "others") else name if "://" in name else f"spiffe://{domain}/service/{name}"
@@ -51,9 +60,9 @@ def labels(reporter: str, source: str, destination: str, domain: str) -> dict[st
     return {
         "reporter": reporter,
         "source_workload": source, "source_workload_namespace": domain, "source_principal": principal(source), "source_app": source,
-        "source_canonical_service": source, "source_version": UNKNOWN, "source_cluster": domain,
+        "source_canonical_service": source, "source_version": source_version, "source_cluster": domain,
         "destination_workload": destination, "destination_workload_namespace": domain, "destination_principal": principal(destination),
-        "destination_app": destination, "destination_canonical_service": destination, "destination_version": UNKNOWN,
+        "destination_app": destination, "destination_canonical_service": destination, "destination_version": destination_version,
         "destination_cluster": domain, "destination_service": destination, "destination_service_name": destination,
         "destination_service_namespace": domain, "request_protocol": "http", "grpc_response_status": "",
         "connection_security_policy": "mutual_tls" if reporter == "destination" else UNKNOWN,

@@ -15,19 +15,25 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from gateway._speedups.exchange import Edits, ListenerEntry, RouteEntry, Snapshot, Step
+from gateway._speedups.exchange import Edits, ListenerEntry, RouteEntry, Shape, Snapshot, Step
 from gateway._speedups.http2_settings import Http2
+from gateway._speedups.journal import Journal
 from gateway._speedups.pool import SHARED_WINDOW, Endpoint, Upstream
 from gateway._speedups.route_trie import RouteTrie
+from gateway._speedups.shaping import Chooser, Conditions, Shaper
+from gateway._speedups.steps import AuditStep
 from gateway._speedups.tcp_listener import TcpListener
 from gateway._speedups.tls import TlsListener, TlsUpstream
 from gateway._speedups.token_cache import Principal, TokenCache
 from gateway._speedups.user_context import TellUserStep, UserStep
 from gateway.mesh.assignment import Assignment, canonical
 from gateway.mesh.authorization import Denials, make_step
+from gateway.mesh.egress import EXTERNAL, Destination, Leaving, Way, ways
+from gateway.mesh.egress import PROTOCOLS as EXTERNAL_PROTOCOLS
 from gateway.mesh.identity import Svid
 from gateway.mesh.raw import places, way_in, way_out
 from gateway.mesh.spiffe import control_id
+from gateway.mesh.traffic import Dealer, Traffic, read
 from gateway.mesh.units import seconds, share, size
 from gateway.workload.admission import Admit, Revoked, admission
 from gateway.workload.user import HEADER, PROOF, Author, Reader
@@ -44,6 +50,7 @@ PROTOCOLS = {"http": "http1", "http1": "http1", "http2": "http2", "grpc": "grpc"
 TCP = "tcp"
 USER_AUTHORS = ("edge",)  # services that may say who the user is, unless the assignment names others
 CONTEXTS = 1 << 20  # bytes of user contexts that are remembered, for each direction
+EJECT = {"failures": 7, "ratio": 0, "minimum": 5, "base": 1, "maximum": 60}  # as `upstreams` has it by default
 CALLERS = 200  # whose requests are counted apart
 APP_TIMES: dict[str, Any] = {"connect": 2.0, "head": 60.0, "idle": 60.0, "total": 300.0}  # seconds; the caller's own are shorter
 
@@ -73,6 +80,10 @@ class Surroundings:
     seed: int = field(default_factory=lambda: secrets.randbits(63))
     versions: int = 0
     callers: set[str] = field(default_factory=set)
+    split: Dealer = field(default_factory=Dealer)
+    external_certs: Mapping[str, str] = field(default_factory=dict)  # external host -> file of our certificate towards it, with its key
+    journal: Journal | None = None  # of calls to external hosts
+    outside: list[Destination] = field(default_factory=list)  # external hosts of the last snapshot
     kept: dict[Any, Any] = field(default_factory=dict)  # parts of the last snapshot, by all that they were made of
 
     @property
@@ -122,7 +133,10 @@ def build(assignment: Assignment, svid: Svid, around: Surroundings) -> Snapshot:
     parts = Parts(around)
     body = assignment.body
     revoked = Revoked(body.get("revoked") or {})
-    firsts = frozenset(f"spiffe://{svid.domain}/service/{name}" for name in body.get("user_authors", USER_AUTHORS))
+    authors = body.get("user_authors", USER_AUTHORS)
+    if isinstance(authors, str) or not all(isinstance(name, str) for name in authors):
+        raise ValueError("user_authors is no list of services")
+    firsts = frozenset(f"spiffe://{svid.domain}/service/{name}" for name in authors)
     rests = repr((sorted(revoked.serials), sorted(revoked.identities), sorted(firsts))).encode()
     digest = hashlib.sha256(b"".join(each.der for each in (svid.leaf, *svid.roots)) + rests).digest()
     admit = admission(svid.domain, revoked)
@@ -147,30 +161,57 @@ def build(assignment: Assignment, svid: Svid, around: Surroundings) -> Snapshot:
     else:
         inbound = parts.get(rules, lambda: _inbound(body["authorization"], svid, app, around, user))
     services = {name: settings for name, settings in body["services"].items() if spoken(name, settings)}
+    dealt: dict[str, Traffic | None] = {}
     for name, settings in services.items():
         try:
             alpn = () if settings.get("protocol") == TCP else ("http/1.1",) if _protocol(settings) == "http1" else ("h2",)
             tls = parts.get(("tls", name, digest, alpn), partial(_tls, name, svid, digest, admit, alpn))
-            made = ("service", name, digest, canonical(settings))
-            upstreams[f"service:{name}"] = parts.get(made, partial(upstream_of, name, settings, tls, around))
+            dealt[name] = traffic = read(settings)
+            for label, some in around.split.of(name, settings, traffic):
+                made = ("service", name, label, digest, canonical(some))
+                upstreams[upstream_name(name, label)] = parts.get(made, partial(upstream_of, name, some, tls, around, label))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"service {name}: {error}") from None
     for name, settings in services.items():
         if settings.get("protocol") == TCP:
             continue
         told = parts.get(("tell", name, digest), partial(_teller, svid, name))
-        routes.append(_outbound(name, upstreams[f"service:{name}"], around, (heard, told)))
+        routes.append(_outbound(name, upstreams, dealt[name], around, (heard, told)))
+    out = _ways_out(body, svid, around, parts, heard)
     listeners = _listeners(
-        inbound, routes, services, upstreams, svid.domain, around,
+        inbound, routes, services, upstreams, out, svid.domain, around,
         parts.get(("inbound", digest), lambda: TlsListener(
             INBOUND, [(svid.chain, svid.key, None)], digest=digest, authorities=svid.roots, client_auth="required", tickets=False,
             admit=admission(svid.domain, revoked, control_id(svid.domain)), alpn=() if around.raw else ("h2", "http/1.1"),
         )),
     )  # fmt: skip
     parts.commit()
-    snapshot = Snapshot(around.versions, f"{assignment.version}", listeners, upstreams, [*([inbound] if isinstance(inbound, RouteEntry) else []), *routes])
+    upstreams |= {way.destination.upstream.name: way.destination.upstream for way in out}
+    around.outside = [way.destination for way in out]
+    ins = [inbound] if isinstance(inbound, RouteEntry) else []
+    snapshot = Snapshot(around.versions, f"{assignment.version}", listeners, upstreams, [*ins, *routes, *(way.route for way in out)])
     snapshot.identity_names = (CALLER, HEADER)
     return snapshot
+
+
+def _ways_out(body: Mapping[str, Any], svid: Svid, around: Surroundings, parts: Parts, heard: Step) -> list[Way]:
+    """The external hosts that this service may call. An upstream is taken over with its pools while nothing about it changes."""
+
+    def upstream(name: str, said: Mapping[str, Any], tls: TlsUpstream, host: str) -> Upstream:
+        key = (EXTERNAL, name, host, canonical({key: each for key, each in said.items() if key != "rules"}), tls.digest)
+        return parts.get(key, lambda: Upstream(
+            f"{EXTERNAL}:{name}/{host}", [], host=host, table=around.memory.upstreams, tls=tls, foreign=True,
+            protocol=EXTERNAL_PROTOCOLS[said.get("protocol", "http")][0], eject={**EJECT, "share": 0.5}, keep_connections=64,
+            **_retries(said.get("retries")), **_balance(said.get("balance")), **_total(said.get("timeout")),
+        ))  # fmt: skip
+
+    said, version = body.get("external") or {}, int(body["authorization"]["version"])
+    audits = () if around.journal is None else (AuditStep("egress-audit", around.journal),)
+    return ways(Leaving(said, version, svid.identity, around.external_certs), around.denials, (heard,), audits, parts.get, upstream, around.memory.names.add)
+
+
+def _total(timeout: Any) -> dict[str, Any]:
+    return {} if timeout is None else dict.fromkeys(("total", "head", "idle"), seconds(timeout))
 
 
 def _protocol(settings: Mapping[str, Any]) -> str:
@@ -209,13 +250,31 @@ def _inbound(said: Mapping[str, Any], svid: Svid, app: Upstream, around: Surroun
     )  # fmt: skip
 
 
-def _outbound(name: str, upstream: Upstream, around: Surroundings, steps: tuple[Step, ...]) -> RouteEntry:
-    return RouteEntry(f"{OUTBOUND}>{name}", 1, upstream=upstream, metric=around.memory.names.add(f"{OUTBOUND}>{name}"), steps=steps)
+def _outbound(
+    name: str, upstreams: Mapping[str, Upstream], traffic: Traffic | None, around: Surroundings, steps: tuple[Step, ...]
+) -> RouteEntry:
+    """The way to a service; with splits or canaries one for each part, which the same native choice leads to as in a route."""
+
+    def entry(label: str, version: str, shape: Shape | None = None) -> RouteEntry:
+        metric = around.memory.names.add(f"{OUTBOUND}>{name}" + (f">{version}" if version else ""))
+        return RouteEntry(f"{OUTBOUND}>{name}", 1, upstream=upstreams[upstream_name(name, label)], metric=metric, steps=steps, shape=shape)
+
+    if traffic is None:
+        return entry("", "")
+    chooser = Chooser(
+        [Conditions(part.headers, part.cookies) for part in traffic.canaries], [(part.name, part.weight) for part in traffic.splits], traffic.sticky
+    )
+    shape = Shaper(chooser, tuple(entry(part.name, part.version) for part in traffic.parts), spare=True)
+    return entry(traffic.splits[0].name, "", shape)
+
+
+def upstream_name(service: str, part: str) -> str:
+    return f"service:{service}/{part}" if part else f"service:{service}"
 
 
 def _listeners(
-    inbound: RouteEntry | TcpListener, routes: list[RouteEntry], services: Mapping[str, Any], upstreams: Mapping[str, Upstream], domain: str,
-    around: Surroundings, tls: TlsListener,
+    inbound: RouteEntry | TcpListener, routes: list[RouteEntry], services: Mapping[str, Any], upstreams: Mapping[str, Upstream],
+    out: list[Way], domain: str, around: Surroundings, tls: TlsListener,
 ) -> dict[str, ListenerEntry]:  # fmt: skip
     """Every service has an outbound listener of its own as well: for its own port, and for connections redirected on their way to it."""
 
@@ -224,6 +283,7 @@ def _listeners(
 
     spoken_to = [name for name, settings in services.items() if settings.get("protocol") != TCP]
     by_host = [(route, Spec(hosts=(name, f"{name}.{domain}"))) for route, name in zip(routes, spoken_to, strict=True)]
+    by_host += [(way.route, Spec(hosts=(way.destination.host,))) for way in out]
     originals = destinations(services) if around.intercepts else None
     found = {
         INBOUND: listener(INBOUND, RouteTrie([]), tls=tls, tcp=inbound) if isinstance(inbound, TcpListener)
@@ -265,20 +325,20 @@ def destinations(services: Mapping[str, Any]) -> dict[tuple[str, int], str]:
     return found
 
 
-def upstream_of(name: str, said: Mapping[str, Any], tls: TlsUpstream, around: Surroundings) -> Upstream:
-    """Return the upstream of a service. Raises ValueError or TypeError for settings that are not understood."""
+def upstream_of(name: str, said: Mapping[str, Any], tls: TlsUpstream, around: Surroundings, part: str = "") -> Upstream:
+    """Return the upstream of a service, or of a part of it. Raises ValueError or TypeError for settings that are not understood.
+
+    All of a part may be ejected, since the other parts take its share; with all parts out, they are used as if none were.
+    """
     unknown = set(said) - {"protocol", "timeout", "retries", "balance", "endpoints", "labels", "zone", "http2", "idle", "connections"}
     if unknown:
         raise ValueError(f"{', '.join(sorted(unknown))} is not known to this version")
-    options: dict[str, Any] = {**_retries(said.get("retries")), **_balance(said.get("balance"))}
+    options: dict[str, Any] = {**_retries(said.get("retries")), **_balance(said.get("balance")), **_total(said.get("timeout"))}
     if said.get("protocol") == TCP:
         options["requests"] = places(said)
-    if said.get("timeout") is not None:
-        total = seconds(said["timeout"])
-        options |= {"total": total, "head": total, "idle": total}
     return Upstream(
-        f"service:{name}", endpoints_of(name, said.get("endpoints", ())), host="preserve", table=around.memory.upstreams,
-        tls=tls, protocol=_protocol(said), zone=around.zone, eject={"failures": 7, "ratio": 0, "minimum": 5, "base": 1, "maximum": 60, "share": 0.5},
+        upstream_name(name, part), endpoints_of(name, said.get("endpoints", ())), host="preserve", table=around.memory.upstreams,
+        tls=tls, protocol=_protocol(said), zone=around.zone, eject={**EJECT, "share": 1.0 if part else 0.5}, panic=bool(part),
         keep_connections=1024, **options,
     )  # fmt: skip
 

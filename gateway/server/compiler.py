@@ -32,7 +32,7 @@ def compile_file(path: Path, version: int, seed: int, names: Any, channel: Chann
         if config.mesh is not None:
             from gateway.server.member import ensure_files
 
-            ensure_files(config.mesh, [upstream.service for upstream in config.upstreams.values() if upstream.service])
+            ensure_files(config.mesh, [upstream.discovery.file for upstream in config.upstreams.values() if upstream.service and upstream.discovery.file])
         build(config, names=names, seed=seed, version=version)
         _forget_source(config)
         with open(fd, "wb", closefd=False) as file:

@@ -7,13 +7,15 @@ bundle) that upstreams watch like any others; a renewed certificate is a changed
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gateway.config.mesh_member import REVOKED, endpoints_file
+from gateway.config.mesh_member import ENDPOINTS, REVOKED, TRAFFIC
 from gateway.mesh import metrics
 from gateway.mesh.assignment import Assignment, Refused
 from gateway.mesh.enrol import EnrolError, join
@@ -22,6 +24,7 @@ from gateway.mesh.link import Link, read_assignment
 from gateway.mesh.pod import BadPod
 from gateway.mesh.pod import read_token as read_pod
 from gateway.mesh.state import BUNDLE, State, StateError
+from gateway.mesh.traffic import Dealer, Part, Traffic, read
 
 if TYPE_CHECKING:
     from gateway.config import Config
@@ -32,6 +35,8 @@ log = logging.getLogger("crossway.mesh")
 FIRST = 10.0  # seconds that a start waits for the control plane's first word
 RETRY = 0.5  # seconds; the admin process of before may still hold the folder
 NOWHERE = "0.0.0.0:0"  # nobody calls an edge through the mesh
+
+dealer = Dealer()  # of this process
 
 
 class MemberError(Exception):
@@ -122,28 +127,55 @@ def _first(mesh: Mesh, state: State, zone: str | None, held: Svid) -> None:
     asyncio.run(hear())
 
 
-def ensure_files(mesh: Mesh, services: list[str]) -> None:
-    """Have a file for each service that the configuration names, whether or not the control plane knows it."""
+def ensure_files(mesh: Mesh, files: Iterable[Path]) -> None:
+    """Have the file of each service that the configuration names, and of its parts, whether or not the control plane knows it."""
     state = State(mesh.state)
-    for service in services:
-        if not endpoints_file(state.folder, service).exists():
-            state.write(f"endpoints/{service}.yaml", b"[]\n")
+    for path in files:
+        if not path.exists():
+            state.write(f"{ENDPOINTS}/{path.name}", b"[]\n")
 
 
 def write_down(state: State, assignment: Assignment) -> None:
-    """Write what changed: the deny list, and one file a service, in the form of `discovery: {file: ...}`; one that is gone has none."""
-    wanted = {name: _list(settings) for name, settings in assignment.body["services"].items()}
-    folder = state.folder / "endpoints"
+    """Write what changed: the deny list, one file a service and part, in the form of `discovery: {file: ...}`, and how they are divided.
+
+    One that is gone has no endpoint. The files of parts are there before it is said that there are parts.
+    """
+    wanted, dealt = {}, {}
+    for name, settings in assignment.body["services"].items():
+        wanted[name] = _list(settings)
+        traffic = read(settings)
+        if traffic is not None:
+            dealt[name] = _traffic(name, traffic)
+            wanted |= {_stem(name, label): _list(some) for label, some in dealer.of(name, settings, traffic)}
+    folder = state.folder / ENDPOINTS
     for path in folder.glob("*.yaml") if folder.is_dir() else ():
         wanted.setdefault(path.stem, b"[]\n")
-    files = {f"endpoints/{name}.yaml": content for name, content in wanted.items()}
+    files = {f"{ENDPOINTS}/{name}.yaml": content for name, content in wanted.items()}
     files[REVOKED] = json.dumps(assignment.body.get("revoked") or {}, sort_keys=True).encode()
+    files[TRAFFIC] = json.dumps(dealt, sort_keys=True).encode()
     for name, content in files.items():
         if state.read(name) != content:
             state.write(name, content)
 
 
-def _list(settings: dict[str, Any]) -> bytes:
+def _stem(service: str, label: str) -> str:
+    """The name of a part's file, without what stands in labels; no service's name has a ~."""
+    return f"{service}~{hashlib.sha256(label.encode()).hexdigest()[:24]}"
+
+
+def _traffic(service: str, traffic: Traffic) -> dict[str, Any]:
+    """What gateway.config.mesh_parts reads."""
+
+    def said(part: Part) -> dict[str, Any]:
+        return {
+            "label": part.name, "version": part.version, "weight": part.weight, "headers": part.headers, "cookies": part.cookies,
+            "file": f"{ENDPOINTS}/{_stem(service, part.name)}.yaml",
+        }  # fmt: skip
+
+    return {"sticky": traffic.sticky, "canary": [*map(said, traffic.canaries)], "split": [*map(said, traffic.splits)]}
+
+
+def _list(settings: Mapping[str, Any]) -> bytes:
     rows = []
     for each in settings.get("endpoints", ()):
         row = {"address": each["address"], "weight": int(each.get("weight") or 1)}
@@ -153,16 +185,23 @@ def _list(settings: dict[str, Any]) -> bytes:
     return ("[" + ",\n".join(rows) + "]\n").encode()
 
 
+def _ways(config: Config, upstreams: Iterable[str]) -> Iterator[tuple[str, tuple[str, str]]]:
+    """The upstreams of a route, and their parts, that are services of the mesh: (name, (service, version))."""
+    for name in upstreams:
+        upstream = config.upstreams[name]
+        if upstream.service is not None:
+            yield name, (upstream.service, "")
+            for part in upstream.traffic.parts if upstream.traffic else ():
+                yield part.name, (upstream.service, part.version)
+
+
 class Member:
     """Keeps a gateway's certificate and endpoints current, for as long as the admin process lives."""
 
     def __init__(self, config: Config) -> None:
         assert config.mesh is not None
         self.mesh, self.zone = config.mesh, config.zone
-        self.services = {
-            route.name: {name: config.upstreams[name].service for name in route.upstreams if config.upstreams[name].service}
-            for route in config.routes
-        }
+        self.ways = {route.name: dict(_ways(config, route.upstreams)) for route in config.routes}
         self.upstreams = {name: upstream.service for name, upstream in config.upstreams.items() if upstream.service}
         self.state = State(self.mesh.state)
         self.identity: Identity | None = None
@@ -215,12 +254,13 @@ class Member:
     def hop(self, route: str) -> dict[str, str] | None:
         """The labels of a route that leads to a service of the mesh; `route` may name the upstream that it chose."""
         name, _, upstream = route.partition(">")
-        ways = self.services.get(name) or {}
-        service = ways.get(upstream) if upstream else next(iter(ways.values()), None) if len(ways) == 1 else None
+        ways = self.ways.get(name) or {}
+        services = {service for service, _ in ways.values()}
+        service, version = ways.get(upstream, ("", "")) if upstream else (services.pop() if len(services) == 1 else "", "")
         domain = self.mesh.joined
-        if service is None or domain is None:
+        if not service or domain is None:
             return None
-        return metrics.labels("source", self.mesh.service, service, domain)
+        return metrics.labels("source", self.mesh.service, service, domain, ("", version))
 
     def tcp_hop(self, target: str) -> dict[str, str] | None:
         """The labels of raw TCP that leads to a service of the mesh; `target` is "tcp:LISTENER>UPSTREAM"."""

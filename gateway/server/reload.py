@@ -238,7 +238,8 @@ class Reload:
 
     def _calls(self, config: Config) -> object:
         """Which routes lead to services of the mesh: the admin process counts them as hops."""
-        return config.mesh and [(route.name, [config.upstreams[name].service for name in route.upstreams]) for route in config.routes]
+        ways = {name: (upstream.service, upstream.traffic) for name, upstream in config.upstreams.items()}
+        return config.mesh and [(route.name, [ways[name] for name in route.upstreams]) for route in config.routes]
 
     def _renew_admin(self) -> None:
         """Replace the admin process; the old one still sends the answer to the request that brought us here."""

@@ -23,8 +23,10 @@ from typing import Any
 
 from gateway._speedups.certificates import ClientCertificate
 from gateway._speedups.engine import Engine
+from gateway._speedups.journal import Journal
 from gateway.mesh import metrics
 from gateway.mesh.assignment import Assignment, Refused
+from gateway.mesh.egress import Outside
 from gateway.mesh.enrol import EnrolError, address_of, read_token
 from gateway.mesh.identity import Identity, Svid, load, pause
 from gateway.mesh.link import Link, read_assignment
@@ -75,12 +77,24 @@ class Setup:
     advertise: str | None = None  # host:port by which others reach inbound, when it is not what is bound
     intercept: bool = False
     app_protocol: str = "http1"
+    external_certs: dict[str, str] = field(default_factory=dict)  # external host -> file of our certificate and key
+    egress_audit: str | None = None  # a file, stdout or stderr
     drain_delay: float = 2.0  # seconds
     drain_deadline: float = 30.0
 
 
 def address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def journal_of(target: str | None) -> Journal | None:
+    """Open where calls to external hosts are recorded. Raises CannotStart."""
+    if target is None:
+        return None
+    try:
+        return Journal({"stdout": 1, "stderr": 2}.get(target, target))
+    except OSError as error:
+        raise CannotStart(f"cannot write {target}: {error.strerror}") from None
 
 
 class Sidecar:
@@ -96,8 +110,9 @@ class Sidecar:
         self.engine = Engine(0, self.gauges, self.memory.buckets)
         self.around = Surroundings(
             address(*(setup.app or NOBODY)), {name: f"{OUTBOUND}:{name}" for name in setup.ports}, self.memory, setup.intercept, setup.zone,
-            setup.app_protocol,
+            setup.app_protocol, external_certs=setup.external_certs, journal=journal_of(setup.egress_audit),
         )
+        self.outside = Outside()
         self.sockets: dict[str, socket.socket] = {}
         self.pages_at: dict[str, tuple[str, int]] = {}
         self.listening = False
@@ -156,9 +171,9 @@ class Sidecar:
         """Serve until drained. Raises CannotStart."""
         for number in (signal.SIGTERM, signal.SIGINT):
             self.loop.add_signal_handler(number, self._stop)
-        self.loop.add_signal_handler(signal.SIGUSR1, logs.reopen)
+        self.loop.add_signal_handler(signal.SIGUSR1, self._reopen)
         self.loop.add_signal_handler(signal.SIGUSR2, self._leave)
-        self.loop.add_signal_handler(signal.SIGHUP, lambda: log.info("nothing to reload: the control plane says what there is to do"))
+        self.loop.add_signal_handler(signal.SIGHUP, self._again)
         self.bind()
         for name, pages, where in (("admin", self.pages, self.setup.admin), ("probes", self.probes, self.setup.probes)):
             if where is not None:
@@ -191,6 +206,8 @@ class Sidecar:
             self.pages.close()
             self.probes.close()
             self.engine.close()
+            if self.around.journal is not None:
+                self.around.journal.close()
             self.state.unlock()
 
     async def _become_member(self) -> None:
@@ -277,6 +294,7 @@ class Sidecar:
         if self.draining:
             snapshot.listeners[INBOUND].leaving = True
         self.engine.apply(snapshot)
+        self.outside.follow(self.around.outside, self.loop)
         self.raw = frozenset(name for name, listener in snapshot.listeners.items() if listener.tcp is not None)
         self._declared(assignment.body.get("own") or {})
         revoked = Revoked(assignment.body.get("revoked") or {})
@@ -321,6 +339,23 @@ class Sidecar:
             log.exception("the new certificate cannot be used; the old one goes on")
             return
         self.link.renewed()
+
+    def _again(self) -> None:
+        """SIGHUP: read again what is not the control plane's to say, the certificates towards external hosts."""
+        if not self.setup.external_certs or not self.listening or self.link.current is None:
+            log.info("nothing to reload: the control plane says what there is to do")
+            return
+        try:
+            self._take_effect(self.link.current, self._svid())
+        except Exception as error:  # noqa: BLE001 - whatever it is, the old snapshot goes on
+            log.error("the certificates towards external hosts cannot be used; the old ones go on", extra={"reason": str(error)})
+        else:
+            log.info("the certificates towards external hosts were read again")
+
+    def _reopen(self) -> None:
+        logs.reopen()
+        if self.around.journal is not None:
+            self.around.journal.reopen()
 
     def _listen(self) -> None:
         self.listening = True
@@ -470,7 +505,8 @@ class Sidecar:
             "certificate": svid and {"serial": svid.leaf.serial, "not_after": svid.leaf.not_after, "renewals": self.identity.renewals,
                                      "failures": self.identity.failures, "error": self.identity.error},
             "assignment": link and link.current and {"version": link.current.version, "issued": link.current.body.get("issued"),
-                                                     "services": sorted(link.current.body["services"]), "overdue": link.age()},
+                                                     "services": sorted(link.current.body["services"]),
+                                                     "external": sorted(link.current.body.get("external") or {}), "overdue": link.age()},
             "control": link and {"address": self.setup.control, "connected": link.connected, "connects": link.connects,
                                  "applied": link.applied, "refused": link.refused},
             "revoked_connections_closed": self.cut,
@@ -488,10 +524,10 @@ class Sidecar:
             ("crossway_mesh_app_up", "gauge", "1 while the app takes connections.", self.app_there),
             ("process_cpu_seconds_total", "counter", "Processor time.", time.process_time()),
         ]  # fmt: skip
-        domain = self._svid().domain
+        domain, version = self._svid().domain, self.setup.labels.get("version", "")
 
         def hop(route: str) -> dict[str, str] | None:
-            return metrics.hop(route, self.setup.service, domain)
+            return metrics.hop(route, self.setup.service, domain, version)
 
         hops = [*metrics.istio(self.memory, hop), *metrics.istio_tcp(self.memory, hop)]
         text = [*metrics.numbers(rows), *metrics.denied(self.around.denials), *hops]

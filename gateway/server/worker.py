@@ -19,8 +19,9 @@ from typing import Any
 
 import uvloop
 
-from gateway import discovery, policies
+from gateway import policies
 from gateway._speedups.engine import Engine
+from gateway.discovery.book import counts
 from gateway.errors import ConfigError
 from gateway.server import log as logs
 from gateway.server.channel import ChannelClosed, Message
@@ -106,7 +107,7 @@ class Worker:
         self.launch.board.beat(self.launch.slot)
         self.loop.call_later(HEARTBEAT, self._beat)
         self.gauges.set_gauge("cpu_us", time.process_time_ns() // 1000)
-        for name, total in discovery.counts().items():
+        for name, total in counts().items():
             self.gauges.add(name, total - self.gauges.counter(name))
         self.gauges.set_gauge("rss", int(os.pread(self.memory, 128, 0).split()[1]) * PAGE)
 

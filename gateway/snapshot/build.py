@@ -28,7 +28,7 @@ from gateway.policies import COMPILERS, RouteParts, Use, Workshop
 from gateway.snapshot.faults import Faults, Place
 from gateway.snapshot.matching import RouteSpec, spec_of
 from gateway.snapshot.resolve import Endpoints
-from gateway.snapshot.shaping import Way, edits, shape_of
+from gateway.snapshot.shaping import Way, edits, service_shape, shape_of
 from gateway.snapshot.tls import listener_tls, member_tls, upstream_tls
 from gateway.workload.user import HEADER, Author
 
@@ -267,6 +267,8 @@ def _route(
         _tell_services(route, config, parts, workshop)
     parts.steps.sort(key=_phase)                # stable: within a phase the order of the file
     wanted = [*route.upstreams, *([route.mirror.upstream] if route.mirror is not None else [])]
+    divided = [config.upstreams[name].traffic for name in route.upstreams if name in config.upstreams]
+    wanted += [part.name for traffic in divided if traffic is not None for part in traffic.parts]
     if any(name not in upstreams for name in wanted):
         return None
     total = route.timeouts.total or parts.total or 0
@@ -275,6 +277,7 @@ def _route(
 
     def entry(way: Way, total: float = total, shape: Shape | None = None) -> RouteEntry:
         times = route.timeouts
+        shape = shape or service_shape(route, way, config, upstreams, names.add, entry)
         return RouteEntry(
             route.name, index, upstream=way.upstream, metric=way.metric, steps=tuple(parts.steps),
             body_limit=_body_limit(route, parts), head=times.head or 0, idle=times.idle or 0, total=total,

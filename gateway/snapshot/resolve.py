@@ -12,7 +12,9 @@ from typing import Any
 
 from gateway._speedups.pool import Endpoint, Upstream
 from gateway.config import schema
-from gateway.discovery import Discovery, Found, book_of
+from gateway.discovery.book import book_of
+from gateway.discovery.found import Found
+from gateway.discovery.source import Discovery
 
 
 class Endpoints:

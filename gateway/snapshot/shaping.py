@@ -7,7 +7,7 @@ as ROUTE>UPSTREAM. A route with one upstream and no mirror gets no Shape and pay
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gateway._speedups.exchange import Edits, RouteEntry, Shape
 from gateway._speedups.pool import Upstream
@@ -50,6 +50,8 @@ def shape_of(
 ) -> Shape | None:
     """Return the route's Shape, None when it needs none. `add` numbers a metric's name, `entry` makes a way's RouteEntry."""
     chooser = chooser_of(route)
+    if chooser is None and route.mirror is not None and config.upstreams[route.splits[0].upstream].traffic is not None:
+        chooser = Chooser([], [(route.splits[0].upstream, 1)])  # the mirror's place is taken: the parts are one choice further
     mirror = None
     if route.mirror is not None:
         mirror = _mirror(route, route.mirror, config, upstreams[route.mirror.upstream], workshop)
@@ -64,6 +66,24 @@ def shape_of(
         for choice in route.choices
     )  # fmt: skip
     return Shaper(chooser, entries, mirror)
+
+
+def service_shape(
+    route: schema.Route, way: Way, config: Config, upstreams: Mapping[str, Upstream], add: Callable[[str], int],
+    entry: Callable[[Way], RouteEntry],
+) -> Shape | None:
+    """Return how the mesh deals out the requests that go this way; None when its upstream is not divided."""
+    traffic = config.upstreams[way.upstream.name].traffic
+    if traffic is None:
+        return None
+    chooser = Chooser(
+        [Conditions(part.headers, part.cookies) for part in traffic.canaries], [(part.label, part.weight) for part in traffic.splits],
+        traffic.sticky,
+    )  # fmt: skip
+    entries = tuple(
+        entry(replace(way, upstream=upstreams[part.name], metric=add(choice_name(route.name, part.name)))) for part in traffic.parts
+    )
+    return Shaper(chooser, entries, spare=True)
 
 
 def edits(remove: list[bytes], add: list[bytes], more: HeaderEdits = NO_EDITS) -> Edits | None:

@@ -27,8 +27,9 @@ from gateway._speedups.certificates import (
 from gateway._speedups.tls import TlsListener, TlsUpstream
 from gateway.config.keyfile import read_file
 from gateway.config.mesh_member import Mesh
-from gateway.config.tls import ListenerTls, Pair, UpstreamTls, system_authorities
+from gateway.config.tls import ListenerTls, Pair, UpstreamTls
 from gateway.workload.admission import Admit, Revoked, admission
+from gateway.workload.authorities import system_authorities
 
 
 class _Reader:

@@ -133,6 +133,8 @@ class Control:
         self.own: dict[str, dict[str, Any]] = {}  # name -> what its own sidecars are told of it
         self.rules: list[dict[str, Any]] = []
         self.default = "deny"
+        self.external: dict[str, dict[str, dict[str, Any]]] = {}  # caller -> what it may call outside
+        self.user_authors: list[str] | None = None  # None: nothing is said of them
         self.revoked: dict[str, list[str]] = {"serials": [], "identities": []}
         self.version = 1
         self.fresh = 3600
@@ -152,6 +154,8 @@ class Control:
         rules = [{key: value for key, value in rule.items() if key != "to"} for rule in self.rules if rule["to"] == service]
         return {
             "version": self.version, "trust_domain": self.ca.domain, "service": service, "own": dict(self.own.get(service, {})), "issued": int(time.time()), "fresh": self.fresh,
+            **({} if self.user_authors is None else {"user_authors": list(self.user_authors)}),
+            "external": json.loads(json.dumps(self.external.get(service, {}))),
             "bundle": self.ca.bundle, "revoked": {key: list(value) for key, value in self.revoked.items()},
             "services": json.loads(json.dumps({name: each for name, each in self.services.items() if name != service})),
             "authorization": {"default": self.default, "version": self.version, "rules": rules},
@@ -176,7 +180,7 @@ class Control:
         for stream, (service, before) in list(self._sent.items()):
             body = self.body(service)
             if self.deltas:
-                changes: dict[str, Any] = {key: body[key] for key in ("authorization", "revoked", "bundle", "own", "issued", "fresh") if body[key] != before[key]}
+                changes: dict[str, Any] = {key: body[key] for key in body if key not in ("services", "version") and body[key] != before.get(key)}
                 services = {name: body["services"].get(name) for name in {**before["services"], **body["services"]}
                             if body["services"].get(name) != before["services"].get(name)}  # fmt: skip
                 if services:

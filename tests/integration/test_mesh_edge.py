@@ -248,6 +248,22 @@ def test_the_user_travels_on_and_no_further_than_his_context(control: Control) -
             assert ask(out, host="ledger", **{"crossway-user": context[:-4] + "AAAA"}) == 403
 
 
+@pytest.mark.parametrize("deltas", [True, False])
+def test_only_those_who_are_named_may_begin_a_context(control: Control, deltas: bool) -> None:
+    control.deltas = deltas
+    control.rules[0] |= {"claims": {"scope": "payments:write"}}
+    with Heads() as app, Sidecar(control, "payments", app.port) as payments:
+        register(control, payments)
+        with Gateway(authenticated(control)) as edge:
+            url, token = edge.addresses["public"], f"Bearer {token_of()}"
+            assert ask(url, authorization=token) == 200
+            for authors, status in ((["branch"], 403), ([], 403), (["branch", "edge"], 200)):
+                control.user_authors = authors
+                control.change()
+                control.settled()
+                assert ask(url, authorization=token) == status, authors
+
+
 class Heads:
     """An app that answers 200 and keeps the user contexts that it got."""
 

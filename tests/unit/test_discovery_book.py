@@ -8,13 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from gateway.config.discovery import MAX_ENDPOINTS
 from gateway.config.web import Address
 from gateway.discovery import book as books
 from gateway.discovery.book import Book
 from gateway.discovery.dns import Missing, Unanswered
 from gateway.discovery.dns_wire import Service
-from gateway.discovery.found import Target, chosen, merge, targets_of_services
+from gateway.discovery.found import Target, merge, targets_of_services
 from gateway.discovery.names import Answer, HostsFile, Lookups, Wanted, usable
+from gateway.discovery.order import MOST, chosen
+
+assert MOST == MAX_ENDPOINTS, "one number in two modules, since one of them is without the schema"
 
 PATIENCE = 20.0  # seconds, used up by a failure only
 

@@ -15,7 +15,7 @@ import pytest
 
 from gateway.config.health import Check
 from gateway.config.web import Address
-from gateway.discovery import Found
+from gateway.discovery.found import Found
 from gateway.health.grpc import MAX_MESSAGE, request, serving_status
 from gateway.health.probe import Connection, Inconclusive, probe
 

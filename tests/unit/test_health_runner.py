@@ -14,7 +14,7 @@ import pytest
 from gateway._speedups.upstream_table import CHECKER
 from gateway.config import Config, load
 from gateway.config.web import Address
-from gateway.discovery import Found
+from gateway.discovery.found import Found
 from gateway.health import Checks, Verdict, runner
 from gateway.health.probe import Connection
 from gateway.telemetry.shared import SharedState

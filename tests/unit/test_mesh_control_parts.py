@@ -27,6 +27,7 @@ from gateway.mesh.revocation import DenyList, read
 from gateway.mesh.sign import Signer
 from gateway.mesh.spiffe import control_id, parse_domain, service_id, service_of
 from gateway.mesh.store import StoreError, numbered, open_store
+from gateway.mesh.traffic import read as read_traffic
 from gateway.workload.admission import identity_of, svid_fault
 
 MESH = """\
@@ -58,6 +59,22 @@ def write(folder: Path, text: str = MESH) -> Path:
         ("from: [edge]", "form: [edge]", "6:32", "unknown key 'form'"),
         ("methods: [GET]", "methods: []", "7:73", "must not be empty"),
         ("timeout: 1.5s", "timeout: 1.5", "3:54", "duration without a unit"),
+        ("payments: {}", "payments: {split: []}", "3:40", "must not be empty"),
+        ("payments: {}", "payments: {split: [{weight: 1}]}", "3:41", "missing key 'labels'"),
+        ("payments: {}", "payments: {split: [{labels: {}, weight: 1}]}", "3:50", "must not be empty"),
+        ("payments: {}", "payments: {split: [{labels: {version: 2}}]}", "3:60", "expected the value of a label"),
+        ("payments: {}", "payments: {split: [{labels: {app-port: '1'}}]}", "3:51", "this label is the mesh's own"),
+        ("payments: {}", "payments: {split: [{labels: {version: v1}, weight: 0}]}", "3:40", "the weights add up to 0"),
+        ("payments: {}", "payments: {split: [{labels: {version: v1}, weight: -1}]}", "3:73", "must be at least 0"),
+        ("payments: {}", "payments: {split: [{labels: {a: b}}, {labels: {a: b}}]}", "3:68", "the same labels twice"),
+        ("payments: {}", "payments: {split: [{labels: {a: b}, upstream: x}]}", "3:58", "unknown key 'upstream'"),
+        ("payments: {}", "payments: {sticky: client}", "3:41", "`sticky` without a `split`"),
+        ("payments: {}", "payments: {split: [{labels: {a: b}}], sticky: me}", "3:68", "expected what a caller is known by"),
+        ("payments: {}", "payments: {canary: [{labels: {a: b}, when: {}}]}", "3:65", "neither `headers` nor `cookies`"),
+        ("payments: {}", "payments: {canary: [{when: {headers: {x: y}}}]}", "3:42", "missing key 'labels'"),
+        ("payments: {}", "payments: {protocol: tcp, split: [{labels: {a: b}}]}", "3:55", "`split` for a service that speaks tcp"),
+        ("authorization:", "authorization:\n  user_authors: [edge, egde]", "5:24", "unknown service 'egde'"),
+        ("authorization:", "authorization:\n  user_authors: {edge: {}}", "5:17", "expected a list"),
         ("edge: {}", "Edge: {}", "3:12", "not the name of a service"),
         ("ledger: {timeout: 1.5s}", "ledger: {protocol: tcp}", "7:73", "`methods` looks into requests, and ledger speaks tcp"),
         ("ledger: {timeout: 1.5s}", "ledger: {timeout: 1.5s, protocol: tcp}", "3:54", "a tcp service has no answers to wait for"),
@@ -93,6 +110,31 @@ def test_doubts_are_told(tmp_path: Path) -> None:
     assert any("speaks tcp" in each for each in said) and any(each.startswith("audit") for each in said)
 
 
+def test_doubts_about_splits_are_told(tmp_path: Path) -> None:
+    said = (
+        "payments: {split: [{labels: {a: b}}, {labels: {a: b, c: d}}], canary: ["
+        "{when: {headers: {x: {present: true}}}, labels: {c: d}}, {when: {headers: {x: y}}, labels: {a: b}}]}"
+    )
+    found = mesh_findings(load_mesh(write(tmp_path, MESH.replace("payments: {}", said))))
+    assert [each.message.partition(":")[0].partition(",")[0] for each in found] == [
+        "instances with these labels belong to another split as well", "no request gets here",
+    ]  # fmt: skip
+
+
+def test_members_are_told_of_splits_in_plain_words_that_they_read_back(tmp_path: Path) -> None:
+    said = (
+        "ledger: {split: [{labels: {version: v1}, weight: 3}, {labels: {version: v2}}], sticky: 'header:X-Tenant',"
+        " canary: [{when: {headers: {x-canary: always}, cookies: {beta: {present: true}}}, labels: {version: v2}}]}"
+    )
+    mesh = load_mesh(write(tmp_path, MESH.replace("ledger: {timeout: 1.5s}", said)))
+    content = content_of("payments", World(mesh, 1, "", {}, DenyList()))
+    traffic = read_traffic(json.loads(json.dumps(content["services"]["ledger"])))
+    assert traffic is not None and [(part.name, part.weight) for part in traffic.splits] == [("version=v1", 3), ("version=v2", 1)]
+    assert traffic.sticky == "header:x-tenant"
+    assert traffic.canaries[0].headers == (("x-canary", "exact", "always"),) and traffic.canaries[0].cookies == (("beta", "present", ""),)
+    assert read_traffic({"protocol": "http"}) is None
+
+
 def test_a_meshs_file_is_told_from_a_gateways(tmp_path: Path) -> None:
     assert is_mesh(write(tmp_path))
     assert not is_mesh(write(tmp_path, "version: 1\nlisteners: {}\n"))
@@ -100,7 +142,7 @@ def test_a_meshs_file_is_told_from_a_gateways(tmp_path: Path) -> None:
 
 def test_the_schema_names_everything() -> None:
     schema = mesh_schema()
-    assert set(schema["properties"]) == {"version", "trust_domain", "control", "certificates", "services", "authorization", "revoked"}
+    assert set(schema["properties"]) == {"version", "trust_domain", "control", "certificates", "services", "external", "authorization", "revoked"}
     assert "from" in schema["$defs"]["Rule"]["properties"]
     json.dumps(schema)
 
@@ -219,6 +261,20 @@ def test_a_delta_makes_the_whole_that_was_signed(tmp_path: Path) -> None:
     assert held is not None and set(held.body["services"]) == {"accounts"}
     with pytest.raises(Refused, match="signature is wrong"):
         take({**json.loads(now.whole), "assignment": {**held.body, "fresh": 1e9}}, None, roots, "bank.test", "payments")
+
+
+def test_who_may_name_users_is_said_and_changes_as_members_of_every_version_take_it(tmp_path: Path) -> None:
+    ca = Ca(tmp_path / "ca", "bank.test").open()
+    assignments = Assignments(Signer(ca).sign)
+    before = content_of("payments", world(tmp_path))
+    text = MESH.replace("authorization:", "authorization:\n  user_authors: [accounts]")
+    after = content_of("payments", world(tmp_path, text))
+    nobody = content_of("payments", world(tmp_path, text.replace("[accounts]", "[]")))
+    assert (before["user_authors"], after["user_authors"], nobody["user_authors"]) == (["edge"], ["accounts"], [])
+    for version, content in enumerate((before, after), 1):
+        assignments.put("payments", content, version)
+    message = json.loads(assignments.message("payments", 1))
+    assert message["type"] == "assignment" and message["assignment"]["user_authors"] == ["accounts"]
 
 
 def test_unknown_bases_get_the_whole(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from gateway import snapshot
 from gateway._speedups.pool import Upstream
 from gateway.config import load
-from gateway.discovery import book_of
+from gateway.discovery.book import book_of
 from gateway.discovery.dns import Unanswered
 from gateway.discovery.names import Answer, Wanted
 from gateway.policies.identify import RunningSource
