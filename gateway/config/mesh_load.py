@@ -29,9 +29,9 @@ def is_mesh(path: str | Path) -> bool:
     return isinstance(document.data, dict) and "trust_domain" in document.data and "listeners" not in document.data
 
 
-def load_mesh(path: str | Path) -> MeshFile:
-    """Return the mesh in the file at `path`. Raises ConfigError with every problem, sorted by place."""
-    document = Document(path)
+def load_mesh(path: str | Path, content: bytes | None = None, name: str = "") -> MeshFile:
+    """Return the mesh in the file at `path`, or in `content` as if it stood there. Raises ConfigError with every problem, sorted by place."""
+    document = Document(path, content, name)
     document.read()
     if document.data is None:
         raise ConfigError(document.problems or [Problem(document.name, 1, 1, "empty: there is no mesh in it")])
@@ -72,6 +72,9 @@ def mesh_findings(mesh: MeshFile) -> list[Problem]:
             if not other.layer7 and ports and set(rule.callers) <= set(other.callers) and set(rule.to) <= set(other.to):
                 document.warn(at, f"rule {rule.name} allows nothing that {other.name} does not allow", "remove one of them")
                 break
+    admin = mesh.control.admin
+    if mesh.control.source == "state" and (admin is None or not admin.unix):
+        document.warn(("control", "source"), "state: nobody can apply a document to this control plane", "add `admin: unix:PATH` under control")
     if mesh.authorization.default == "audit":
         document.warn(("authorization", "default"), "audit: what no rule allows passes", "write deny when the record shows nothing more")
     found, document.problems = document.problems, kept

@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 from gateway.config.mesh_file import MeshFile
-from gateway.mesh import revocation
+from gateway.mesh import documents, revocation
 from gateway.mesh.registry import COMEBACK, judge, read_instances
 from gateway.mesh.store import Store
 
@@ -79,7 +79,9 @@ async def report(store: Store, mesh: MeshFile) -> dict[str, Any]:
             "unreachable": row["unreachable"] if row["state"] == "unreachable" else None, "unreachable_since": row["unreachable_since"],
         }  # fmt: skip
         instances.append(said | {"problems": problems(said, now, mesh.certificates.lifetime)})
+    applied = await documents.newest(store) if mesh.control.source == "state" else None
     return {
+        "document": None if applied is None else {"version": applied.mark, "digest": applied.digest, "applied": applied.applied, "by": applied.who},
         "trust_domain": mesh.trust_domain, "time": now, "version": counters["version"], "policy": counters["policy"],
         "default": mesh.authorization.default, "services": list(mesh.services),
         "control_planes": [{**row, "alive": row["id"] in alive} for row in replicas], "instances": instances,

@@ -25,6 +25,8 @@ import uvloop
 from gateway.config.web import Bind
 from gateway.mesh.api import Api, Pages
 from gateway.mesh.control import SERVER_LIFE, ControlPlane
+from gateway.mesh.documents import MOST
+from gateway.mesh.documents_api import PATH, who_is
 from gateway.mesh.peers import Peers
 from gateway.mesh.probe import load_pair
 from gateway.mesh.stream import MESSAGE_MAX
@@ -36,6 +38,7 @@ from gateway.server.systemd import Notifier
 log = logging.getLogger("crossway.mesh")
 
 BACKLOG = 1024
+PIECE = 8 << 10  # bytes that the admin's parser gets at once
 CONNECTIONS = 10_000  # and requests; 503 beyond
 FIRST = 10.0  # seconds that a connection has for the head of its first request
 IDLE = 15  # seconds of a connection between two requests
@@ -66,6 +69,21 @@ def members_protocol(peers: Peers) -> type[BoundedProtocol]:
             super().connection_lost(exc)
 
     return MembersProtocol
+
+
+class AdminProtocol(BoundedProtocol):
+    """The protocol of the admin's connections: who is there, as the kernel knows it, is told to the application."""
+
+    def connection_made(self, transport: Any) -> None:
+        self.app_state = {**self.app_state, "who": who_is(transport)}
+        super().connection_made(transport)
+
+    def data_received(self, data: bytes) -> None:
+        # What comes at once may be a body, and larger than a head may be.
+        for at in range(0, len(data), PIECE):
+            if self.transport.is_closing():
+                return
+            super().data_received(data[at : at + PIECE])
 
 
 class Tls:
@@ -156,7 +174,7 @@ async def _serve(path: Path) -> None:
             if bind is not None:
                 names.append(name)
                 sockets.append(listen(bind))
-                servers.append(_server(Guard(app, bind, None), BoundedProtocol, "none", None))
+                servers.append(_server(Guard(app, bind, None, {PATH: MOST}), AdminProtocol, "none", None))
         await _until(leaving, plane, dict(zip(names, sockets, strict=True)), servers)
     finally:
         await plane.close()
