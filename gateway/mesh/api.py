@@ -204,9 +204,10 @@ class Api:
             log.warning("a stream is refused", extra={"reason": str(error), "address": peer.address})
             await socket.close(4403)  # before accept(): 403
             return
+        stream = Stream(self.plane.hub, socket, peer, service, instance, int(base))
         await socket.accept()
         try:
-            await self.plane.hub.serve(Stream(self.plane.hub, socket, peer, service, instance, int(base)))
+            await self.plane.hub.serve(stream)
         except (WebSocketDisconnect, StoreError) as error:
             log.warning("a stream has failed", extra={"service": service, "instance": instance, "error": str(error)})
             peer.cut()

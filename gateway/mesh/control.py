@@ -112,6 +112,10 @@ class ControlPlane:
         """Make the assignments of the services whose members are here, and push what changed."""
         async with self._making:
             spared = self.registry.spared
+            count = await self.registry.changes()
+            if count != self._seen["changes"]:
+                self._seen["changes"] = count  # what comes after this is seen by the next look
+                await self.follow()
             await self.registry.load()
             self._tell_spared(spared)
             self.deny = self.peers.deny = await revocation.load(self.store, self.mesh)
@@ -204,9 +208,7 @@ class ControlPlane:
             log.info("the authority has changed", extra={"generation": self.ca.active_number, "bundle": list(self.ca.generations)})
             self.server_changed()
             self.changed()
-        if (count := await self.registry.changes()) != self._seen["changes"]:
-            self._seen["changes"] = count
-            await self.follow()
+        if await self.registry.changes() != self._seen["changes"]:
             self.changed()
         presence = await self.registry.hearing()
         if presence != self._seen.get("presence"):

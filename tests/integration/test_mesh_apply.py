@@ -9,6 +9,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -167,15 +168,24 @@ def test_nothing_of_it_is_there_over_tcp(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
-def test_another_user_is_refused_even_where_the_socket_is_open_to_all(control: ControlProcess) -> None:
-    path = socket_of(control)
-    for folder in (path, *Path(path).parents[:3]):
-        os.chmod(folder, 0o777)
+def test_another_user_is_refused_even_where_the_socket_is_open_to_all(tmp_path: Path) -> None:
+    own = file_of(tmp_path)
+    with tempfile.TemporaryDirectory() as folder:  # which others can enter, as those of tests they cannot
+        os.chmod(folder, 0o755)
+        own.write_text(own.read_text().replace(f"unix:{tmp_path}/mesh.sock", f"unix:{folder}/mesh.sock"))
+        with ControlProcess(tmp_path, path=own) as control:
+            os.chmod(socket_of(control), 0o777)
+            assert asked_as(0, socket_of(control)).startswith(b"HTTP/1.1 200 ")
+            assert asked_as(65534, socket_of(control)).startswith(b"HTTP/1.1 403 ")
+
+
+def asked_as(user: int, path: str) -> bytes:
+    """What a process of another user is answered."""
     reading, writing = os.pipe()
     if (child := os.fork()) == 0:
         try:
-            os.setgid(65534)
-            os.setuid(65534)
+            os.setgid(user)
+            os.setuid(user)
             with socket.socket(socket.AF_UNIX) as sock:
                 sock.settimeout(PATIENCE)
                 sock.connect(path)
@@ -186,7 +196,7 @@ def test_another_user_is_refused_even_where_the_socket_is_open_to_all(control: C
     os.waitpid(child, 0)
     os.close(writing)
     with os.fdopen(reading, "rb") as said:
-        assert said.read().startswith(b"HTTP/1.1 403 ")
+        return said.read()
 
 
 def test_one_apply_reaches_every_control_plane_and_one_of_two_at_once_wins(tmp_path: Path) -> None:
