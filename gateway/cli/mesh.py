@@ -12,6 +12,7 @@ from gateway.cli import Subparsers
 
 COMMANDS = {
     "control": ("run the mesh's control plane", "gateway.cli.mesh_control"),
+    "apply": ("put a mesh's document in force on all control planes", "gateway.cli.mesh_apply"),
     "token": ("make a token by which one instance of a service joins", "gateway.cli.mesh_token"),
     "status": ("show the proxies: state, version applied, refusals", "gateway.cli.mesh_status"),
     "can": ("say whether a service may call another, and why", "gateway.cli.mesh_can"),

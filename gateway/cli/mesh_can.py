@@ -40,10 +40,10 @@ def run(parsed: argparse.Namespace) -> int:
         import asyncio
         from dataclasses import replace
 
-        from gateway.config.mesh_load import load_mesh
+        from gateway.cli.mesh_file import load_in_force
         from gateway.mesh.decide import decide
 
-        mesh = load_mesh(parsed.config)
+        mesh = load_in_force(parsed.config)
         for name, known in ((parsed.caller, [*mesh.services]), (parsed.service, [*mesh.services, *mesh.external])):
             if name not in known:
                 raise ValueError(f"{name} is not a service of {parsed.config}: there are {', '.join(known)}")
@@ -119,7 +119,7 @@ def described(mesh: MeshFile, call: Call, decision: Decision, policy: int | None
         "path": call.path or None, "port": call.port, "reason": decision.reason, "rule": decision.rule, "policy": policy or None,
     }  # fmt: skip
     if decision.number is not None:
-        answer["place"] = f"{mesh.path}:{mesh.line(decision.number)}"
+        answer["place"] = f"{mesh.name}:{mesh.line(decision.number)}"
     answer["considered"] = [{"rule": name, "unmet": why} for name, why in decision.considered]
     return answer
 

@@ -48,16 +48,37 @@ def guarded(work: Callable[[], int]) -> int:
         return 1
 
 
+def load_in_force(path: str) -> MeshFile:
+    """Return the mesh that counts: the file's, or that of the state when the file says so. Raises ConfigError or StoreError."""
+    from gateway.config.mesh_load import load_mesh
+    from gateway.mesh.documents import in_force
+    from gateway.mesh.store import is_postgres, open_store
+
+    own = load_mesh(path)
+    if own.control.source == "file" or not (is_postgres(own.control.state) or os.path.exists(own.control.state)):
+        return own
+
+    async def read() -> MeshFile:
+        store = await open_store(own.control.state)
+        try:
+            return (await in_force(store, own))[0]
+        finally:
+            await store.close()
+
+    return asyncio.run(read())
+
+
 def with_store(parsed: argparse.Namespace, work: Callable[[MeshFile, Store], Awaitable[int]]) -> int:
     """Run a command with the mesh's file and its state."""
     from gateway.config.mesh_load import load_mesh
+    from gateway.mesh.documents import in_force
     from gateway.mesh.store import open_store
 
     async def run() -> int:
-        mesh = load_mesh(parsed.config)
-        store = await open_store(mesh.control.state)
+        own = load_mesh(parsed.config)
+        store = await open_store(own.control.state)
         try:
-            return await work(mesh, store)
+            return await work((await in_force(store, own))[0], store)
         finally:
             await store.close()
 

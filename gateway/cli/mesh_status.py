@@ -76,6 +76,9 @@ def show(said: dict[str, Any], every: bool) -> None:
     alive = [f"{row['id']} (up {span(now - row['started'])})" for row in said["control_planes"] if row["alive"]]
     console.print(f"[bold]{escape(said['trust_domain'])}[/bold]   policy {said['policy']}, default {said['default']}", highlight=False)
     console.print(f"control planes   {escape(', '.join(alive)) or '[red]none is running[/red]'}", highlight=False, soft_wrap=True)
+    if (document := said["document"]) is not None:
+        when = f"{_ago(document['applied'], now)} by {document['by']}"
+        console.print(f"document         {document['version']}, applied {escape(when)}", highlight=False, soft_wrap=True)
     counts = {state: len([row for row in rows if row["state"] == state]) for state in STYLES}
     told = ", ".join(f"[{STYLES[state]}]{count} {state}[/]" for state, count in counts.items() if count)
     if rows:

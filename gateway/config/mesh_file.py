@@ -28,7 +28,7 @@ from gateway.config.mesh_external import External
 from gateway.config.mesh_traffic import MOST, ServiceCanary, ServiceSplit, check_traffic
 from gateway.config.resilience import BalanceSettings, RetrySettings
 from gateway.config.shaping import StickyKey
-from gateway.config.source import Document
+from gateway.config.source import Document, Key, Spot
 from gateway.config.values import (
     Deadline,
     FilePath,
@@ -196,6 +196,7 @@ class Control(Model):
     probes: BindText | None = setting(None, "/livez, /readyz and /metrics for an orchestrator, on any address; they ask nobody who he is")
     state: StatePlace = setting("mesh.db", "SQLite file, or postgresql:// URL when several control planes share it")
     ca: FilePath = setting("ca", "folder of the authority's certificates and keys; made at the first start")
+    source: Literal["file", "state"] = setting("file", "what counts: this file, or the document of `crossway mesh apply` in the state (all but `control`)")
     join: Join | None = setting(None, "joining by a certificate of the bank's PKI or as a pod; default: by token only")
     requests: RateText = setting("50/s", "certificate requests that are answered; 429 above it")
     heartbeat: Deadline = setting("15s", "without a word of an instance: out of the registry")
@@ -349,6 +350,21 @@ class MeshFile(Model):
         if self._document is None:
             raise RuntimeError("this mesh was not loaded from a file")
         return self._document.path
+
+    @property
+    def name(self) -> str:
+        """Return what messages call it: the path, or the document of the state."""
+        return self._document.name if self._document is not None else ""
+
+    @property
+    def source(self) -> bytes:
+        """Return the text."""
+        return self._document.content if self._document is not None else b""
+
+    def spot(self, *at: Key) -> Spot:
+        """Return where something stands."""
+        assert self._document is not None
+        return self._document.spot(at)
 
     def line(self, rule: int) -> int:
         """Return the line of the rule with that number, counted from 0."""

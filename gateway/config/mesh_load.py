@@ -31,9 +31,9 @@ def is_mesh(path: str | Path) -> bool:
     return isinstance(document.data, dict) and "trust_domain" in document.data and "listeners" not in document.data
 
 
-def load_mesh(path: str | Path) -> MeshFile:
-    """Return the mesh in the file at `path`. Raises ConfigError with every problem, sorted by place."""
-    document = Document(path)
+def load_mesh(path: str | Path, content: bytes | None = None, name: str = "") -> MeshFile:
+    """Return the mesh in the file at `path`, or in `content` as if it stood there. Raises ConfigError with every problem, sorted by place."""
+    document = Document(path, content, name)
     document.read()
     if document.data is None:
         raise ConfigError(document.problems or [Problem(document.name, 1, 1, "empty: there is no mesh in it")])
@@ -81,6 +81,9 @@ def mesh_findings(mesh: MeshFile) -> list[Problem]:
     for name in mesh.external:
         if not any(name in rule.to for rule in mesh.authorization.rules):
             document.warn(("external", name), f"nobody may call {name}: no rule names it in `to`", "add a rule, or remove it", key=True)
+    admin = mesh.control.admin
+    if mesh.control.source == "state" and (admin is None or not admin.unix):
+        document.warn(("control", "source"), "state: nobody can apply a document to this control plane", "add `admin: unix:PATH` under control")
     if mesh.authorization.default == "audit":
         document.warn(("authorization", "default"), "audit: what no rule allows passes", "write deny when the record shows nothing more")
     found, document.problems = document.problems, kept

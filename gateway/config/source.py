@@ -75,9 +75,11 @@ class Spot:
 class Document:
     """One parsed file: `data`, the places in it, the problems so far, and what its digest covers."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.name = str(path)
+    def __init__(self, path: str | Path, content: bytes | None = None, name: str = "") -> None:
+        """`content`: the text itself, as if it stood at `path`; messages then call it `name`."""
+        self.name = name or str(path)
         self.path = Path(path)
+        self._given = content
         self.base = self.path.resolve().parent
         self.data: Any = None
         self.root = Spot(1, 1)
@@ -129,6 +131,11 @@ class Document:
             text = text.replace(secret, REDACTED)
         return text
 
+    @property
+    def content(self) -> bytes:
+        """Return the text as it was read."""
+        return self._content
+
     def digest(self) -> str:
         """Return the sha256 over the file and everything that was read because of it, in hex."""
         total = hashlib.sha256(self._content)
@@ -167,8 +174,11 @@ class Document:
 
     def _text(self) -> str | None:
         try:
-            with open(self.path, "rb") as stream:
-                self._content = stream.read(MAX_FILE + 1)
+            if self._given is not None:
+                self._content, self._given = self._given, None
+            else:
+                with open(self.path, "rb") as stream:
+                    self._content = stream.read(MAX_FILE + 1)
         except OSError as error:
             reason = {FileNotFoundError: "no such file", IsADirectoryError: "this is a directory, not a file"}.get(
                 type(error), f"cannot be read: {error.strerror}"

@@ -24,6 +24,7 @@ from gateway.config.values import Rate
 from gateway.mesh import revocation, tokens
 from gateway.mesh.ca import BadRequest, CaError, Issued
 from gateway.mesh.control import ControlPlane
+from gateway.mesh.documents_api import PATH, Documents
 from gateway.mesh.limit import Bucket, Buckets
 from gateway.mesh.peers import Peer
 from gateway.mesh.pod import BadPod
@@ -203,22 +204,23 @@ class Api:
             log.warning("a stream is refused", extra={"reason": str(error), "address": peer.address})
             await socket.close(4403)  # before accept(): 403
             return
+        stream = Stream(self.plane.hub, socket, peer, service, instance, int(base))
         await socket.accept()
         try:
-            await self.plane.hub.serve(Stream(self.plane.hub, socket, peer, service, instance, int(base)))
+            await self.plane.hub.serve(stream)
         except (WebSocketDisconnect, StoreError) as error:
             log.warning("a stream has failed", extra={"service": service, "instance": instance, "error": str(error)})
             peer.cut()
 
 
 class Pages:
-    """The admin's side: reading only."""
+    """The admin's side: reading, and over a Unix socket the mesh's document."""
 
     def __init__(self, plane: ControlPlane) -> None:
         self.plane = plane
         probes = [Route("/livez", self.livez), Route("/readyz", self.readyz), Route("/metrics", self.metrics)]
         self.probes = Starlette(routes=probes)  # what may be asked from elsewhere
-        self.app = Starlette(routes=[*probes, Route("/status", self.status), Route("/crl", self.crl)])
+        self.app = Starlette(routes=[*probes, Route("/status", self.status), Route("/crl", self.crl), Route(PATH, Documents(plane).answer, methods=["GET", "PUT"])])
 
     async def livez(self, request: Request) -> Response:
         return _json({"status": "alive"})

@@ -132,6 +132,7 @@ class Prepared:
     signature: str
     whole: str  # the message
     deltas: dict[int, str] = field(default_factory=dict)  # by base
+    frames: dict[int, bytes] = field(default_factory=dict)  # the same as WebSocket frames; 0: the whole
 
 
 class Assignments:
@@ -175,6 +176,18 @@ class Assignments:
             now.deltas[base] = text if good else now.whole
         return now.deltas[base]
 
+    def frame(self, service: str, base: int) -> bytes:
+        """Return message() as the WebSocket frame that all who have `base` are sent."""
+        now = self.current(service)
+        assert now is not None
+        if base not in now.frames:
+            text = self.message(service, base)
+            whole = text is now.whole  # members come with any base; they share one copy
+            now.frames[base] = now.frames[0] if whole and 0 in now.frames else text_frame(text)
+            if whole:
+                now.frames[0] = now.frames[base]
+        return now.frames[base]
+
     def forget(self, services: set[str]) -> None:
         """Let go of services that are no more."""
         for name in set(self._kept) - services:
@@ -189,6 +202,19 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     if services:
         found["services"] = services
     return found
+
+
+def text_frame(text: str) -> bytes:
+    """Return an unmasked text frame that is a message of its own (RFC 6455 5.2)."""
+    data = text.encode()
+    size = len(data)
+    if size < 126:
+        head = bytes((0x81, size))
+    elif size < 1 << 16:
+        head = b"\x81\x7e" + size.to_bytes(2, "big")
+    else:
+        head = b"\x81\x7f" + size.to_bytes(8, "big")
+    return head + data
 
 
 def _text(message: dict[str, Any]) -> str:

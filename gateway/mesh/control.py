@@ -23,7 +23,7 @@ from gateway._speedups.certificates import parse_certificates
 from gateway.config.mesh_file import MeshFile
 from gateway.config.mesh_load import load_mesh
 from gateway.errors import ConfigError
-from gateway.mesh import revocation
+from gateway.mesh import documents, revocation
 from gateway.mesh.assign import Assignments, World, content_of
 from gateway.mesh.ca import Ca, CaError
 from gateway.mesh.control_metrics import Metrics
@@ -47,9 +47,11 @@ SERVER_LIFE = 30 * 86400.0  # seconds
 class ControlPlane:
     """One control plane of a mesh. Raises ConfigError, CaError or StoreError when it cannot begin."""
 
-    def __init__(self, path: Path, mesh: MeshFile, ca: Ca, store: Store) -> None:
+    def __init__(self, path: Path, own: MeshFile, mesh: MeshFile, ca: Ca, store: Store) -> None:
         self.path = path
-        self.mesh = mesh
+        self.own = own  # what the file says
+        self.mesh = mesh  # what counts: the same, or a document of the state with the file's section `control`
+        self.document = 0  # number of the document of the state that was taken or refused last
         self.ca = ca
         self.store = store
         self.replica = f"{socket.gethostname()[:64]}-{secrets.token_hex(4)}"
@@ -75,9 +77,12 @@ class ControlPlane:
     @classmethod
     async def open(cls, path: Path) -> ControlPlane:
         """Read the file, open the authority (made the first time) and the state."""
-        mesh = load_mesh(path)
-        ca = Ca(mesh.control.ca, mesh.trust_domain).open()
-        plane = cls(path, mesh, ca, await open_store(mesh.control.state))
+        own = load_mesh(path)
+        ca = Ca(own.control.ca, own.trust_domain).open()
+        store = await open_store(own.control.state)
+        mesh, applied = await documents.in_force(store, own)
+        plane = cls(path, own, mesh, ca, store)
+        plane.document = applied.number if applied is not None else 0
         await plane.registry.start()
         plane._take_authority()
         await plane._number_policy()
@@ -87,7 +92,7 @@ class ControlPlane:
         log.info(
             "the control plane is ready to serve",
             extra={"trust_domain": mesh.trust_domain, "replica": plane.replica, "services": len(mesh.services), "rules": len(mesh.authorization.rules),
-                   "policy": plane.policy, "generation": ca.active_number, "root_offline": ca.active.offline},
+                   "document": plane.document, "policy": plane.policy, "generation": ca.active_number, "root_offline": ca.active.offline},
         )  # fmt: skip
         return plane
 
@@ -107,6 +112,10 @@ class ControlPlane:
         """Make the assignments of the services whose members are here, and push what changed."""
         async with self._making:
             spared = self.registry.spared
+            count = await self.registry.changes()
+            if count != self._seen["changes"]:
+                self._seen["changes"] = count  # what comes after this is seen by the next look
+                await self.follow()
             await self.registry.load()
             self._tell_spared(spared)
             self.deny = self.peers.deny = await revocation.load(self.store, self.mesh)
@@ -199,8 +208,7 @@ class ControlPlane:
             log.info("the authority has changed", extra={"generation": self.ca.active_number, "bundle": list(self.ca.generations)})
             self.server_changed()
             self.changed()
-        if (count := await self.registry.changes()) != self._seen["changes"]:
-            self._seen["changes"] = count
+        if await self.registry.changes() != self._seen["changes"]:
             self.changed()
         presence = await self.registry.hearing()
         if presence != self._seen.get("presence"):
@@ -210,26 +218,49 @@ class ControlPlane:
     async def reload(self) -> None:
         """Read the file again; one that cannot be used changes nothing."""
         try:
-            mesh = load_mesh(self.path)
+            own = load_mesh(self.path)
         except ConfigError as error:
-            self.file_error = error.render()
-            self.metrics.reloads.labels("refused").inc()
-            log.error("the mesh's file is refused, the old one goes on", extra={"problems": [problem.as_dict() for problem in error.problems]})
+            self._refuse(error)
             return
         fixed = ("bind", "admin", "probes", "state", "ca", "heartbeat", "requests")
-        if mesh.trust_domain != self.mesh.trust_domain:
+        if own.trust_domain != self.own.trust_domain:
             self.file_error = "trust_domain: cannot change while members live in it"
             log.error("the mesh's file is refused, the old one goes on", extra={"reason": self.file_error})
             return
-        if later := [name for name in fixed if getattr(mesh.control, name) != getattr(self.mesh.control, name)]:
+        if later := [name for name in fixed if getattr(own.control, name) != getattr(self.own.control, name)]:
             log.warning("some of the change waits for a restart", extra={"keys": [f"control.{name}" for name in later]})
-        self.mesh, self.file_error = mesh, ""
+        await self._take(own)
+
+    async def follow(self) -> None:
+        """Take the newest document of the state, when that counts and another one is in force; one that cannot be used here changes nothing."""
+        if self.own.control.source == "state" and await documents.number(self.store) != self.document:
+            await self._take(self.own)
+
+    async def _take(self, own: MeshFile) -> None:
+        """Put in force what counts by the file and the state."""
+        applied = await documents.newest(self.store) if own.control.source == "state" else None
+        self.document = applied.number if applied is not None else 0
+        try:
+            mesh = own if applied is None else documents.of_state(applied, own)
+        except ConfigError as error:
+            self._refuse(error)
+            return
+        self.own, self.mesh, self.file_error = own, mesh, ""
         self._take_settings()
         self._take_authority()
         await self._number_policy()
         self.metrics.reloads.labels("done").inc()
-        log.info("the mesh's file is in force", extra={"digest": mesh.digest[:12], "policy": self.policy, "services": len(mesh.services), "rules": len(mesh.authorization.rules)})
+        told = {"digest": mesh.digest[:12], "policy": self.policy, "services": len(mesh.services), "rules": len(mesh.authorization.rules)}
+        if applied is None:
+            log.info("the mesh's file is in force", extra=told)
+        else:
+            log.info("a document of the state is in force", extra={"version": applied.number, "by": applied.who, **told})
         self.changed()
+
+    def _refuse(self, error: ConfigError) -> None:
+        self.file_error = error.render()
+        self.metrics.reloads.labels("refused").inc()
+        log.error("the mesh's file is refused, the old one goes on", extra={"problems": [problem.as_dict() for problem in error.problems]})
 
     async def _beat(self) -> None:
         await self.registry.beat()

@@ -99,7 +99,7 @@ class Prober:
 
     def _settle(self) -> None:
         """Take over who is there now."""
-        if self.registry.rows is self._rows:
+        if self.settings is None or self.registry.rows is self._rows:
             return
         self._rows = self.registry.rows
         held, now, before, self.targets = self.held(), time.monotonic(), self.targets, {}

@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 from gateway.config.mesh_file import MeshFile
-from gateway.mesh import revocation
+from gateway.mesh import documents, revocation
 from gateway.mesh.registry import COMEBACK, judge, read_instances
 from gateway.mesh.store import Store
 
@@ -32,8 +32,8 @@ def span(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d"
 
 
-def problems(row: dict[str, Any], now: float, lifetime: float) -> list[str]:
-    """Return what somebody should look at, of an instance that is there; `row` is of a report."""
+def problems(row: dict[str, Any], now: float, begun: int | None) -> list[str]:
+    """Return what somebody should look at, of an instance that is there; `row` is of a report, `begun` when its certificate's life did."""
     found: list[str] = []
     if row["state"] == "gone":
         return found
@@ -46,9 +46,12 @@ def problems(row: dict[str, Any], now: float, lifetime: float) -> list[str]:
     if row["state"] == "unreachable":
         since = span(now - row["unreachable_since"])
         found.append(f"cannot be reached: {row['unreachable']} (for {since})" + ("; offered all the same, since too many of the service cannot" if row["offered"] else ""))
-    left = (row["not_after"] or 0) - now
-    if row["not_after"] is not None and left < LATE * lifetime:
-        found.append("the certificate has expired" if left <= 0 else f"the certificate is not renewed: {span(left)} left")
+    if row["not_after"] is not None:
+        left = row["not_after"] - now
+        if left <= 0:
+            found.append("the certificate has expired")
+        elif begun is not None and left < LATE * (row["not_after"] - begun):
+            found.append(f"the certificate is not renewed: {span(left)} left")
     return found
 
 
@@ -66,6 +69,10 @@ async def report(store: Store, mesh: MeshFile) -> dict[str, Any]:
     rows = await read_instances(store)
     for row in rows:
         row["present"] = bool(row["connected"]) and (row["replica"] in counted or grace)
+        if row["connected"] and not row["present"]:  # since its control plane is
+            row["since"] = next((each["seen"] for each in replicas if each["id"] == row["replica"]), row["since"])
+    # Certificates of another authority are not in the list: when their lives began is not known here.
+    begun = {row["serial"]: row["not_before"] for row in await store.rows("SELECT c.serial, c.not_before FROM certificates c JOIN instances i ON i.serial = c.serial")}
     probe = mesh.control.probe
     judge(rows, None if probe is None else probe.most)
     for row in rows:
@@ -78,8 +85,10 @@ async def report(store: Store, mesh: MeshFile) -> dict[str, Any]:
             "refused": row["refused"], "reason": row["reason"],
             "unreachable": row["unreachable"] if row["state"] == "unreachable" else None, "unreachable_since": row["unreachable_since"],
         }  # fmt: skip
-        instances.append(said | {"problems": problems(said, now, mesh.certificates.lifetime)})
+        instances.append(said | {"problems": problems(said, now, begun.get(row["serial"]))})
+    applied = await documents.newest(store) if mesh.control.source == "state" else None
     return {
+        "document": None if applied is None else {"version": applied.mark, "digest": applied.digest, "applied": applied.applied, "by": applied.who},
         "trust_domain": mesh.trust_domain, "time": now, "version": counters["version"], "policy": counters["policy"],
         "default": mesh.authorization.default, "services": list(mesh.services),
         "control_planes": [{**row, "alive": row["id"] in alive} for row in replicas], "instances": instances,

@@ -2,18 +2,22 @@
 
 Strategy: a stream that has not answered gets nothing further, so whatever changes meanwhile is one message afterwards, as a delta on what
 it acknowledged. A refusal is remembered and the same version is not sent again. What members say is kept here and written to the store in batches.
+
+A change of a popular endpoint is a message to every stream and an answer from each, so both go past ASGI: a frame is made once for all that are
+told the same and written as it is, and what comes is heard in the moment in which it comes. No task and no timer is made for a message.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
+import orjson
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from gateway.config.values import Rate
@@ -29,13 +33,25 @@ ANSWER = 30.0  # seconds that a member has for an assignment
 MESSAGE_MAX = 64 << 10  # bytes from a member
 REASON = 500  # characters of a refusal
 CHANGES = Rate(20, 10.0)  # of an instance's state or place: each one is told to all of its callers
+AGAIN = 1.0  # seconds until what could not be written down is tried again
+TURN = 100  # streams that are sent something before others have their turn
 GOING, REPLACED, SILENT, WRONG = 1001, 4001, 4002, 4400  # close codes
+
+
+class Wire(Protocol):
+    """What a stream needs of its connection, below ASGI."""
+
+    hear: Callable[[bytes], None] | None
+
+    def write(self, frame: bytes) -> None:
+        """Send a frame as it is."""
 
 
 class Stream:
     """One member's stream."""
 
     def __init__(self, hub: Hub, socket: WebSocket, peer: Peer, service: str, instance: str, base: int) -> None:
+        """Made before the handshake is answered: from then on every message is heard."""
         self.hub = hub
         self.socket = socket
         self.peer = peer
@@ -49,14 +65,16 @@ class Stream:
         self.refused: int | None = None
         self.reason: str | None = None
         self.heard = time.monotonic()
-        self.state: tuple[bool, bool] | None = None  # healthy, draining
-        self.place: tuple[Any, ...] | None = None  # as it was said last
+        self.until: float | None = None  # monotonic, until when an answer is waited for; None when none is outstanding
+        self.state: tuple[bool, bool] | None = None  # healthy, draining, as it was said last
         self.changes = Bucket(CHANGES)
         self.code = GOING
-        self.wake = asyncio.Event()
-        self.wake.set()
-        self._answered = asyncio.Event()
-        self._answered.set()
+        self.wire: Wire = peer.transport.get_protocol()
+        self.wire.hear = self.hear
+        self._place: tuple[Any, ...] | None = None  # as it was said last
+        self._where: tuple[Any, ...] | None = None  # the same, read
+        self._news = asyncio.Event()
+        self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     @property
     def key(self) -> tuple[str, str]:
@@ -68,87 +86,102 @@ class Stream:
 
     async def run(self) -> None:
         """Serve the stream until it ends."""
-        sending = asyncio.create_task(self._send())
-        hearing = asyncio.create_task(self._hear())
+        self.push()
+        tasks = [asyncio.create_task(self._write_down()), asyncio.create_task(self._until_gone())]
         try:
-            done, _ = await asyncio.wait([sending, hearing], return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait([*tasks, self._over], return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 error = task.exception()
                 if error is not None and not isinstance(error, (WebSocketDisconnect, RuntimeError, OSError)):
                     raise error
         finally:
-            for task in (sending, hearing):
+            self.wire.hear = None
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(sending, hearing, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             with contextlib.suppress(RuntimeError, WebSocketDisconnect):
                 await self.socket.close(self.code)
 
-    async def _send(self) -> None:
-        while True:
-            await self.wake.wait()
-            self.wake.clear()
-            current = self.hub.assignments.current(self.service)
-            if current is None or current.version in (self.have, self.refused):
-                continue
-            text = self.hub.assignments.message(self.service, self.have)
-            self._answered.clear()
-            self.sent, self.sent_at = current.version, time.time()
-            await self.socket.send_text(text)
-            self.hub.pushed(self, len(text))
-            try:
-                await asyncio.wait_for(self._answered.wait(), ANSWER)
-            except TimeoutError:
-                log.warning("a member does not answer an assignment", extra=self.told() | {"version": self.sent})
-                self.code = SILENT
-                return
-            self.wake.set()  # what changed meanwhile
+    def end(self, code: int) -> None:
+        """Have the stream closed with this code."""
+        self.code = code
+        if not self._over.done():
+            self._over.set_result(None)
 
-    async def _hear(self) -> None:
-        while True:
-            text = await self.socket.receive_text()
-            self.heard = time.monotonic()
-            try:
-                await self._take(json.loads(text))
-            except (ValueError, KeyError, TypeError, AttributeError, BadInstance) as error:
-                log.warning("a member sent what is no message", extra=self.told() | {"error": repr(error)[:200]})
-                self.code = WRONG
-                return
+    def push(self) -> None:
+        """Send what is new, unless an answer is outstanding: that will look here again."""
+        current = self.hub.assignments.current(self.service)
+        if self.until is not None or current is None or current.version in (self.have, self.refused):
+            return
+        frame = self.hub.assignments.frame(self.service, self.have)
+        self.sent, self.sent_at, self.until = current.version, time.time(), time.monotonic() + ANSWER
+        self.wire.write(frame)
+        self.hub.pushed(self, len(frame))
 
-    async def _take(self, message: dict[str, Any]) -> None:
-        kind = message["type"]
-        if kind == "heartbeat":
-            with contextlib.suppress(StoreError):  # streams outlive the state: what was not written down, the next heartbeat says again
-                await self._beat(message)
-        elif kind in ("ack", "nack") and message["version"] == self.sent and not self._answered.is_set():
-            if kind == "ack":
-                assert self.sent is not None
-                self.have = self.applied = self.sent
-                self.applied_at, self.refused, self.reason = time.time(), None, None
-            else:
-                self.refused, self.reason = self.sent, str(message.get("reason", ""))[:REASON]
-                log.error("a member refuses an assignment", extra=self.told() | {"version": self.sent, "reason": self.reason})
-            self.hub.answered(self, kind == "ack")
-            self._answered.set()
+    def hear(self, text: bytes) -> None:
+        """Take a message, in the moment in which it comes."""
+        self.heard = time.monotonic()
+        try:
+            message = orjson.loads(text)
+            kind = message["type"]
+            if kind == "heartbeat":
+                self._beat(message)
+            elif kind in ("ack", "nack") and message["version"] == self.sent and self.until is not None:
+                self._answered(message)
+        except (ValueError, KeyError, TypeError, AttributeError, BadInstance, RecursionError) as error:
+            log.warning("a member sent what is no message", extra=self.told() | {"error": repr(error)[:200]})
+            self.end(WRONG)
 
-    async def _beat(self, message: dict[str, Any]) -> None:
+    def _answered(self, message: dict[str, Any]) -> None:
+        good = message["type"] == "ack"
+        self.until = None
+        if good:
+            assert self.sent is not None
+            self.have = self.applied = self.sent
+            self.applied_at, self.refused, self.reason = time.time(), None, None
+        else:
+            self.refused, self.reason = self.sent, str(message.get("reason", ""))[:REASON]
+            log.error("a member refuses an assignment", extra=self.told() | {"version": self.sent, "reason": self.reason})
+        self.hub.answered(self, good)
+        self.push()  # what changed meanwhile
+
+    def _beat(self, message: dict[str, Any]) -> None:
         state = (message["healthy"] is True, message["draining"] is True)
-        said = (message["inbound"], message.get("labels"), message.get("zone")) if "inbound" in message else self.place
-        if said != self.place:  # most heartbeats say what the one before said, and that was checked
-            place = read_place(message)
-            self._may_change()
-            await self.hub.registry.moved(self.service, self.instance, *place)
-            self.place = said
-            self.hub.changed()
-        if state != self.state:
-            self._may_change()
-            await self.hub.registry.is_now(self.service, self.instance, *state)
-            self.state = state
-            self.hub.changed()
-
-    def _may_change(self) -> None:
-        """Takes a change from the member's allowance. One that cannot be written down takes its share all the same: tries are bounded too."""
+        said = (message["inbound"], message.get("labels"), message.get("zone")) if "inbound" in message else self._place
+        if (state, said) == (self.state, self._place):
+            return  # as nearly always
+        # What cannot be written down takes its share all the same: tries are bounded too.
         if not self.changes.take():
             raise BadInstance("its state changes too often")
+        if said is not None and said != self._place:
+            self._where = read_place(message)
+        self.state, self._place = state, said
+        self._news.set()
+
+    async def _write_down(self) -> None:
+        """Bring the registry up to what the member said last."""
+        place: tuple[Any, ...] | None = None
+        state: tuple[bool, bool] | None = None
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            wanted, where = self.state, self._where
+            try:
+                if where is not None and where != place:
+                    await self.hub.registry.moved(self.service, self.instance, *where)
+                    place = where
+                    self.hub.changed()
+                if wanted is not None and wanted != state:
+                    await self.hub.registry.is_now(self.service, self.instance, *wanted)
+                    state = wanted
+                    self.hub.changed()
+            except StoreError:  # streams outlive the state: what was not written down is tried again
+                await asyncio.sleep(AGAIN)
+                self._news.set()
+
+    async def _until_gone(self) -> None:
+        while (await self.socket.receive())["type"] != "websocket.disconnect":
+            self.end(WRONG)  # no text: that is heard at once
 
     def told(self) -> dict[str, Any]:
         """Who this is, for the log."""
@@ -165,6 +198,7 @@ class Hub:
         self.streams: dict[tuple[str, str], Stream] = {}
         self.on_push: Callable[[int], None] = lambda size: None
         self.on_answer: Callable[[float, bool], None] = lambda seconds, good: None
+        self._due: deque[Stream] = deque()  # to be sent something
         self._unwritten: dict[tuple[str, str], Stream] = {}
         self._lingering: dict[tuple[str, str], float] = {}  # gone without a word; monotonic time when they are taken for dead
 
@@ -199,9 +233,18 @@ class Hub:
     def tell(self, services: Iterable[str]) -> None:
         """Have the streams of these services look at their assignment again."""
         wanted = set(services)
-        for stream in self.streams.values():
-            if stream.service in wanted:
-                stream.wake.set()
+        waiting = bool(self._due)
+        self._due.extend(stream for stream in self.streams.values() if stream.service in wanted)
+        if self._due and not waiting:
+            self._push_some()
+
+    def _push_some(self) -> None:
+        for _ in range(min(TURN, len(self._due))):
+            stream = self._due.popleft()
+            if self.streams.get(stream.key) is stream:
+                stream.push()
+        if self._due:
+            asyncio.get_running_loop().call_soon(self._push_some)
 
     def pushed(self, stream: Stream, size: int) -> None:
         self._unwritten[stream.key] = stream
@@ -220,6 +263,9 @@ class Hub:
                 log.warning("a member is silent", extra=stream.told())
                 stream.code = SILENT
                 stream.peer.cut()
+            elif stream.until is not None and now > stream.until:
+                log.warning("a member does not answer an assignment", extra=stream.told() | {"version": stream.sent})
+                stream.end(SILENT)
         for key, when in list(self._lingering.items()):
             if now >= when and key not in self.streams:
                 await self.registry.left(*key)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import resource
@@ -16,15 +17,19 @@ import signal
 import socket
 import ssl
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 import uvloop
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from gateway.config.web import Bind
 from gateway.mesh.api import Api, Pages
 from gateway.mesh.control import SERVER_LIFE, ControlPlane
+from gateway.mesh.documents import MOST
+from gateway.mesh.documents_api import PATH, who_is
 from gateway.mesh.peers import Peers
 from gateway.mesh.probe import load_pair
 from gateway.mesh.stream import MESSAGE_MAX
@@ -36,6 +41,8 @@ from gateway.server.systemd import Notifier
 log = logging.getLogger("crossway.mesh")
 
 BACKLOG = 1024
+GARBAGE = 20_000, 20, 50  # thresholds of the collector's generations
+PIECE = 8 << 10  # bytes that the admin's parser gets at once
 CONNECTIONS = 10_000  # and requests; 503 beyond
 FIRST = 10.0  # seconds that a connection has for the head of its first request
 IDLE = 15  # seconds of a connection between two requests
@@ -66,6 +73,40 @@ def members_protocol(peers: Peers) -> type[BoundedProtocol]:
             super().connection_lost(exc)
 
     return MembersProtocol
+
+
+class StreamProtocol(WebSocketsSansIOProtocol):
+    """uvicorn's WebSocket with a way past ASGI, which costs a queue, a task's turn and a pause in reading for every message."""
+
+    hear: Callable[[bytes], None] | None = None
+
+    def send_receive_event_to_app(self) -> None:
+        if self.hear is None or self.close_sent or self.curr_msg_data_type != "text":
+            super().send_receive_event_to_app()
+            return
+        data = b"".join(self.frames)
+        self.frames = []
+        self.hear(data)
+
+    def write(self, frame: bytes) -> None:
+        """Send a whole frame. Members have one unanswered message at most, so what waits here is bounded."""
+        if not self.close_sent and not self.transport.is_closing():
+            self.transport.write(frame)
+
+
+class AdminProtocol(BoundedProtocol):
+    """The protocol of the admin's connections: who is there, as the kernel knows it, is told to the application."""
+
+    def connection_made(self, transport: Any) -> None:
+        self.app_state = {**self.app_state, "who": who_is(transport)}
+        super().connection_made(transport)
+
+    def data_received(self, data: bytes) -> None:
+        # What comes at once may be a body, and larger than a head may be.
+        for at in range(0, len(data), PIECE):
+            if self.transport.is_closing():
+                return
+            super().data_received(data[at : at + PIECE])
 
 
 class Tls:
@@ -128,7 +169,7 @@ def _name(sock: socket.socket) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _server(app: Any, http: type[BoundedProtocol], ws: str, context: ssl.SSLContext | None) -> Server:
+def _server(app: Any, http: type[BoundedProtocol], ws: Any, context: ssl.SSLContext | None) -> Server:
     config = uvicorn.Config(
         app, http=http, ws=ws, lifespan="off", log_config=None, access_log=False, server_header=False, proxy_headers=False,
         limit_concurrency=CONNECTIONS, timeout_keep_alive=IDLE, timeout_graceful_shutdown=LEAVE, ws_max_size=MESSAGE_MAX, ws_per_message_deflate=False,
@@ -150,13 +191,13 @@ async def _serve(path: Path) -> None:
         sockets = [listen(plane.mesh.control.bind)]
         tls = Tls(plane)
         plane.server_changed = tls.refresh
-        servers = [_server(Api(plane).app, members_protocol(plane.peers), "websockets-sansio", tls.context)]
+        servers = [_server(Api(plane).app, members_protocol(plane.peers), StreamProtocol, tls.context)]
         names, pages = ["control"], Pages(plane)
         for name, bind, app in (("probes", plane.mesh.control.probes, pages.probes), ("admin", plane.mesh.control.admin, pages.app)):
             if bind is not None:
                 names.append(name)
                 sockets.append(listen(bind))
-                servers.append(_server(Guard(app, bind, None), BoundedProtocol, "none", None))
+                servers.append(_server(Guard(app, bind, None, {PATH: MOST}), AdminProtocol, "none", None))
         await _until(leaving, plane, dict(zip(names, sockets, strict=True)), servers)
     finally:
         await plane.close()
@@ -170,6 +211,10 @@ async def _until(leaving: asyncio.Event, plane: ControlPlane, sockets: dict[str,
         print(f"{name:8} {'https' if name == 'control' else 'http'}://{_name(sock)}", flush=True)
     notifier = Notifier.from_environment()
     notifier.ready("serving members")
+    # Members' streams are some dozens of objects each that live for days: looking at all of them often finds nothing.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*GARBAGE)
     try:
         await asyncio.wait([*serving, working, waiting], return_when=asyncio.FIRST_COMPLETED)
         log.info("the control plane ends; members go on with what they have")

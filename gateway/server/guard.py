@@ -10,7 +10,7 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import re
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
 import orjson
@@ -39,9 +39,11 @@ _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]]+)(?::[0-9]{1,5})?")
 class Guard:
     """ASGI middleware around the admin application."""
 
-    def __init__(self, app: App, bind: Bind, token: str | None) -> None:
+    def __init__(self, app: App, bind: Bind, token: str | None, most: Mapping[str, int] | None = None) -> None:
+        """`most`: bytes of a body on paths that take more than the others."""
         self.app = app
         self.bind = bind
+        self.most = most or {}
         self.token = token.encode() if token else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -73,8 +75,9 @@ class Guard:
             return 421, "this Host is not the admin endpoint; call it by its address", []
         if not _same_origin(headers, host):
             return 403, "requests from other origins are refused", []
-        if b"transfer-encoding" in headers or _length(headers) > MAX_BODY:
-            return 413, f"no request here has a body above {MAX_BODY} bytes", [(b"connection", b"close")]
+        most = self.most.get(scope["path"], MAX_BODY)
+        if b"transfer-encoding" in headers or _length(headers) > most:
+            return 413, f"no request here has a body above {most} bytes", [(b"connection", b"close")]
         if self.token is not None and scope["path"] not in PROBES:
             given = headers.get(b"authorization", [])
             scheme, _, credentials = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
@@ -106,7 +109,7 @@ def _same_origin(headers: dict[bytes, list[bytes]], host: str) -> bool:
 
 def _length(headers: dict[bytes, list[bytes]]) -> int:
     lengths = headers.get(b"content-length", [b"0"])
-    return int(lengths[0]) if len(lengths) == 1 and re.fullmatch(rb"[0-9]{1,9}", lengths[0]) else MAX_BODY + 1
+    return int(lengths[0]) if len(lengths) == 1 and re.fullmatch(rb"[0-9]{1,9}", lengths[0]) else 1 << 62
 
 
 async def _refuse(send: Send, status: int, detail: str, extra: Iterable[tuple[bytes, bytes]]) -> None:

@@ -15,14 +15,14 @@ from gateway._speedups.certificates import chain_fault, parse_certificates, pars
 from gateway.config.mesh_load import is_mesh, load_mesh, mesh_findings, mesh_schema
 from gateway.config.values import Rate
 from gateway.errors import ConfigError
-from gateway.mesh.assign import Assignments, World, content_of
+from gateway.mesh.assign import Assignments, World, content_of, text_frame
 from gateway.mesh.assignment import Refused, take
 from gateway.mesh.ca import BadRequest, Ca, CaError, read_request
 from gateway.mesh.enrol import make_request
 from gateway.mesh.identity import Svid, due_at
 from gateway.mesh.limit import ADDRESSES, Bucket, Buckets
 from gateway.mesh.registry import BadInstance, judge, read_instance, read_place
-from gateway.mesh.report import span
+from gateway.mesh.report import problems, span
 from gateway.mesh.revocation import DenyList, read
 from gateway.mesh.sign import Signer
 from gateway.mesh.spiffe import control_id, parse_domain, service_id, service_of
@@ -407,3 +407,61 @@ def test_never_more_than_a_part_of_a_service_is_taken_out(rows: list[dict[str, A
     assert [row["offered"] for row in rows] == offered
     if most is not None:
         assert [row["state"] == "unreachable" for row in rows] == [row["unreachable"] is not None and bool(row["healthy"]) for row in rows]
+
+
+# -- frames
+
+
+@pytest.mark.parametrize("size", [0, 1, 125, 126, 127, 65_535, 65_536, 200_000])
+def test_a_frame_is_read_by_another_library_as_the_text(size: int) -> None:
+    from websockets.frames import Frame, Opcode
+    from websockets.streams import StreamReader
+
+    text = "x" * size if size < 126 else "ä" + "x" * (size - 2)  # as many bytes
+    stream = StreamReader()
+    stream.feed_data(text_frame(text))
+    stream.feed_eof()
+    reading = Frame.parse(stream.read_exact, mask=False)
+    with pytest.raises(StopIteration) as done:
+        next(reading)
+    frame = done.value.value
+    assert (frame.opcode, frame.fin, bytes(frame.data)) == (Opcode.TEXT, True, text.encode())
+
+
+def test_all_that_are_told_the_same_share_one_frame() -> None:
+    made = Assignments(lambda body: "signature")
+    body = {"trust_domain": "bank.test", "services": {f"s{number}": {"endpoints": [{"address": f"127.0.0.1:{number}"}]} for number in range(20)}}
+    made.put("payments", body, 1)
+    made.put("payments", {**body, "services": {**body["services"], "s1": {"endpoints": []}}}, 2)
+    assert made.frame("payments", 1) is made.frame("payments", 1) and len(made.frame("payments", 1)) < len(made.frame("payments", 0)) / 2
+    assert made.frame("payments", 77) is made.frame("payments", 0)  # unknown here: the whole
+    assert made.message("payments", 1).encode() in made.frame("payments", 1)
+
+
+# -- what somebody should look at
+
+
+WELL = {"state": "healthy", "offered": True, "refused": None, "reason": None, "seconds_waiting": None, "sent": 7, "not_after": 3600, "unreachable": None, "unreachable_since": None}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, []),
+        ({"state": "gone", "refused": 7, "not_after": 1}, []),
+        ({"refused": 7, "reason": "no such protocol"}, ["REFUSED 7: no such protocol"]),
+        ({"seconds_waiting": 12.3}, ["sent 7 12 s ago, no answer yet"]),
+        ({"state": "unhealthy"}, ["says that its app does not answer"]),
+        ({"not_after": 900}, ["the certificate has expired"]),
+        ({"not_after": 1300}, ["the certificate is not renewed: 5 min left"]),
+        ({"state": "unreachable", "offered": False, "unreachable": "Connection refused", "unreachable_since": 940}, ["cannot be reached: Connection refused (for 60 s)"]),
+    ],
+)
+def test_what_is_to_be_looked_at(change: dict[str, Any], said: list[str]) -> None:
+    assert problems({**WELL, **change}, 1000, 0) == said
+    if not said:
+        assert problems({**WELL, **change}, 1000, None) == []
+
+
+def test_the_life_of_another_authoritys_certificate_is_not_guessed() -> None:
+    assert problems({**WELL, "not_after": 1010}, 1000, None) == []
