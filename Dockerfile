@@ -1,9 +1,15 @@
-# The gateway as an image: built in one stage, run in another without a compiler, as nobody in particular.
+# One image for the gateway, the mesh's control plane, its sidecars and their interception: built in one stage, run in another
+# without a compiler, as nobody in particular.
 #
 #   docker build -t crossway .
 #   docker run --rm -p 8080:8080 -v ./edge:/etc/crossway:ro crossway
 #
-# The configuration is /etc/crossway/edge.yaml; its listener must bind 0.0.0.0:8080 to be reached from outside.
+# The configuration is /etc/crossway/edge.yaml; its listener must bind 0.0.0.0:8080 to be reached from outside. Other commands are arguments:
+#
+#   docker run ... crossway mesh control -c /etc/crossway/mesh.yaml
+#
+# In Kubernetes the gateway and the control plane run as 65532, sidecars as 65101 (an app may be 65532, as many images are, and interception tells
+# the two apart by their user), and the container that redirects as root with NET_ADMIN alone. Nothing is written below / in any of them.
 
 FROM python:3.12-slim-bookworm AS builder
 # No versions: the compiler is the base image's distribution's, and never leaves this stage.
@@ -14,7 +20,7 @@ RUN apt-get update \
 WORKDIR /src
 # Dependencies first: this layer is built again only when they change.
 COPY pyproject.toml ./
-RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
+RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*p['dependencies'], *p['optional-dependencies']['postgres'], sep='\n')" \
         > /tmp/requirements.txt \
     && pip wheel --no-cache-dir --wheel-dir /wheels -r /tmp/requirements.txt
 COPY setup.py MANIFEST.in README.md ./
@@ -26,10 +32,10 @@ FROM python:3.12-slim-bookworm
 LABEL org.opencontainers.image.title="Crossway" \
       org.opencontainers.image.description="API gateway and service mesh for payment traffic" \
       org.opencontainers.image.version="0.1.0"
-# What the native modules are linked with and the base image may lack.
+# What the native modules are linked with and the base image may lack; nft for `crossway mesh intercept`.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends libnghttp2-14 \
+    && apt-get install -y --no-install-recommends libnghttp2-14 nftables \
     && rm -rf /var/lib/apt/lists/*
 COPY --from=builder /wheels /wheels
 RUN pip install --no-cache-dir --no-index --no-deps /wheels/*.whl \

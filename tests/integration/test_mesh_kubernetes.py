@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from ruamel.yaml import YAML
 
 from gateway.mesh.inject import Injection
-from tests.integration.control_kit import ControlProcess, make_request, post, serial_of
+from tests.integration.control_kit import FILE, ControlProcess, make_request, post, serial_of
 from tests.integration.control_kit import Member as PlainMember
 from tests.integration.mesh_kit import Control, Sidecar, free_port
 from tests.integration.processes import PATIENCE, Gateway, environment, eventually
@@ -336,3 +336,37 @@ def asked(probe: dict[str, Any]) -> bool:
         return False
     finally:
         connection.close()
+
+
+def config_map(folder: Path, number: int, **files: str) -> None:
+    """Put files in place as the kubelet does it with a ConfigMap: a folder of their own, and one link that is exchanged."""
+    fresh = folder / f"..2026_{number}"
+    fresh.mkdir(parents=True)
+    for name, text in files.items():
+        (fresh / name.replace("_", ".")).write_text(text)
+        if not (folder / name.replace("_", ".")).is_symlink():
+            (folder / name.replace("_", ".")).symlink_to(f"..data/{name.replace('_', '.')}")
+    (folder / "..data_tmp").symlink_to(fresh.name)
+    (folder / "..data_tmp").rename(folder / "..data")
+    for old in folder.glob("..2026_*"):
+        if old != fresh:
+            shutil.rmtree(old)
+
+
+def test_a_config_map_that_changes_is_in_force_without_a_restart(tmp_path: Path, cluster: Cluster) -> None:
+    mounted = tmp_path / "etc"
+    mounted.mkdir()
+    text = FILE.format(state=tmp_path / "mesh.db", lifetime="1h", control=JOIN).replace("  ca: ca\n", f"  ca: {tmp_path}/ca\n")
+    keys = (tmp_path / "jwks.json").read_text()
+    config_map(mounted, 1, mesh_yaml=text, jwks_json=keys)
+    with ControlProcess(tmp_path, path=mounted / "mesh.yaml") as control:
+        assert join(control, cluster.token())[0] == 200
+        assert join(control, cluster.token("shop/new"))[0] == 403
+        config_map(mounted, 2, mesh_yaml=text.replace("[shop/payments]", "[shop/payments, shop/new]"), jwks_json=keys)
+        eventually(lambda: join(control, cluster.token("shop/new"))[0] == 200, "the new service account")
+        # The keys alone: another file of the same map, so its mesh.yaml is another one as well.
+        renewed = Cluster(tmp_path, "two")
+        renewed.publish()
+        config_map(mounted, 3, mesh_yaml=text, jwks_json=(tmp_path / "jwks.json").read_text())
+        eventually(lambda: join(control, renewed.token())[0] == 200, "the new key")
+        assert control.logged("the mesh's file is in force")

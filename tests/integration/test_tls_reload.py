@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import ssl
@@ -133,6 +134,29 @@ def test_changed_files_are_noticed(tmp_path: Path, origin: ScriptedOrigin) -> No
         (tmp_path / "shop.key").write_bytes(good)
         shop.renew("third.test")
         eventually(lambda: shop.shown() == "third.test", "the third certificate")
+
+
+def test_a_secret_that_kubernetes_exchanges_is_noticed(tmp_path: Path, origin: ScriptedOrigin) -> None:
+    """The files of a mounted Secret are links through one link that is exchanged; their own names never change."""
+    with Shop(tmp_path, origin.port) as shop:
+
+        def exchange(name: str) -> None:
+            fresh = tmp_path / f"..{name}"
+            fresh.mkdir()
+            issued = shop.authority.issue("shop.test", subject=name)
+            (fresh / "shop.crt").write_bytes(issued.pem)
+            (fresh / "shop.key").write_bytes(issued.key_pem)
+            (tmp_path / "..data_tmp").symlink_to(fresh.name)
+            (tmp_path / "..data_tmp").rename(tmp_path / "..data")
+
+        exchange("one.test")
+        for file in ("shop.crt", "shop.key"):
+            (tmp_path / "link").symlink_to(f"..data/{file}")
+            (tmp_path / "link").rename(tmp_path / file)
+        eventually(lambda: shop.shown() == "one.test", "the linked certificate")
+        exchange("two.test")
+        shutil.rmtree(tmp_path / "..one.test")
+        eventually(lambda: shop.shown() == "two.test", "the exchanged certificate")
 
 
 def test_a_vanished_file_changes_nothing(tmp_path: Path, origin: ScriptedOrigin) -> None:

@@ -1,0 +1,137 @@
+{{- define "crossway.fullname" -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride | trunc 50 | trimSuffix "-" -}}
+{{- else -}}
+{{- $name := default .Chart.Name .Values.nameOverride -}}
+{{- if contains $name .Release.Name -}}
+{{- .Release.Name | trunc 50 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name $name | trunc 50 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Labels that select: (list $ "control") */}}
+{{- define "crossway.selector" -}}
+{{- $root := index . 0 -}}
+app.kubernetes.io/name: {{ default $root.Chart.Name $root.Values.nameOverride | trunc 63 | trimSuffix "-" }}
+app.kubernetes.io/instance: {{ $root.Release.Name }}
+app.kubernetes.io/component: {{ index . 1 }}
+{{- end -}}
+
+{{- define "crossway.labels" -}}
+{{- $root := index . 0 -}}
+{{ include "crossway.selector" . }}
+app.kubernetes.io/version: {{ $root.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ $root.Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace "+" "_" }}
+{{- end -}}
+
+{{- define "crossway.image" -}}
+{{- if .Values.image.digest -}}
+{{ .Values.image.repository }}@{{ .Values.image.digest }}
+{{- else -}}
+{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{- end -}}
+{{- end -}}
+
+{{- define "crossway.podSecurity" -}}
+runAsNonRoot: true
+runAsUser: 65532
+runAsGroup: 65532
+fsGroup: 65532
+# Not at every start: keys are 0600, and what opens them to a group would have them refused.
+fsGroupChangePolicy: OnRootMismatch
+seccompProfile: {type: RuntimeDefault}
+{{- end -}}
+
+{{- define "crossway.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities: {drop: [ALL]}
+{{- end -}}
+
+{{/* Spread over zones and nodes, without keeping anybody from starting. */}}
+{{- define "crossway.spread" -}}
+{{- $root := index . 0 -}}
+{{- $component := index . 1 -}}
+{{- range list "topology.kubernetes.io/zone" "kubernetes.io/hostname" }}
+- maxSkew: 1
+  topologyKey: {{ . }}
+  whenUnsatisfiable: ScheduleAnyway
+  labelSelector:
+    matchLabels:
+      {{- include "crossway.selector" (list $root $component) | nindent 6 }}
+{{- end }}
+{{- end -}}
+
+{{/* Where a pod is put, by the values of its component. */}}
+{{- define "crossway.placement" -}}
+{{- with .priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- with .nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .affinity }}
+affinity:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end -}}
+
+{{- define "crossway.dns" -}}
+- to: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: kube-system}}}]
+  ports: [{protocol: UDP, port: 53}, {protocol: TCP, port: 53}]
+{{- end -}}
+
+{{/* mesh.yaml: what the chart decides goes before what the values say. */}}
+{{- define "crossway.mesh" -}}
+{{- $said := deepCopy .Values.control.mesh -}}
+{{- $control := deepCopy (default (dict) $said.control) -}}
+{{- $_ := set $control "bind" "0.0.0.0:9700" -}}
+{{- $_ := set $control "probes" "0.0.0.0:9701" -}}
+{{- $_ := set $control "admin" "127.0.0.1:9702" -}}
+{{- $_ := set $control "ca" (ternary "/var/run/crossway/ca" "/var/lib/crossway/ca" (ne .Values.control.ca.existingSecret "")) -}}
+{{- $_ := set $control "state" (ternary "/var/lib/crossway/mesh.db" "${file:/etc/crossway-state/url}" (eq .Values.control.state.kind "sqlite")) -}}
+{{- $kubernetes := .Values.control.kubernetes -}}
+{{- if $kubernetes.enabled -}}
+{{- $services := deepCopy $kubernetes.services -}}
+{{- if and .Values.edge.enabled .Values.edge.mesh.enabled -}}
+{{- $name := .Values.edge.mesh.service -}}
+{{- $account := printf "%s/%s-edge" .Release.Namespace (include "crossway.fullname" .) -}}
+{{- $_ := set $services $name (append (default (list) (get $services $name)) $account | uniq) -}}
+{{- end -}}
+{{- if not $services -}}
+{{- fail "control.kubernetes.services: which service accounts may join as which service? Or set control.kubernetes.enabled: false" -}}
+{{- end -}}
+{{- $cluster := dict "issuer" $kubernetes.issuer "keys" $kubernetes.keys "audience" $kubernetes.audience "services" $services -}}
+{{- if hasPrefix "https://kubernetes.default" $kubernetes.keys -}}
+{{- $_ := set $cluster "keys_ca" "/var/run/secrets/crossway-api/ca.crt" -}}
+{{- $_ := set $cluster "keys_token" "/var/run/secrets/crossway-api/token" -}}
+{{- end -}}
+{{- $join := deepCopy (default (dict) $control.join) -}}
+{{- $_ := set $join "kubernetes" (list $cluster) -}}
+{{- $_ := set $control "join" $join -}}
+{{- end -}}
+{{- $_ := set $said "version" 1 -}}
+{{- $_ := set $said "control" $control -}}
+{{- toYaml $said -}}
+{{- end -}}
+
+{{/* edge.yaml, likewise. */}}
+{{- define "crossway.edge" -}}
+{{- $said := deepCopy .Values.edge.config -}}
+{{- $_ := set $said "admin" (dict "bind" "0.0.0.0:9900" "token" "${file:/etc/crossway-admin/token}") -}}
+{{- $_ := set $said "workers" (int .Values.edge.workers) -}}
+{{- $_ := set $said "drain" (dict "delay" (printf "%ds" (int .Values.edge.drain.delay)) "deadline" (printf "%ds" (int .Values.edge.drain.deadline))) -}}
+{{- if .Values.edge.mesh.enabled -}}
+{{- $control := .Values.edge.mesh.control | default (printf "https://%s-control.%s:%d" (include "crossway.fullname" .) .Release.Namespace (int .Values.control.service.port)) -}}
+{{- $_ := set $said "mesh" (dict "service" .Values.edge.mesh.service "control" $control "kubernetes" "/var/run/secrets/crossway/token" "control_ca" "/var/run/secrets/crossway/root.crt" "state" "/var/run/crossway/member") -}}
+{{- end -}}
+{{- toYaml $said -}}
+{{- end -}}
