@@ -338,3 +338,12 @@ def test_the_command_is_a_filter(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out == SERVICE
     words = ["mesh", "inject", "-f", str(tmp_path / "nothing")]
     assert main(words) == 1
+
+
+def test_every_option_is_documented() -> None:
+    from gateway.cli.mesh_inject import OPTIONS
+    from gateway.mesh.inject_app import KNOWN
+
+    text = (Path(__file__).resolve().parents[2] / "docs/kubernetes.md").read_text("utf-8")
+    missing = [name for name in KNOWN if f"`{name}`" not in text and name != "injected"]
+    assert missing == [] and set(OPTIONS) <= set(KNOWN)
