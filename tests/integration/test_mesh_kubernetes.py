@@ -6,10 +6,13 @@ import http.client
 import json
 import shutil
 import signal
+import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from gateway.mesh.inject import Injection
 from tests.integration.control_kit import FILE, ControlProcess, make_request, post, serial_of
 from tests.integration.control_kit import Member as PlainMember
 from tests.integration.mesh_kit import Control, Sidecar, free_port
+from tests.integration.pki import Authority
 from tests.integration.processes import PATIENCE, Gateway, environment, eventually
 from tests.integration.test_mesh_whole import app, call
 
@@ -370,3 +374,79 @@ def test_a_config_map_that_changes_is_in_force_without_a_restart(tmp_path: Path,
         config_map(mounted, 3, mesh_yaml=text, jwks_json=(tmp_path / "jwks.json").read_text())
         eventually(lambda: join(control, renewed.token())[0] == 200, "the new key")
         assert control.logged("the mesh's file is in force")
+
+
+class ApiServer:
+    """An API server's key endpoint: HTTPS below an authority of its own, for whoever shows its token."""
+
+    def __init__(self, folder: Path, cluster: Cluster) -> None:
+        self.folder, self.bearer, self.asked = folder, "first", 0
+        authority = Authority("kubernetes")
+        issued = authority.issue("localhost")
+        (folder / "api-ca.pem").write_bytes(authority.pem)
+        (folder / "api.pem").write_bytes(issued.pem + issued.key_pem)
+        (folder / "api.token").write_text(self.bearer + "\n")
+        outer = self
+
+        class Answer(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                outer.asked += 1
+                good = self.headers["authorization"] == f"Bearer {outer.bearer}" and self.path == "/openid/v1/jwks"
+                body = (folder / "jwks.json").read_bytes() if good else b"{}"
+                self.send_response(200 if good else 401)
+                self.send_header("content-length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+        self.server.daemon_threads = True
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(folder / "api.pem")
+        self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+        self.join = JOIN.replace(
+            "keys: jwks.json", f"keys: https://localhost:{self.server.server_port}/openid/v1/jwks\n      keys_ca: api-ca.pem\n      keys_token: api.token"
+        )
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def api(tmp_path: Path, cluster: Cluster) -> Iterator[ApiServer]:
+    made = ApiServer(tmp_path, cluster)
+    yield made
+    made.close()
+
+
+def test_the_api_server_is_asked_for_its_keys(tmp_path: Path, cluster: Cluster, api: ApiServer) -> None:
+    with ControlProcess(tmp_path, control=api.join) as control:
+        eventually(lambda: join(control, cluster.token())[0] == 200, "the keys")
+        # It goes: the keys that are known stay. Nobody's token makes it be asked again and again.
+        api.close()
+        assert join(control, cluster.token())[0] == 200
+        before = api.asked
+        assert [join(control, Cluster(tmp_path, f"unknown-{number}").token())[0] for number in range(3)] == [403] * 3
+        assert api.asked == before
+
+
+def test_a_token_for_the_api_server_that_is_exchanged_is_read_anew(tmp_path: Path, cluster: Cluster, api: ApiServer) -> None:
+    api.bearer = "second"
+    with ControlProcess(tmp_path, control=api.join) as control:
+        eventually(lambda: api.asked and control.errors.read_text().count("the answer was 401"), "the refusal")
+        status, answer = join(control, cluster.token())
+        assert status == 403 and "does not publish" in answer["error"]
+        (tmp_path / "api.token").write_text("second")
+        eventually(lambda: join(control, cluster.token())[0] == 200, "the keys")
+        assert "second" not in control.errors.read_text()
+
+
+def test_an_api_server_below_another_authority_is_not_believed(tmp_path: Path, cluster: Cluster, api: ApiServer) -> None:
+    (tmp_path / "api-ca.pem").write_bytes(Authority("another").pem)
+    with ControlProcess(tmp_path, control=api.join) as control:
+        eventually(lambda: "TLS failed" in control.errors.read_text(), "the refusal")
+        assert join(control, cluster.token())[0] == 403 and api.asked == 0

@@ -25,7 +25,7 @@ __all__ = ["app"]
 def ask(port: int, path: str, method: str = "GET") -> tuple[int, str]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
     try:
-        connection.request(method, path, headers={"x-crossway-caller": "spiffe://bank.test/service/edge", "x-wanted": "theirs"})
+        connection.request(method, path, headers={"host": "10.1.2.3:9104", "x-crossway-caller": "spiffe://bank.test/service/edge", "x-wanted": "theirs"})
         answer = connection.getresponse()
         return answer.status, answer.read().decode()
     finally:
@@ -69,7 +69,7 @@ def health() -> Iterator[Health]:
 
 @pytest.fixture
 def control(tmp_path: Path) -> Iterator[ControlProcess]:
-    with ControlProcess(tmp_path, control="  probes: 127.0.0.1:0\n") as process:
+    with ControlProcess(tmp_path, control="  probes: 0.0.0.0:0\n") as process:
         yield process
 
 
