@@ -39,7 +39,7 @@ OPTIONS = {
 def register(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("inject", help="put the mesh into manifests of Kubernetes")
     parser.add_argument("-f", "--file", metavar="FILE", help="the manifests; default: stdin")
-    parser.add_argument("--service", metavar="NAME", help="of the only pod; default: the label app.kubernetes.io/name or app, else the workload's name")
+    parser.add_argument("--service", metavar="NAME", help="of the only workload; default: the label app.kubernetes.io/name or app, else the workload's name")
     parser.add_argument("--explicit", action="store_true", help="no interception: apps call 127.0.0.1 and the outbound port, with the service as Host")
     for name, (what, text) in OPTIONS.items():
         parser.add_argument(f"--{name}", metavar=what, help=text)

@@ -50,6 +50,7 @@ class Injection:
     given: dict[str, Any]  # of the command line, by the annotation's name
     problems: list[Problem] = field(default_factory=list)
     changed: int = 0
+    workloads: int = 0
 
     def report(self, place: Place, message: str, hint: str = "", *, warning: bool = False) -> None:
         self.problems.append(
@@ -105,6 +106,9 @@ class Injection:
         annotations = ((template.get("metadata") or {}).get("annotations")) or {}
         if str(annotations.get(PREFIX + "inject", "")).lower() in ("disabled", "false"):
             return
+        self.workloads += 1
+        if self.workloads == 2 and "service" in self.given:
+            self.report(place, "--service is for one workload, and this is the second", "set crossway.dev/service in each")
         before = len([each for each in self.problems if each.severity == "error"])
         options = found_in(self, data, template, place, spec)
         if options is None or len([each for each in self.problems if each.severity == "error"]) > before:

@@ -539,6 +539,7 @@ def run(setup: Setup) -> int:
     import uvloop
 
     logs.name_process("sidecar")
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # who is told to leave before he has begun has nothing to leave
     loop = uvloop.new_event_loop()
     asyncio.set_event_loop(loop)
     try:

@@ -297,6 +297,12 @@ def test_several_users_in_a_pod_are_refused_unless_it_is_explicit() -> None:
     assert problems(two, mode="explicit") == []
 
 
+def test_one_name_is_not_given_to_two_workloads() -> None:
+    both = DEPLOYMENT + "---\n" + DEPLOYMENT.replace("payments", "ledger")
+    assert problems(both) == []
+    assert "is for one workload" in problems(both, service="payments")[0]
+
+
 def test_all_problems_are_told_at_once() -> None:
     text = replaced("runAsUser: 1000", "runAsGroup: 1").replace("containerPort: 8080", "containerPort: 9101")
     assert len(problems(text)) == 2
