@@ -114,6 +114,12 @@ def test_one_control_plane_has_a_volume_and_several_have_a_database() -> None:
     assert {"ports": [{"protocol": "TCP", "port": 5432}], "to": [{"ipBlock": {"cidr": "10.0.0.9/32"}}]} in policy
 
 
+def test_the_control_plane_may_look_whether_members_can_be_reached() -> None:
+    policy = documents()["NetworkPolicy", "crossway-control"]["spec"]["egress"]
+    assert {"to": [{"namespaceSelector": {}}], "ports": [{"protocol": "TCP", "port": 9101}]} in policy
+    assert "probe: 'off'" in documents({"control": {"mesh": {"control": {"probe": "off"}}}})["ConfigMap", "crossway-control"]["data"]["mesh.yaml"].replace('"', "'")
+
+
 def test_the_drain_fits_into_the_grace_period() -> None:
     found = documents({"edge": {"drain": {"delay": 7, "deadline": 50}}})
     assert found["Deployment", "crossway-edge"]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] == 67
@@ -226,6 +232,7 @@ def test_a_volume_whose_driver_opened_the_keys_is_put_right(tmp_path: Path) -> N
         ({"edge": {"config": {"version": 1, "listeners": {}, "admin": {}}}}, "edge/config"),
         ({"edge": {"ports": [{"name": "http", "port": 80, "containerPort": 80}]}}, "containerPort"),
         ({"control": {"kubernetes": {"services": {"payments": ["payments"]}}}}, "services"),
+        ({"control": {"mesh": {"control": {"bind": "0.0.0.0:1"}}}}, "control/mesh/control"),
         ({"image": {"digest": "latest"}}, "digest"),
         ({"control": {"state": {"kind": "postgresql"}}}, "control.ca.existingSecret"),
         ({"control": {"state": {"kind": "postgresql"}, "ca": {"existingSecret": "x"}}}, "control.state.postgresql.existingSecret"),
