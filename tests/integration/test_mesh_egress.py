@@ -17,10 +17,12 @@ from typing import Any, Self
 import pytest
 
 from tests.integration.control_kit import ControlProcess
+from tests.integration.h2_origin import TwinOrigin
 from tests.integration.mesh_kit import Control, Sidecar
 from tests.integration.name_server import NameServer
 from tests.integration.pki import Authority, Issued
-from tests.integration.processes import PATIENCE, Origin, eventually
+from tests.integration.processes import PATIENCE, Gateway, Origin, eventually
+from tests.integration.test_mesh_edge import Heads, ask, authenticated, register, token_of
 
 HOST = "api.cards.example"
 ROOT = Authority("cards root")
@@ -298,3 +300,30 @@ def test_the_control_plane_says_what_its_file_says(tmp_path: Path, origin: Origi
         assert control.command("can", "cards", "payments").returncode == 2, "an external host calls nobody"
         control.edit("to: cards,", "to: ledger,")
         eventually(lambda: answered() == 404, "the end of the way out")
+
+
+def test_the_context_of_a_user_opens_the_way_out_and_stays_inside(control: Control, partner: Partner, names: NameServer) -> None:
+    control.rules = [{"name": "edge-to-payments", "from": ["edge"], "to": "payments"}]
+    said = cards(partner.port, names)
+    said["rules"][0]["claims"] = {"scope": ["payments:write"]}
+    control.external["payments"] = {"cards": said}
+    with Heads() as app, Sidecar(control, "payments", app.port) as payments:
+        register(control, payments)
+        with Gateway(authenticated(control)) as edge:
+            assert ask(edge.addresses["public"], authorization=f"Bearer {token_of()}") == 200
+            context = app.contexts[0]
+            eventually(lambda: call(payments, crossway_user=context)[0] == 200, "the way out")
+            assert call(payments)[0] == 403, "the service alone may not"
+            for head in partner.heads:
+                assert b"crossway-user" not in head and context.lower().encode() not in head
+
+
+def test_a_partner_may_speak_http2(control: Control, origin: Origin, names: NameServer, tmp_path: Path) -> None:
+    ROOT.issue(HOST).write(tmp_path, "edge")
+    with TwinOrigin(tmp_path) as partner:
+        control.external["payments"] = {"cards": cards(partner.secure, names, protocol="http2")}
+        with Sidecar(control, "payments", origin.port) as payments:
+            eventually(lambda: call(payments)[0] == 200, "the way out")
+            said = json.loads(call(payments, "/v1/charges", x_crossway_caller="x", x_forwarded_for="10.1.2.3")[2])
+    assert (said["version"], said["scheme"], said["authority"]) == ("two", "https", f"{HOST}:{partner.secure}")
+    assert not [name for name, _ in said["fields"] if name.startswith(("x-crossway", "crossway", "x-forwarded", "forwarded"))]
