@@ -114,8 +114,8 @@ class ControlPlane:
             spared = self.registry.spared
             count = await self.registry.changes()
             if count != self._seen["changes"]:
-                self._seen["changes"] = count  # what comes after this is seen by the next look
                 await self.follow()
+                self._seen["changes"] = count  # what comes after this is seen by the next look
             await self.registry.load()
             self._tell_spared(spared)
             self.deny = self.peers.deny = await revocation.load(self.store, self.mesh)
@@ -264,6 +264,7 @@ class ControlPlane:
 
     async def _beat(self) -> None:
         await self.registry.beat()
+        await self.follow()  # also when whoever applied a document died before he could tell
         await self.hub.look()
         await self.hub.write()
 

@@ -71,6 +71,7 @@ class Stream:
         self.code = GOING
         self.wire: Wire = peer.transport.get_protocol()
         self.wire.hear = self.hear
+        self._running = False  # it is entered in the registry, and may be sent something
         self._place: tuple[Any, ...] | None = None  # as it was said last
         self._where: tuple[Any, ...] | None = None  # the same, read
         self._news = asyncio.Event()
@@ -86,6 +87,7 @@ class Stream:
 
     async def run(self) -> None:
         """Serve the stream until it ends."""
+        self._running = True
         self.push()
         tasks = [asyncio.create_task(self._write_down()), asyncio.create_task(self._until_gone())]
         try:
@@ -95,7 +97,7 @@ class Stream:
                 if error is not None and not isinstance(error, (WebSocketDisconnect, RuntimeError, OSError)):
                     raise error
         finally:
-            self.wire.hear = None
+            self.wire.hear, self._running = None, False
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -111,7 +113,7 @@ class Stream:
     def push(self) -> None:
         """Send what is new, unless an answer is outstanding: that will look here again."""
         current = self.hub.assignments.current(self.service)
-        if self.until is not None or current is None or current.version in (self.have, self.refused):
+        if not self._running or self.until is not None or current is None or current.version in (self.have, self.refused):
             return
         frame = self.hub.assignments.frame(self.service, self.have)
         self.sent, self.sent_at, self.until = current.version, time.time(), time.monotonic() + ANSWER
