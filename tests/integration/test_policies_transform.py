@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from tests.integration.echo import ISSUER, Echo, Told, bearer, client, config, exchange, fields_of, jwks, problem, token
-from tests.integration.processes import Gateway
+from tests.integration.processes import Gateway, eventually
 
 APP = "https://app.bank.test"
 LISTENERS = """
@@ -289,6 +289,16 @@ def test_a_trusted_proxy_is_believed_and_extended(behind: httpx.Client) -> None:
 ])
 def test_addresses_are_judged_from_the_right(behind: httpx.Client, chain: str, status: int) -> None:
     assert behind.get("/office", headers={"X-Forwarded-For": chain}).status_code == status
+
+
+@pytest.mark.parametrize(("said", "client"), [
+    ("0.0.0.0", "0.0.0.0"), ("9.10.99.100", "9.10.99.100"), ("101.200.255.1", "101.200.255.1"), ("255.255.255.255", "255.255.255.255"),
+    ("::ffff:198.51.100.7", "198.51.100.7"), ("2001:DB9:0::1", "2001:db9::1"),
+])
+def test_the_log_names_the_address_that_was_judged(gateway: Gateway, behind: httpx.Client, said: str, client: str) -> None:
+    name = behind.get("/office", headers={"X-Forwarded-For": said}).headers["x-request-id"]
+    (line,) = eventually(lambda: [line for line in gateway.log() if line.get("request_id") == name], "the refusal's line")
+    assert (line["status"], line["client"]) == (403, client)
 
 
 def test_a_chain_over_several_fields_is_one(gateway: Gateway) -> None:
