@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -110,6 +111,7 @@ class Play:
         before = chapters.serials(self._stage)
         with Load(self._stage) as load:
             self._findings("A ledger dies, while payments go on", chapters.killed(self._stage, load), load)
+            self._findings("A canary gets a tenth", chapters.canary(self._stage, load), load)
             self._findings("Certificates renewed, while payments go on", chapters.renewed(self._stage, load, before), load)
         self._findings("The books", chapters.books(self._stage, load))
         self._console.print()
@@ -183,8 +185,16 @@ def _invite(stage: Stage, console: Console) -> None:
         flush=True,
     )
     for words in ("status", "can payments ledger POST /entries", "revoke accounts"):
-        print(f".venv/bin/crossway mesh {words} -c {stage.registry.file}", flush=True)
+        print(f"{_command()} mesh {words} -c {stage.registry.file}", flush=True)
     console.print("\n[bold]Ctrl-C[/] ends it and removes everything.")
+
+
+def _command() -> str:
+    """How the command is called here: as installed beside this Python, said from this folder if that is shorter."""
+    installed = Path(sys.executable).with_name("crossway")
+    if not installed.exists():
+        return "crossway"
+    return str(installed.relative_to(Path.cwd()) if installed.is_relative_to(Path.cwd()) else installed)
 
 
 def _stay(stage: Stage, console: Console) -> bool:

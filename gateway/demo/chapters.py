@@ -1,4 +1,4 @@
-"""What the demo shows of the mesh: a call that is denied, a ledger that dies, certificates that are renewed, and the books at the end.
+"""What the demo shows of the mesh: a denied call, a ledger that dies, a canary, certificates that are renewed, and the books at the end.
 
 Strategy: each chapter does something to the running mesh and yields findings as they come, each from what the mesh itself says: answers, logs,
 `crossway mesh status`. A finding with a problem is one that did not do what it should; nothing is assumed to have worked.
@@ -21,6 +21,15 @@ from gateway.demo.stage import SHORT, USUAL, Stage
 IBAN = "DE02120300000000202051"
 WARM = 20  # payments that the load has made before anything happens to it
 AGAIN = 3  # payments that the one that came back has entered
+UNSPLIT = "  ledger:\n"
+SPLIT = """\
+  ledger:
+    split:
+      - {labels: {version: v1}, weight: 90}
+      - {labels: {version: v2}, weight: 10}
+"""
+SAMPLE = 250  # payments by which the canary's share is judged; it is drawn for each, so that
+LEAST, MOST = 0.02, 0.20  # a share outside of this comes by chance once in 30,000 times
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +98,25 @@ def killed(stage: Stage, load: Load) -> Iterator[Finding]:
     yield Finding("payments meanwhile", f"{tally}; by ledger-1 {tally.ledgers['ledger-1']}, by ledger-2 {tally.ledgers['ledger-2']}", tally.problem)
 
 
+def canary(stage: Stage, load: Load) -> Iterator[Finding]:
+    """A new version of the ledger gets a share of the payments, by one change of the mesh's file."""
+    stage.registry.edit(UNSPLIT, SPLIT)
+    yield Finding("in mesh.yaml", SPLIT.rstrip())
+    stage.add("ledger-3", "ledger", "v2")
+    stage.until(lambda: load.since().versions["v2"] > 0, "a payment by v2")
+    began = time.monotonic()
+    yield Finding("ledger-3 joins", "by a token, with --label version=v2; it takes payments")
+    stage.until(lambda: load.since(began).booked >= SAMPLE, f"{SAMPLE} payments")
+    tally = load.since(began)
+    share = tally.versions["v2"] / tally.booked
+    yield Finding(
+        "a tenth of the payments",
+        f"{tally.versions['v2']} of {tally.booked} by v2, {share:.0%}; v1 as before: ledger-1 {tally.ledgers['ledger-1']}, ledger-2 {tally.ledgers['ledger-2']}",
+        "" if LEAST < share < MOST else f"{share:.1%} is no tenth",
+    )
+    yield Finding("payments meanwhile", str(tally), tally.problem)
+
+
 def serials(stage: Stage) -> dict[str, str]:
     """The serial of the certificate that each member holds, by its name."""
     rows = stage.registry.instances()
@@ -105,7 +133,7 @@ def renewed(stage: Stage, load: Load, before: dict[str, str]) -> Iterator[Findin
         return all(now.get(name) not in (None, serial) for name, serial in before.items())
 
     stage.until(all_renewed, "a new certificate of every member")
-    changes = ", ".join(f"{name} {serial[:6]} → {now[name][:6]}" for name, serial in before.items())
+    changes = ", ".join(f"{name} {serial[:6]}→{now[name][:6]}" for name, serial in before.items())
     yield Finding("a new key for each member", f"they live {SHORT} here, and are renewed at half of it; serials: {changes}")
     mark = time.monotonic()
     stage.until(lambda: load.since(mark).booked >= WARM, "payments by the new certificates")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Collection, Sequence
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.panel import Panel
@@ -22,8 +21,8 @@ from gateway.demo.story import Outcome
 
 WIDE = 110  # columns from which on nothing is shortened
 PICTURE = """\
-                    [control plane] ┄┄ certificates, rules and endpoints
-                                     for the edge and every ◈
+                  [control plane] ┄┄ certificates, rules and endpoints
+                                   for the edge and every ◈
 
  client ──▶ [edge] ══╦══▶ ◈ [payments] ◈ ══╦══▶ ◈ [ledger-1]
                    ╚══▶ ◈ [accounts] ◈ ══╩══▶ ◈ [ledger-2]
@@ -42,7 +41,7 @@ def picture(ready: Collection[str]) -> RenderableType:
     text.append(rest)
     missing = [part for part in PARTS if part not in ready]
     state = Text(f" starting: {', '.join(missing)}", "yellow") if missing else Text(" everything is up", "green")
-    return Panel(Group(text, Text(), state), title="Crossway: a small bank, from its edge to its ledger", expand=False)
+    return Panel(Group(text, Text(), state), title="Crossway: a small bank, from its edge to its ledger", width=76)
 
 
 def heading(number: int, text: str) -> RenderableType:
@@ -51,7 +50,7 @@ def heading(number: int, text: str) -> RenderableType:
 
 def requests(outcomes: Sequence[Outcome], width: int) -> RenderableType:
     """The requests to the edge, and what became of each."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, 0))
+    table = _table()
     table.add_column("", no_wrap=True)
     table.add_column("request", no_wrap=True)
     if width >= WIDE:
@@ -59,7 +58,7 @@ def requests(outcomes: Sequence[Outcome], width: int) -> RenderableType:
     table.add_column("status", no_wrap=True)
     table.add_column("what came back", ratio=1)
     table.add_column("ms", justify="right", no_wrap=True)
-    table.add_column("bank\nsaw", justify="right", no_wrap=True)
+    table.add_column("saw", justify="right", no_wrap=True)
     for outcome in outcomes:
         mark, colour = ("[green]✓[/]", "green" if outcome.status.startswith("2") else "yellow")
         if not outcome.good:
@@ -74,14 +73,19 @@ def requests(outcomes: Sequence[Outcome], width: int) -> RenderableType:
     right = sum(outcome.good for outcome in outcomes)
     middle = statistics.median(outcome.seconds for outcome in outcomes) * 1000
     style = "green" if right == len(outcomes) else "red"
-    return Group(table, Text(f"{right} of {len(outcomes)} requests did what they should, median {middle:.1f} ms as the client sees it", style))
+    note = Text("saw: requests that the services behind the edge have logged meanwhile", "dim")
+    return Group(table, note, Text(f"{right} of {len(outcomes)} requests did what they should, median {middle:.1f} ms as the client sees it", style))
+
+
+def _table() -> Table:
+    return Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
 
 
 def journey(found: Journey, width: int) -> RenderableType:
     """The way of a payment, as a tree with a bar for each hop's time."""
     if found.problem:
         return Text(f"✗ {found.problem}", "red")
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, 0))
+    table = _table()
     for title in ("where", "the other side", "status"):
         table.add_column(title, no_wrap=True)
     table.add_column("ms", justify="right", no_wrap=True)
