@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import sqlite3
+import textwrap
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -101,7 +102,7 @@ def killed(stage: Stage, load: Load) -> Iterator[Finding]:
 def canary(stage: Stage, load: Load) -> Iterator[Finding]:
     """A new version of the ledger gets a share of the payments, by one change of the mesh's file."""
     stage.registry.edit(UNSPLIT, SPLIT)
-    yield Finding("in mesh.yaml", SPLIT.rstrip())
+    yield Finding("in mesh.yaml", textwrap.dedent(SPLIT).rstrip())
     stage.add("ledger-3", "ledger", "v2")
     stage.until(lambda: load.since().versions["v2"] > 0, "a payment by v2")
     began = time.monotonic()

@@ -20,6 +20,7 @@ from gateway.demo.journey import MEMBER, Journey
 from gateway.demo.story import Outcome
 
 WIDE = 110  # columns from which on nothing is shortened
+ROOMY = 96  # columns from which on a finding's title has room for itself
 PICTURE = """\
                   [control plane] ┄┄ certificates, rules and endpoints
                                    for the edge and every ◈
@@ -108,7 +109,7 @@ def finding(found: Finding, width: int) -> RenderableType:
     """One finding: its sign, what it is, and what was seen."""
     grid = Table.grid(padding=(0, 1, 0, 0))
     grid.add_column(width=1)
-    grid.add_column(width=33 if width >= WIDE else 25)
+    grid.add_column(width=33 if width >= ROOMY else 25)
     grid.add_column(ratio=1)
     mark = Text("✗", "red") if found.problem else Text("✓", "green")
     seen = Text()
