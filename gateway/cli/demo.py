@@ -1,52 +1,63 @@
-"""`crossway demo`: a small bank behind the gateway, each request and its outcome in a table, then the URLs to try.
+"""`crossway demo`: a small bank from its edge to its ledger, step by step with a verdict each, then what to try.
 
-Strategy: `gateway.demo` starts everything and plays the story; this module only shows it. The exit status is 0 only if every
-request did what it should.
+Strategy: `gateway.demo` starts everything and does it; this module says in which order, and shows it. The exit status is 0 only if
+everything did what it should.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import signal
-import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from rich import box
 from rich.console import Console
+from rich.live import Live
 from rich.markup import escape
-from rich.panel import Panel
-from rich.table import Table
 
-from gateway.demo.stage import Stage, StageError
-from gateway.demo.story import Outcome, Story
+if TYPE_CHECKING:
+    from gateway.demo.chapters import Finding
+    from gateway.demo.load import Load
+    from gateway.demo.stage import Stage
 
 SUMMARY = (
-    "Start a small bank and the gateway in front of it, send requests through, show each; then stay up until Ctrl-C."
+    "Start a small bank, services with sidecars behind an edge, and show what the mesh does with requests, denials, deaths and "
+    "renewals; then stay up until Ctrl-C."
 )
-WIDTH = 130  # columns, where the output is not a terminal
+WIDTH = 100  # columns, where the output is not a terminal and nothing says otherwise
+STAYING = 0.5  # seconds between two looks whether all still run
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the subcommand."""
-    parser = subparsers.add_parser("demo", help="show a small bank behind the gateway", description=SUMMARY)
-    parser.add_argument("--once", action="store_true", help="end after the requests: 0 only if each did what it should")
+    parser = subparsers.add_parser("demo", help="show a small bank, from its edge to its ledger", description=SUMMARY)
+    parser.add_argument("--once", action="store_true", help="end after the last step: 0 only if each did what it should")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Show the demo; return 0 if every request did what it should, 1 if not, 3 if it could not be started."""
+    """Show the demo; return 0 if every step did what it should, 1 if not, 3 if it could not be started."""
+    from gateway.demo.processes import StageError
+    from gateway.demo.stage import Stage
+
     once: bool = arguments.once
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without these signs still shows the words
     console = Console(highlight=False)
-    if not console.is_terminal:
+    if not console.is_terminal and "COLUMNS" not in os.environ:
         console = Console(highlight=False, width=WIDTH)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)
     try:
-        with console.status("starting a small bank and the gateway in front of it"):
-            stage = Stage(once).__enter__()
-        with stage:
-            outcomes = _play(stage, console)
-            good = all(outcome.good for outcome in outcomes)
+        with Stage(once) as stage:
+            _raise(stage, console)
+            good = Play(stage, console).all()
             if not once:
                 _invite(stage, console)
                 good = _stay(stage, console) and good
@@ -63,72 +74,132 @@ def _leave(number: int, _frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 
-def _play(stage: Stage, console: Console) -> list[Outcome]:
-    with console.status("sending requests") as status:
+def _raise(stage: Stage, console: Console) -> None:
+    """Start everything, showing what is up."""
+    from gateway.demo import show
+
+    ready: list[str] = []
+    if not console.is_terminal:
+        stage.start(ready.append)
+        console.print(show.picture(ready))
+        return
+    with Live(show.picture(ready), console=console, refresh_per_second=8) as live:
+
+        def up(name: str) -> None:
+            ready.append(name)
+            live.update(show.picture(ready))
+
+        stage.start(up)
+
+
+class Play:
+    """The steps in their order, each shown as it ends."""
+
+    def __init__(self, stage: Stage, console: Console) -> None:
+        self._stage, self._console = stage, console
+        self._right = self._total = self._chapter = 0
+        self._began = time.monotonic()
+
+    def all(self) -> bool:
+        """Play everything; return whether each step did what it should."""
+        from gateway.demo import chapters, show
+        from gateway.demo.load import Load
+
+        self._edge()
+        self._payment()
+        self._findings("A call that no rule allows", chapters.denied(self._stage))
+        before = chapters.serials(self._stage)
+        with Load(self._stage) as load:
+            self._findings("A ledger dies, while payments go on", chapters.killed(self._stage, load), load)
+            self._findings("A canary gets a tenth", chapters.canary(self._stage, load), load)
+            self._findings("Certificates renewed, while payments go on", chapters.renewed(self._stage, load, before), load)
+        self._findings("The books", chapters.books(self._stage, load))
+        self._console.print()
+        self._console.print(show.verdict(self._right, self._total, time.monotonic() - self._began))
+        return self._right == self._total
+
+    def _heading(self, title: str) -> None:
+        from gateway.demo import show
+
+        self._chapter += 1
+        self._console.print(show.heading(self._chapter, title))
+
+    def _count(self, good: bool) -> None:
+        self._total += 1
+        self._right += good
+
+    def _edge(self) -> None:
+        from gateway.demo import show
+        from gateway.demo.story import Story
+
+        self._heading("The edge: who and what gets in")
         outcomes = []
-        for outcome in Story(stage).play():
-            outcomes.append(outcome)
-            status.update(f"sending requests: {outcome.title}")
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("", "request", "sent", "status"):
-        table.add_column(name, no_wrap=True)
-    table.add_column("reason", ratio=1)
-    table.add_column("ms", justify="right", no_wrap=True)
-    table.add_column("bank\nsaw", justify="right", no_wrap=True)
-    for outcome in outcomes:
-        mark, colour = ("[green]✓[/]", "green" if outcome.status.startswith("2") else "yellow")
-        if not outcome.good:
-            mark, colour = "[red]✗[/]", "red"
-        reason = escape(outcome.reason)
-        if outcome.problem:
-            reason = f"[red]{escape(outcome.problem)}[/] {reason}"
-        table.add_row(
-            mark,
-            outcome.title,
-            outcome.sent,
-            f"[{colour}]{outcome.status}[/]",
-            reason,
-            f"{outcome.seconds * 1000:.1f}",
-            str(outcome.reached or "-"),
-        )
-    right = sum(outcome.good for outcome in outcomes)
-    middle = statistics.median(outcome.seconds for outcome in outcomes) * 1000
-    style = "green" if right == len(outcomes) else "red"
-    console.print(
-        Panel(
-            f"[bold {style}]{right} of {len(outcomes)} requests did what they should[/], median {middle:.1f} ms as the client sees it",
-            title="Crossway in front of a small bank",
-            border_style=style,
-            expand=False,
-        )
-    )
-    console.print(table)
-    return outcomes
+        with self._console.status("sending requests") as status:
+            for outcome in Story(self._stage).play():
+                outcomes.append(outcome)
+                self._count(outcome.good)
+                status.update(f"sending requests: {outcome.title}")
+        self._console.print(show.requests(outcomes, self._console.width))
+
+    def _payment(self) -> None:
+        from gateway.demo import show
+        from gateway.demo.journey import follow
+
+        self._heading("A payment through every hop")
+        with self._console.status("following a payment"):
+            found = follow(self._stage)
+        self._count(not found.problem)
+        self._console.print(show.journey(found, self._console.width))
+
+    def _findings(self, title: str, chapter: Iterator[Finding], load: Load | None = None) -> None:
+        from gateway.demo import chapters, show
+
+        self._heading(title)
+        told: Callable[[], str] = (lambda: f"payments: {load.since()}") if load else (lambda: "asking")
+        with self._console.status(told()) as status:
+            self._stage.watch_waiting = lambda: status.update(told())
+            for found in chapters.guarded(chapter):
+                self._count(not found.problem)
+                self._console.print(show.finding(found, self._console.width))
+            self._stage.watch_waiting = lambda: None
 
 
 def _invite(stage: Stage, console: Console) -> None:
     gateway, admin = f"http://127.0.0.1:{stage.public}", f"http://127.0.0.1:{stage.admin}"
     token = stage.token("you", ["payments:write", "payments:read"], "ES256")
     console.print(
-        f"gateway        {gateway}\n"
+        f"\nedge           {gateway}\n"
         f"status         {admin}/status\n"
         f"metrics        {admin}/metrics\n"
+        f"sidecar        http://127.0.0.1:{stage.members['payments'].admin}/metrics (of payments)\n"
         f"configuration  {stage.file}\n"
-        f"audit trail    {stage.folder / 'audit.jsonl'}\n\n"
+        f"mesh           {stage.registry.file}\n"
+        f"audit trail    {stage.folder / 'audit.jsonl'}\n"
+        f"logs           {stage.folder}/*.log\n\n"
         "Try it; the token is good for an hour:\n",
         soft_wrap=True,
     )
     print(
         f"curl -i {gateway}/v1/payments -H 'Authorization: Bearer {token}' -H 'Content-Type: application/json' "
-        '-d \'{"creditor": "DE02500105170137075030", "amount": "12.50", "currency": "EUR"}\'',
+        '-d \'{"creditor": "DE02500105170137075030", "amount": "12.50", "currency": "EUR"}\'\n',
         flush=True,
     )
+    for words in ("status", "can payments ledger POST /entries", "revoke accounts"):
+        print(f"{_command()} mesh {words} -c {stage.registry.file}", flush=True)
     console.print("\n[bold]Ctrl-C[/] ends it and removes everything.")
+
+
+def _command() -> str:
+    """How the command is called here: as installed beside this Python, said from this folder if that is shorter."""
+    installed = Path(sys.executable).with_name("crossway")
+    if not installed.exists():
+        return "crossway"
+    return str(installed.relative_to(Path.cwd()) if installed.is_relative_to(Path.cwd()) else installed)
 
 
 def _stay(stage: Stage, console: Console) -> bool:
     """Wait until Ctrl-C, which raises; return False when a child ends by itself."""
-    while not (what := stage.ended(0.5)):
-        pass
+    while not (what := stage.ended()):
+        time.sleep(STAYING)
     console.print(f"[red]demo:[/] {escape(what)}", soft_wrap=True)
     return False

@@ -1,6 +1,6 @@
-"""A small bank, a gateway in front of it, and the requests that show what the gateway does.
+"""A small bank from its edge to its ledger, and the steps that show what an edge and a mesh do for it.
 
-Strategy: everything is real and local. `bank` runs the services and the token issuer in one process of their own, `stage`
-writes a configuration and starts the gateway on it as anybody would, `story` sends requests over plain sockets and says what
-each must do. Nothing here is imported by the gateway itself; `gateway.cli.demo` shows the result.
+Strategy: everything is real and local. `services` are the bank's own, `stage` writes the configurations and starts all of it as
+anybody would; `story` (requests to the edge), `journey` (one payment through every hop) and `chapters` (denial, death, renewal) do
+things to it and say what each must come to. Nothing here is imported by the gateway itself; `show` and `gateway.cli.demo` print it.
 """

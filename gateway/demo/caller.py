@@ -96,3 +96,20 @@ class Caller:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+
+def ask(port: int, call: Call) -> Answer:
+    """Send one request over a connection of its own; raise OSError or http.client.HTTPException when there is no answer."""
+    caller = Caller(port)
+    try:
+        return caller.call(call)
+    finally:
+        caller.close()
+
+
+def responds(port: int, path: str) -> bool:
+    """Whether a page is there and says 200."""
+    try:
+        return ask(port, Call("GET", path)).status == 200
+    except (OSError, http.client.HTTPException):
+        return False

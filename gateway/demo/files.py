@@ -1,18 +1,20 @@
-"""The files that the demo writes: a configuration like a bank's edge, and a policy beside it.
+"""The files that the demo writes: an edge's configuration, a mesh's, and a policy in Python beside them.
 
-Strategy: text, not modules, because that is what they are to the gateway: it reads them from the folder of the configuration.
+Strategy: text, not modules, because that is what they are to the programs: they read them from the folder of the configuration.
 """
 
 CEILING = 1000
-RATE = 5  # requests per second and client
+RATE = 5  # requests per second and client, of accounts
 BURST = 20
 
-CONFIGURATION = """\
-# Made by `crossway demo`. Try: crossway check -c {file}
+EDGE = """\
+# Made by `crossway demo`. Try: crossway check -c {folder}/edge.yaml
 version: 1
-workers: auto
+workers: 2
 
 admin: {{bind: "127.0.0.1:{admin}"}}
+
+mesh: {{service: edge, control: "https://127.0.0.1:{control}", token: edge.token, state: edge.state}}
 
 listeners:
   public:
@@ -20,22 +22,21 @@ listeners:
     timeouts: {{head: 10s, body: 30s, keepalive: 75s}}
     limits: {{head: 32KiB, fields: 100, target: 8KiB, body: 1MiB}}
 
-upstreams:
+upstreams:                              # members of the mesh: found by name, proven by certificate
   payments:
-    targets: ["127.0.0.1:{ports[payments]}"]
-    timeouts: {{connect: 2s, head: 15s, idle: 30s, total: 60s}}
-  accounts:
-    targets:
-      - "127.0.0.1:{ports[accounts-1]}"
-      - {{address: "127.0.0.1:{ports[accounts-2]}", weight: 2}}
+    service: payments
+    timeouts: {{connect: 2s, head: 20s, idle: 30s, total: 60s}}
+  accounts: {{service: accounts}}
 
 policies:
   bank-token:
     jwt:
       issuer: {issuer}
       audience: {audience}
-      keys: http://127.0.0.1:{ports[auth]}/.well-known/jwks.json
+      keys: http://127.0.0.1:{auth}/.well-known/jwks.json
       algorithms: [RS256, ES256]
+  till:
+    rate_limit: {{key: client, rate: 500/s, burst: 500}}
   per-client:
     rate_limit: {{key: client, rate: {rate}/s, burst: {burst}}}
   ceiling:
@@ -46,7 +47,7 @@ policies:
 routes:
   - name: create-payment
     match: {{path: /v1/payments, methods: [POST]}}
-    policies: [bank-token, {{scopes: [payments:write]}}, per-client, ceiling, trail]
+    policies: [bank-token, {{scopes: [payments:write]}}, till, ceiling, trail]
     upstream: payments
   - name: read-payment
     match: {{path: "/v1/payments/{{id}}", methods: [GET]}}
@@ -59,6 +60,38 @@ routes:
   - name: public
     match: {{prefix: /public}}
     upstream: accounts
+"""
+
+MESH = """\
+# Made by `crossway demo`. Try: crossway mesh status -c {folder}/mesh.yaml
+version: 1
+trust_domain: bank.test
+
+control:
+  bind: "127.0.0.1:{control}"
+  admin: "127.0.0.1:{control_admin}"
+  state: mesh.db
+  ca: ca
+  heartbeat: 8s
+
+certificates: {{lifetime: {lifetime}}}
+
+services:
+  edge: {{}}
+  payments: {{timeout: 20s}}
+  accounts: {{timeout: 20s}}
+  ledger:
+    timeout: 10s
+    retries: {{attempts: 2, on: [connect-failure, reset, 502, 503], idempotency_key: true}}
+
+authorization:
+  default: deny
+  rules:
+    - {{name: edge-makes-payments, from: [edge], to: payments, methods: [POST], prefix: /v1/payments, claims: {{scope: "payments:write"}}}}
+    - {{name: edge-reads-payments, from: [edge], to: payments, methods: [GET], prefix: /v1/payments}}
+    - {{name: edge-to-accounts, from: [edge], to: accounts, methods: [GET]}}
+    - {{name: payments-writes-entries, from: [payments], to: ledger, methods: [POST], prefix: /entries}}
+    - {{name: accounts-reads-balance, from: [accounts], to: ledger, methods: [GET], prefix: /balance}}
 """
 
 POLICY = '''\

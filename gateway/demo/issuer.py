@@ -1,7 +1,7 @@
 """The bank's token issuer: one RSA and one P-256 key, their public halves as a JWKS, and tokens signed with them.
 
-Strategy: keys are made when the issuer starts and live only in its process. Tokens follow RFC 9068 (`typ` at+jwt, client_id,
-scope), which is what the gateway's `jwt` policy reads.
+Strategy: keys are made when the issuer starts and live only in its process, a uvicorn of its own. Tokens follow RFC 9068 (`typ`
+at+jwt, client_id, scope), which is what the gateway's `jwt` policy reads.
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ from typing import Any
 import jwt
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from jwt.algorithms import ECAlgorithm, RSAAlgorithm
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 ISSUER = "https://auth.bank.test"
 AUDIENCE = "payments"
@@ -53,3 +57,16 @@ class Issuer:
         }
         key = self._rsa if algorithm == "RS256" else self._p256
         return jwt.encode(claims, key, algorithm, headers={"kid": f"bank-{algorithm.lower()}", "typ": "at+jwt"})
+
+
+def auth() -> Starlette:
+    """Return the issuer's service: its keys, and a token for whoever asks."""
+    issuer = Issuer()
+
+    async def keys(_request: Request) -> Response:
+        return JSONResponse(issuer.jwks())
+
+    async def token(request: Request) -> Response:
+        return JSONResponse({"access_token": issuer.token(**await request.json()), "token_type": "Bearer"})
+
+    return Starlette(routes=[Route("/.well-known/jwks.json", keys), Route("/token", token, methods=["POST"])])

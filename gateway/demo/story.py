@@ -1,7 +1,7 @@
-"""The requests of the demo, in order, and what each must do.
+"""The requests that show the edge, in order, and what each must do.
 
-Strategy: a step sends one request (or a burst), compares the status, reads its evidence from the answer, and asks the bank how
-many requests it saw meanwhile: an accepted request must have arrived, a refused one must not. What fails is named; nothing
+Strategy: a step sends one request (or a burst), compares the status, reads its evidence from the answer, and looks into the services' logs
+how many requests they saw meanwhile: an accepted request must have arrived, a refused one must not. What fails is named; nothing
 stops the story, so that all of it is seen.
 """
 
@@ -57,7 +57,7 @@ def booked(answer: Answer) -> str:
     """Return what the bank did with the payment."""
     payment = answer.json()
     require(payment.get("status") == "booked", "the payment is not booked")
-    return f"payment {payment['id']}, entry {payment['entry']} of the ledger"
+    return f"{payment['id']}, entry {payment['entry']} ({payment['ledger']})"
 
 
 def refusal(answer: Answer) -> str:
@@ -128,7 +128,7 @@ class Story:
             "public page, no token",
             200,
             Call("GET", "/public/rates"),
-            lambda answer: f"from {answer.json()['instance']}",
+            lambda answer: f"EUR/USD {answer.json()['EUR/USD']}",
         )
 
     def _bad_tokens(self) -> Iterator[Outcome]:
