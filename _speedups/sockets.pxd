@@ -115,7 +115,7 @@ cdef extern from *:
             if (b[i] >= 100) *p++ = (char)('0' + b[i] / 100);
             if (b[i] >= 10) *p++ = (char)('0' + b[i] / 10 % 10);
             *p++ = (char)('0' + b[i] % 10);
-            *p++ = i < 3 ? '.' : '\0';
+            *p++ = (char)(i < 3 ? '.' : 0);
         }
         return (int)(p - out) - 1;
     }
