@@ -39,6 +39,8 @@ def run(parsed: argparse.Namespace) -> int:
     async def work(mesh: MeshFile, store: Store) -> int:
         from gateway.mesh.ca import Ca, CaError
 
+        if mesh.control.spire is not None:
+            raise ValueError("the roots of this mesh are SPIRE's, which changes them itself")
         ca = Ca(mesh.control.ca, mesh.trust_domain).open(make=False)
         if parsed.step == "prepare":
             number = ca.prepare(parsed.root_key)

@@ -34,6 +34,8 @@ def run(parsed: argparse.Namespace) -> int:
 
         if parsed.service not in mesh.services:
             raise ValueError(f"{parsed.service} is not a service of {parsed.config}: there are {', '.join(mesh.services)}")
+        if mesh.control.spire is not None:
+            raise ValueError("certificates of this mesh come from SPIRE: a registration entry lets an instance join, not a token")
         life = parse_duration(parsed.life)
         if not 1 <= life <= LONGEST:
             raise ValueError("--life is between 1s and 1d")

@@ -246,6 +246,8 @@ class Pages:
 
 
 async def crl_of(plane: ControlPlane) -> Response:
+    if plane.ca.external:
+        return _json({"error": "the authority is SPIRE's, and so would be its list: members have the deny list"}, 404)
     serials = await revocation.revoked_serials(plane.store, plane.deny)
     return Response(plane.ca.revocations(serials, CRL_LIFE), media_type="application/x-pem-file")
 

@@ -120,6 +120,21 @@ class Ca:
         seen = [(str(each), stat.st_mtime_ns, stat.st_ino) for each in files if (stat := _stat(each)) is not None]
         return hashlib.sha256(repr(seen).encode()).hexdigest()
 
+    external = False  # whether another authority issues
+
+    @property
+    def root_offline(self) -> bool:
+        return self.active.offline
+
+    def ends(self) -> Iterator[tuple[int, str, float]]:
+        """Yield (generation, which certificate, when it ends)."""
+        for number, each in self.generations.items():
+            yield number, "root", each.root.not_valid_after_utc.timestamp()
+            yield number, "issuing", each.issuing.not_valid_after_utc.timestamp()
+
+    async def follow(self) -> None:
+        """Nothing comes by itself: the folder is looked at."""
+
     @property
     def active(self) -> Generation:
         return self.generations[self.active_number]
