@@ -25,8 +25,9 @@ from gateway.config.mesh_load import load_mesh
 from gateway.errors import ConfigError
 from gateway.mesh import documents, revocation
 from gateway.mesh.assign import Assignments, World, content_of
-from gateway.mesh.ca import Ca, CaError
+from gateway.mesh.ca import Ca
 from gateway.mesh.control_metrics import Metrics
+from gateway.mesh.keys import CaError
 from gateway.mesh.kubernetes import Clusters
 from gateway.mesh.peers import Peers
 from gateway.mesh.probe import Prober
@@ -226,7 +227,7 @@ class ControlPlane:
         except ConfigError as error:
             self._refuse(error)
             return
-        fixed = ("bind", "admin", "probes", "state", "ca", "heartbeat", "requests", "spire")
+        fixed = ("bind", "admin", "probes", "state", "ca", "heartbeat", "requests", "spire", "keys")
         if own.trust_domain != self.own.trust_domain:
             self.file_error = "trust_domain: cannot change while members live in it"
             log.error("the mesh's file is refused, the old one goes on", extra={"reason": self.file_error})

@@ -20,7 +20,8 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from gateway._speedups.certificates import Certificate, parse_certificates
-from gateway.mesh.ca import BadRequest, Ca, CaError, Issued
+from gateway.mesh.ca import BadRequest, Ca, Issued
+from gateway.mesh.keys import CaError, keys_of
 from gateway.mesh.spiffe import control_id
 from gateway.mesh.spire import check
 from gateway.mesh.workload_api import Agent, AgentError, Shown, agent_at, follow
@@ -137,7 +138,7 @@ def _native(each: Shown) -> Certificate:
 async def open_authority(mesh: MeshFile) -> Ca | SpireAuthority:
     """Return the authority that the file names, ready. Raises CaError."""
     if mesh.control.spire is None:
-        return Ca(mesh.control.ca, mesh.trust_domain).open()
+        return Ca(mesh.control.ca, mesh.trust_domain, keys_of(mesh)).open()
     try:
         agent = agent_at(None if mesh.control.spire == "env" else mesh.control.spire)
     except ValueError as error:
