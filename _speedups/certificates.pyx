@@ -410,8 +410,8 @@ def parse_certificates(bytes pem not None, bint strict=True) -> list:
     return certificates
 
 
-def chain_fault(list chain not None, list authorities not None) -> str | None:
-    """Why the certificate chain[0] does not lead, over the others, to one of `authorities` now; None when it does."""
+def chain_fault(list chain not None, list authorities not None, long long at=0) -> str | None:
+    """Why the certificate chain[0] does not lead, over the others, to one of `authorities` now, or at a unix time; None when it does."""
     cdef Certificate each
     cdef X509_STORE* store = X509_STORE_new()
     cdef X509_STORE_CTX* context = X509_STORE_CTX_new()
@@ -429,6 +429,8 @@ def chain_fault(list chain not None, list authorities not None) -> str | None:
         each = chain[0]
         if X509_STORE_CTX_init(context, store, <X509*>each.x509, others) != 1:
             raise MemoryError
+        if at:
+            X509_STORE_CTX_set_time(context, 0, at)
         if X509_verify_cert(context) == 1:
             return None
         error = X509_STORE_CTX_get_error(context)

@@ -5,6 +5,7 @@ modules see their classes, whose fields are plain pointers. Python is called fro
 """
 
 from libc.stdint cimport int64_t, uint64_t
+from libc.time cimport time_t
 
 cdef extern from "openssl/ssl.h":
     ctypedef struct SSL:
@@ -190,6 +191,7 @@ cdef extern from "openssl/x509v3.h":
     X509_STORE_CTX* X509_STORE_CTX_new()
     void X509_STORE_CTX_free(X509_STORE_CTX* context)
     int X509_STORE_CTX_init(X509_STORE_CTX* context, X509_STORE* store, X509* leaf, stack_st_X509* chain)
+    void X509_STORE_CTX_set_time(X509_STORE_CTX* context, unsigned long flags, time_t t)
     int X509_verify_cert(X509_STORE_CTX* context)
     int X509_STORE_CTX_get_error(X509_STORE_CTX* context)
     void* X509_get_ext_d2i(const X509* certificate, int nid, int* critical, int* index)

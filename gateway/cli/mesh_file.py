@@ -29,7 +29,7 @@ def add_file(parser: argparse.ArgumentParser) -> None:
 def guarded(work: Callable[[], int]) -> int:
     """Run a command; tell what it cannot do: 2 for the file or the command line, 1 for the rest."""
     from gateway.errors import ConfigError
-    from gateway.mesh.ca import CaError
+    from gateway.mesh.keys import CaError
     from gateway.mesh.store import StoreError
 
     try:

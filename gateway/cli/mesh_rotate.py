@@ -37,9 +37,12 @@ def register(subparsers: Subparsers) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     async def work(mesh: MeshFile, store: Store) -> int:
-        from gateway.mesh.ca import Ca, CaError
+        from gateway.mesh.ca import Ca
+        from gateway.mesh.keys import CaError, keys_of
 
-        ca = Ca(mesh.control.ca, mesh.trust_domain).open(make=False)
+        if mesh.control.spire is not None:
+            raise ValueError("the roots of this mesh are SPIRE's, which changes them itself")
+        ca = Ca(mesh.control.ca, mesh.trust_domain, keys_of(mesh)).open(make=False)
         if parsed.step == "prepare":
             number = ca.prepare(parsed.root_key)
             crossed = "" if ca.generations[number].cross else "; the active root's key is not there, so members that are away now must come back before `activate`"

@@ -29,6 +29,7 @@ def register(subparsers: Subparsers) -> None:
     parser.add_argument("--join-key", metavar="FILE", help="its key; default: in the file of --join-cert")
     parser.add_argument("--join-kubernetes", metavar="FILE", help="instead of a token: this pod's service account token, from a projected volume")
     parser.add_argument("--control-ca", metavar="FILE", help="the root of the mesh, for --join-cert and --join-kubernetes")
+    parser.add_argument("--spire", nargs="?", const="", metavar="SOCKET", help="instead of both: certificate and roots come from the SPIFFE agent there (unix:PATH); without SOCKET: at $SPIFFE_ENDPOINT_SOCKET")
     parser.add_argument("--local", action="append", default=[], type=_local, metavar="SERVICE=HOST:PORT", help="a port of its own for one service; may be repeated")
     parser.add_argument("--admin", type=_loopback, metavar="HOST:PORT", help="/livez, /readyz, /metrics and /status, on loopback")
     parser.add_argument("--probes", type=_address, metavar="HOST:PORT", help="/livez, /startz, /readyz and /metrics for an orchestrator, on any address")
@@ -117,7 +118,7 @@ def _seconds(text: str) -> float:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    ways = [name for name in ("token", "join_cert", "join_kubernetes") if getattr(parsed, name) is not None]
+    ways = [name for name in ("token", "join_cert", "join_kubernetes", "spire") if getattr(parsed, name) is not None]
     if len(ways) > 1:
         print(f"crossway: {' and '.join('--' + each.replace('_', '-') for each in ways)}: one way to join is enough", file=sys.stderr)
         return 2
@@ -133,12 +134,21 @@ def run(parsed: argparse.Namespace) -> int:
     from gateway.server.sidecar import Setup, address
     from gateway.server.sidecar import run as sidecar
 
+    agent = None
+    if parsed.spire is not None:
+        from gateway.mesh.workload_api import agent_at
+
+        try:
+            agent = agent_at(parsed.spire)
+        except ValueError as error:
+            print(f"crossway: {error}", file=sys.stderr)
+            return 2
     logs.set_up(level=parsed.log_level)
     return sidecar(
         Setup(
             service=parsed.service, app=parsed.app, inbound=parsed.inbound, outbound=parsed.outbound, control=parsed.control,
             state=parsed.state, token=parsed.token, ports=dict(parsed.local), admin=parsed.admin, zone=parsed.zone,
-            pair=None if parsed.join_cert is None else (parsed.join_cert, parsed.join_key or parsed.join_cert), control_ca=parsed.control_ca,
+            pair=None if parsed.join_cert is None else (parsed.join_cert, parsed.join_key or parsed.join_cert), control_ca=parsed.control_ca, agent=agent,
             pod=parsed.join_kubernetes, probes=parsed.probes, app_probes=dict(parsed.app_probe),
             labels=dict(parsed.label), external_certs=dict(parsed.external_cert), egress_audit=parsed.egress_audit,
             advertise=None if parsed.advertise is None else address(*parsed.advertise),

@@ -31,13 +31,16 @@ def run(parsed: argparse.Namespace) -> int:
         from gateway.config.values import parse_duration
         from gateway.mesh import tokens
         from gateway.mesh.ca import Ca
+        from gateway.mesh.keys import keys_of
 
         if parsed.service not in mesh.services:
             raise ValueError(f"{parsed.service} is not a service of {parsed.config}: there are {', '.join(mesh.services)}")
+        if mesh.control.spire is not None:
+            raise ValueError("certificates of this mesh come from SPIRE: a registration entry lets an instance join, not a token")
         life = parse_duration(parsed.life)
         if not 1 <= life <= LONGEST:
             raise ValueError("--life is between 1s and 1d")
-        ca = Ca(mesh.control.ca, mesh.trust_domain).open()
+        ca = Ca(mesh.control.ca, mesh.trust_domain, keys_of(mesh)).open()
         line = await tokens.make(store, parsed.service, ca.root_digest, life)
         if parsed.out:
             handle = os.open(parsed.out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)

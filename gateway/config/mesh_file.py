@@ -25,6 +25,7 @@ from pydantic import (
 from gateway.config.base import Model, Shorthand, listed, needed, part, setting
 from gateway.config.conditions import Condition
 from gateway.config.mesh_external import External
+from gateway.config.mesh_member import SpireText
 from gateway.config.mesh_traffic import MOST, ServiceCanary, ServiceSplit, check_traffic
 from gateway.config.resilience import BalanceSettings, RetrySettings
 from gateway.config.shaping import StickyKey
@@ -188,6 +189,23 @@ class Probe(Model):
         return self
 
 
+class Pkcs11(Model):
+    """A token behind PKCS #11."""
+
+    module: FilePath = needed("the vendor's library, such as /usr/lib/softhsm/libsofthsm2.so")
+    token: Text = needed("the token's label")
+    pin_file: FilePath = needed("a file that holds the user's PIN, 0600")
+    holds: Annotated[tuple[Literal["root", "issuing"], ...], listed("root or issuing"), Field(min_length=1)] = setting(
+        ["root", "issuing"], "which keys are made there; others are files"
+    )
+
+
+class KeySettings(Model):
+    """Where the authority's private keys are."""
+
+    pkcs11: Pkcs11 = needed("in a token behind PKCS #11 (an HSM); `pip install 'crossway[pkcs11]'`")
+
+
 class Control(Model):
     """The control plane itself."""
 
@@ -197,7 +215,9 @@ class Control(Model):
     state: StatePlace = setting("mesh.db", "SQLite file, or postgresql:// URL when several control planes share it")
     ca: FilePath = setting("ca", "folder of the authority's certificates and keys; made at the first start")
     source: Literal["file", "state"] = setting("file", "what counts: this file, or the document of `crossway mesh apply` in the state (all but `control`)")
+    keys: KeySettings | None = setting(None, "where the authority's new keys are made; default: files in `ca`")
     join: Join | None = setting(None, "joining by a certificate of the bank's PKI or as a pod; default: by token only")
+    spire: SpireText | None = setting(None, "certificates of members and of the control plane come from SPIRE: the agent's socket, unix:PATH or env; default: from `ca`")
     requests: RateText = setting("50/s", "certificate requests that are answered; 429 above it")
     heartbeat: Deadline = setting("15s", "without a word of an instance: out of the registry")
     probe: Annotated[Probe | None, BeforeValidator(_probe), _OrOff()] = setting({}, "looking whether instances can be reached, or `off`")
@@ -209,6 +229,8 @@ class Control(Model):
             raise fault("members of a mesh connect over TCP", "write address:port", at=("bind",))
         if self.probes is not None and self.probes.unix:
             raise fault("an orchestrator asks over TCP", "write address:port", at=("probes",))
+        if self.spire is not None and (other := next((name for name in ("join", "ca", "keys") if name in self.model_fields_set), None)):
+            raise fault(f"both `spire` and `{other}`", "with SPIRE nobody joins and nothing is issued here", at=(other,))
         if self.admin is not None and not self.admin.unix and not self.admin.loopback:
             raise fault("not on loopback", "these pages ask nobody who he is: 127.0.0.1:PORT or unix:PATH", at=("admin",))
         return self

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from gateway._speedups.certificates import TlsError, parse_certificates
 from gateway.config.load import _sorted, _translate
-from gateway.config.mesh_file import EVERYBODY, KubernetesJoin, MeshFile
+from gateway.config.mesh_file import EVERYBODY, KubernetesJoin, MeshFile, Pkcs11
 from gateway.config.mesh_traffic import warn_traffic
 from gateway.config.source import Document, Path_
 from gateway.errors import ConfigError, Problem
@@ -54,6 +54,8 @@ def load_mesh(path: str | Path, content: bytes | None = None, name: str = "") ->
             _check_cluster(document, number, cluster)
     if mesh is not None:
         _check_external(document, mesh)
+    if mesh is not None and mesh.control.keys is not None:
+        _check_token(document, mesh.control.keys.pkcs11)
     if mesh is None or any(problem.severity == "error" for problem in document.problems):
         raise ConfigError(_sorted(document.problems))
     mesh._document = document
@@ -149,6 +151,19 @@ def _check_external(document: Document, mesh: MeshFile) -> None:
             taken.setdefault(host, f"of external {name}")
         if external.tls.ca is not None:
             external._authorities = _check_roots(document, ("external", name, "tls", "ca"), external.tls.ca)
+
+
+def _check_token(document: Document, settings: Pkcs11) -> None:
+    """Report files that are not there or that others may read; nobody logs in for a check."""
+    at = ("control", "keys", "pkcs11")
+    for key, path in (("module", settings.module), ("pin_file", settings.pin_file)):
+        try:
+            mode = path.stat().st_mode
+        except OSError as error:
+            document.report((*at, key), f"cannot be read: {error.strerror}", "the vendor's library" if key == "module" else "a file that holds the PIN, 0600")
+            continue
+        if key == "pin_file" and mode & 0o077:
+            document.report((*at, key), "others may read it, and it holds a PIN", f"chmod 0600 {path}")
 
 
 def _check_names(document: Document) -> None:

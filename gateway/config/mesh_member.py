@@ -7,6 +7,7 @@ that works for other upstreams works here.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -41,6 +42,26 @@ def parse_control(raw: Any) -> str:
     return text.rstrip("/")
 
 
+
+def parse_spire(raw: Any) -> str:
+    """Return the address of a SPIFFE agent; `env` stands for SPIFFE_ENDPOINT_SOCKET, read when it is needed."""
+    hint = "write unix:/run/spire/agent.sock, tcp://127.0.0.1:PORT, or env for SPIFFE_ENDPOINT_SOCKET"
+    text = text_of(raw, "expected the address of a SPIFFE agent", hint)
+    if text == "env" or re.fullmatch(r"unix:(?://)?/[^\0?#]+", text):
+        return text
+    match = re.fullmatch(r"tcp://(?:\[([0-9a-fA-F:.]+)\]|([0-9.]+)):([0-9]{1,5})/?", text)
+    try:
+        if match is None or not 0 < int(match[3]) < 65536:
+            raise ValueError
+        ipaddress.ip_address(match[1] or match[2])
+    except ValueError:
+        raise fault("not the address of a SPIFFE agent", hint) from None
+    return text
+
+
+SpireText = Annotated[str, BeforeValidator(parse_spire), WithJsonSchema({"type": "string", "x-is": "unix:PATH or env"})]
+
+
 class Mesh(Model):
     """The gateway as a member of a service mesh."""
 
@@ -54,9 +75,11 @@ class Mesh(Model):
     kubernetes: FilePath | None = setting(None, "instead of a token: this pod's service account token, from a projected volume")
     control_ca: FilePath | None = setting(None, "the root of the mesh, for `certificate` and `kubernetes`")
 
+    spire: SpireText | None = setting(None, "instead of all of these: certificate and roots come from the SPIFFE agent at this socket, unix:PATH or env (SPIFFE_ENDPOINT_SOCKET)")
+
     @model_validator(mode="after")
     def _one_way_in(self) -> Self:
-        ways = [name for name in ("certificate", "token", "kubernetes") if getattr(self, name) is not None]
+        ways = [name for name in ("certificate", "token", "kubernetes", "spire") if getattr(self, name) is not None]
         if len(ways) > 1:
             raise fault(f"both `{ways[0]}` and `{ways[1]}`", "keep one of them", at=(ways[1],))
         if self.control_ca is None and ways in (["certificate"], ["kubernetes"]):

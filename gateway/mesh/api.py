@@ -22,9 +22,10 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from gateway.config.values import Rate
 from gateway.mesh import revocation, tokens
-from gateway.mesh.ca import BadRequest, CaError, Issued
+from gateway.mesh.ca import BadRequest, Issued
 from gateway.mesh.control import ControlPlane
 from gateway.mesh.documents_api import PATH, Documents
+from gateway.mesh.keys import CaError
 from gateway.mesh.limit import Bucket, Buckets
 from gateway.mesh.peers import Peer
 from gateway.mesh.pod import BadPod
@@ -246,6 +247,8 @@ class Pages:
 
 
 async def crl_of(plane: ControlPlane) -> Response:
+    if plane.ca.external:
+        return _json({"error": "the authority is SPIRE's, and so would be its list: members have the deny list"}, 404)
     serials = await revocation.revoked_serials(plane.store, plane.deny)
     return Response(plane.ca.revocations(serials, CRL_LIFE), media_type="application/x-pem-file")
 

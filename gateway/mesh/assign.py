@@ -131,6 +131,7 @@ class Prepared:
     body: dict[str, Any]
     signature: str
     whole: str  # the message
+    seal: int  # by which of the keys it is signed
     deltas: dict[int, str] = field(default_factory=dict)  # by base
     frames: dict[int, bytes] = field(default_factory=dict)  # the same as WebSocket frames; 0: the whole
 
@@ -141,6 +142,11 @@ class Assignments:
     def __init__(self, sign: Callable[[dict[str, Any]], str]) -> None:
         self.sign = sign
         self._kept: dict[str, OrderedDict[int, Prepared]] = {}
+        self._seal = 0
+
+    def sign_anew(self) -> None:
+        """The key is another: what was made counts as changed, and goes out again as a small delta."""
+        self._seal += 1
 
     def current(self, service: str) -> Prepared | None:
         kept = self._kept.get(service)
@@ -148,14 +154,14 @@ class Assignments:
 
     def changed(self, service: str, content: dict[str, Any]) -> bool:
         now = self.current(service)
-        return now is None or now.content != content
+        return now is None or now.seal != self._seal or now.content != content
 
     def put(self, service: str, content: dict[str, Any], version: int) -> Prepared:
         """Make a version the present one."""
         body = {**content, "version": version, "issued": int(time.time())}
         signature = self.sign(body)
         message = {"type": "assignment", "version": version, "assignment": body, "signature": signature}
-        prepared = Prepared(version, content, body, signature, _text(message))
+        prepared = Prepared(version, content, body, signature, _text(message), self._seal)
         kept = self._kept.setdefault(service, OrderedDict())
         kept[version] = prepared
         while len(kept) > REMEMBERED:

@@ -40,8 +40,10 @@ class Assignment:
     def bundle(self) -> bytes:
         return str(self.body["bundle"]).encode("ascii")
 
-    def dump(self) -> bytes:
-        return json.dumps({"version": self.version, "assignment": self.body, "signature": self.signature}).encode()
+    def dump(self, roots: str | None = None) -> bytes:
+        """Return it as it is kept; with the roots by which it was verified, where those and the signer's certificate may be gone before it."""
+        kept = {"version": self.version, "assignment": self.body, "signature": self.signature}
+        return json.dumps(kept if roots is None else kept | {"roots": roots}).encode()
 
 
 def canonical(body: dict[str, Any]) -> bytes:
@@ -49,8 +51,8 @@ def canonical(body: dict[str, Any]) -> bytes:
     return json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
-def take(message: dict[str, Any], before: Assignment | None, roots: list[Certificate], domain: str, service: str) -> Assignment:
-    """Return the assignment that a message of the stream (or the file of one) makes of `before`. Raises Refused."""
+def take(message: dict[str, Any], before: Assignment | None, roots: list[Certificate], domain: str, service: str, at: int = 0) -> Assignment:
+    """Return the assignment that a message of the stream (or the file of one) makes of `before`, verified now or `at` a unix time. Raises Refused."""
     try:
         version = message["version"]
         if message.get("type") == "delta":
@@ -65,7 +67,7 @@ def take(message: dict[str, Any], before: Assignment | None, roots: list[Certifi
         signature = message["signature"]
         if not isinstance(version, int) or not isinstance(body, dict) or not isinstance(signature, str):
             raise Refused("the message is no assignment")
-        verify(body, signature, roots)
+        verify(body, signature, roots, domain, at)
         _check(body, version, before, domain, service)
     except (KeyError, TypeError, AttributeError) as error:
         raise Refused(f"the message is no assignment: {error!r}") from None
@@ -94,7 +96,7 @@ def _check(body: dict[str, Any], version: int, before: Assignment | None, domain
         raise Refused(f"the bundle cannot be used: {error}") from None
 
 
-def verify(body: dict[str, Any], signature: str, roots: list[Certificate]) -> None:
+def verify(body: dict[str, Any], signature: str, roots: list[Certificate], domain: str, at: int = 0) -> None:
     """Check the detached JWS over an assignment against the roots. Raises Refused."""
     try:
         protected, empty, seal = signature.split(".")
@@ -108,9 +110,9 @@ def verify(body: dict[str, Any], signature: str, roots: list[Certificate]) -> No
         raw = _bytes(seal)
     except (ValueError, KeyError, TypeError, AttributeError, binascii.Error) as error:
         raise Refused(f"the signature cannot be read: {error}") from None
-    if fault := chain_fault(chain, roots):
+    if fault := chain_fault(chain, roots, at):
         raise Refused(f"the signature's certificate is not of this mesh: {fault}")
-    if fault := control_fault(chain[0]):
+    if fault := control_fault(chain[0], domain):
         raise Refused(f"the signature is not the control plane's: {fault}")
     if not chain[0].verify(signed, raw):
         raise Refused("the signature is wrong")

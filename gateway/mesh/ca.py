@@ -28,6 +28,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from gateway.mesh.keys import CaError, Key, Keys, key_pem
 from gateway.mesh.spiffe import authority_id, control_id, service_id
 
 DAY = 86400
@@ -35,11 +36,6 @@ ROOT_LIFE, ISSUING_LIFE = 3650 * DAY, 365 * DAY  # seconds
 SKEW = 60  # seconds that a certificate begins in the past, and at most a tenth of its life: clocks differ, and half of a life is due for renewal
 MOST_REQUEST = 16 << 10  # bytes of a certificate request
 PEM = serialization.Encoding.PEM
-Key = ec.EllipticCurvePrivateKey
-
-
-class CaError(Exception):
-    """The authority cannot do this; the text says why."""
 
 
 class BadRequest(CaError):
@@ -77,8 +73,9 @@ class Generation:
 class Ca:
     """The authority of one trust domain in `folder`. Raises CaError when the folder cannot be used."""
 
-    def __init__(self, folder: Path, domain: str) -> None:
+    def __init__(self, folder: Path, domain: str, keys: Keys | None = None) -> None:
         self.folder = folder
+        self.keys = keys or Keys()
         self.domain = domain
         self.generations: dict[int, Generation] = {}
         self.active_number = 0
@@ -120,6 +117,21 @@ class Ca:
         seen = [(str(each), stat.st_mtime_ns, stat.st_ino) for each in files if (stat := _stat(each)) is not None]
         return hashlib.sha256(repr(seen).encode()).hexdigest()
 
+    external = False  # whether another authority issues
+
+    @property
+    def root_offline(self) -> bool:
+        return self.active.offline
+
+    def ends(self) -> Iterator[tuple[int, str, float]]:
+        """Yield (generation, which certificate, when it ends)."""
+        for number, each in self.generations.items():
+            yield number, "root", each.root.not_valid_after_utc.timestamp()
+            yield number, "issuing", each.issuing.not_valid_after_utc.timestamp()
+
+    async def follow(self) -> None:
+        """Nothing comes by itself: the folder is looked at."""
+
     @property
     def active(self) -> Generation:
         return self.generations[self.active_number]
@@ -156,7 +168,7 @@ class Ca:
         """Return (chain and key, PEM; when it ends) for TLS: every root is in the chain, since whoever joins looks for the one he knows."""
         key, chain = self.control_pair(lifetime)
         roots = [self.active.root, *(each.root for number, each in self.generations.items() if number != self.active_number)]
-        return "".join(map(_pem, (*chain, *roots))).encode() + _key_pem(key), _unix(chain[0].not_valid_after_utc)
+        return "".join(map(_pem, (*chain, *roots))).encode() + key_pem(key), _unix(chain[0].not_valid_after_utc)
 
     def revocations(self, serials: Iterable[tuple[str, int]], life: float) -> str:
         """Return the CRL of the active generation, PEM, for (serial, unix time of revocation)."""
@@ -244,7 +256,7 @@ class Ca:
         path = path or self.folder / str(of.number) / "root.key"
         if not path.exists():
             return None
-        key = _read_key(path)
+        key = self.keys.read(path)
         if _spki(key.public_key()) != _spki(of.root.public_key()):
             raise CaError(f"{path}: not the key of generation {of.number}'s root")
         return key
@@ -254,10 +266,10 @@ class Ca:
         fresh = self.folder / f".new-{number}"
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(mode=0o700)
-        key = ec.generate_private_key(ec.SECP256R1())
+        key, content = self.keys.make("root")
         name = _name(self.domain, f"root {number}")
         root = _authority(name, name, key.public_key(), key, self.domain, ROOT_LIFE, None)
-        _write(fresh / "root.key", _key_pem(key))
+        _write(fresh / "root.key", content)
         _write(fresh / "root.crt", _pem(root).encode())
         if before is not None and before_key is not None:
             life = before.root.not_valid_after_utc.timestamp() - time.time()
@@ -268,23 +280,25 @@ class Ca:
 
     def _make_issuing(self, folder: Path, root: x509.Certificate, root_key: Key) -> None:
         """Key and certificate are one file, so that one rename changes both."""
-        key = ec.generate_private_key(ec.SECP256R1())
+        key, content = self.keys.make("issuing")
         name = _name(self.domain, f"issuing {time.time_ns() // 1_000_000_000:x}")
         life = min(ISSUING_LIFE, root.not_valid_after_utc.timestamp() - time.time())
         issuing = _authority(name, root.subject, key.public_key(), root_key, self.domain, life, 0)
         _write(folder / "issuing.crt", _pem(issuing).encode())
-        _write(folder / "issuing.key", _pem(issuing).encode() + _key_pem(key))
+        _write(folder / "issuing.key", _pem(issuing).encode() + content)
 
     def _read(self, folder: Path) -> Generation:
         issuing = x509.load_pem_x509_certificate((folder / "issuing.key").read_bytes())
         cross = folder / "cross.crt"
         found = Generation(
-            int(folder.name), x509.load_pem_x509_certificate((folder / "root.crt").read_bytes()), issuing, _read_key(folder / "issuing.key"),
+            int(folder.name), x509.load_pem_x509_certificate((folder / "root.crt").read_bytes()), issuing, self.keys.read(folder / "issuing.key"),
             x509.load_pem_x509_certificate(cross.read_bytes()) if cross.exists() else None, not (folder / "root.key").exists(),
         )  # fmt: skip
         uris = found.root.extensions.get_extension_for_class(x509.SubjectAlternativeName).value.get_values_for_type(x509.UniformResourceIdentifier)
         if uris != [authority_id(self.domain)]:
             raise CaError(f"{folder}: the authority is that of {uris}, the file says {self.domain}")
+        if _spki(found.key.public_key()) != _spki(issuing.public_key()):
+            raise CaError(f"{folder}: the key is not the issuing certificate's")
         try:
             found.issuing.verify_directly_issued_by(found.root)
         except (ValueError, InvalidSignature):
@@ -350,10 +364,6 @@ def _pem(certificate: x509.Certificate) -> str:
     return certificate.public_bytes(PEM).decode("ascii")
 
 
-def _key_pem(key: Key) -> bytes:
-    return key.private_bytes(PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-
-
 def _spki(public: object) -> bytes:
     assert isinstance(public, ec.EllipticCurvePublicKey)
     return public.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
@@ -368,15 +378,6 @@ def _stat(path: Path) -> os.stat_result | None:
         return path.stat()
     except OSError:
         return None
-
-
-def _read_key(path: Path) -> Key:
-    if path.stat().st_mode & 0o077:
-        raise CaError(f"{path}: others may read it; chmod 0600 {path}")
-    key = serialization.load_pem_private_key(path.read_bytes(), None)
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise CaError(f"{path}: not an ECDSA key")
-    return key
 
 
 def _make_folder(folder: Path) -> None:

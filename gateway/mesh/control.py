@@ -25,13 +25,15 @@ from gateway.config.mesh_load import load_mesh
 from gateway.errors import ConfigError
 from gateway.mesh import documents, revocation
 from gateway.mesh.assign import Assignments, World, content_of
-from gateway.mesh.ca import Ca, CaError
+from gateway.mesh.ca import Ca
 from gateway.mesh.control_metrics import Metrics
+from gateway.mesh.keys import CaError
 from gateway.mesh.kubernetes import Clusters
 from gateway.mesh.peers import Peers
 from gateway.mesh.probe import Prober
 from gateway.mesh.registry import Registry
 from gateway.mesh.sign import Signer
+from gateway.mesh.spire_authority import SpireAuthority, open_authority
 from gateway.mesh.store import Store, StoreError, open_store
 from gateway.mesh.stream import Hub
 
@@ -47,7 +49,7 @@ SERVER_LIFE = 30 * 86400.0  # seconds
 class ControlPlane:
     """One control plane of a mesh. Raises ConfigError, CaError or StoreError when it cannot begin."""
 
-    def __init__(self, path: Path, own: MeshFile, mesh: MeshFile, ca: Ca, store: Store) -> None:
+    def __init__(self, path: Path, own: MeshFile, mesh: MeshFile, ca: Ca | SpireAuthority, store: Store) -> None:
         self.path = path
         self.own = own  # what the file says
         self.mesh = mesh  # what counts: the same, or a document of the state with the file's section `control`
@@ -78,7 +80,7 @@ class ControlPlane:
     async def open(cls, path: Path) -> ControlPlane:
         """Read the file, open the authority (made the first time) and the state."""
         own = load_mesh(path)
-        ca = Ca(own.control.ca, own.trust_domain).open()
+        ca = await open_authority(own)
         store = await open_store(own.control.state)
         mesh, applied = await documents.in_force(store, own)
         plane = cls(path, own, mesh, ca, store)
@@ -92,7 +94,7 @@ class ControlPlane:
         log.info(
             "the control plane is ready to serve",
             extra={"trust_domain": mesh.trust_domain, "replica": plane.replica, "services": len(mesh.services), "rules": len(mesh.authorization.rules),
-                   "document": plane.document, "policy": plane.policy, "generation": ca.active_number, "root_offline": ca.active.offline},
+                   "document": plane.document, "policy": plane.policy, "generation": ca.active_number, "root_offline": ca.root_offline},
         )  # fmt: skip
         return plane
 
@@ -142,7 +144,7 @@ class ControlPlane:
         async with self._making:
             # What was made for streams that have ended long ago may be old.
             now, content = self.assignments.current(service), content_of(service, await self.world())
-            if now is None or now.version < base or now.content != content:
+            if now is None or now.version < base or self.assignments.changed(service, content):
                 self.assignments.put(service, content, await self._draw())
                 self.hub.tell([service])
 
@@ -162,6 +164,7 @@ class ControlPlane:
     async def run(self) -> None:
         """Keep everything in step until cancelled."""
         async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.ca.follow())
             tasks.create_task(self._every(LOOK, self._look))
             tasks.create_task(self._every(BEAT, self._beat))
             tasks.create_task(self._every(HOUSEKEEPING, self._keep_house))
@@ -205,6 +208,8 @@ class ControlPlane:
             self._take_authority()
             self.signer = Signer(self.ca)
             self.prober.refresh()
+            if self.ca.external:  # the key of before may be over soon
+                self.assignments.sign_anew()
             log.info("the authority has changed", extra={"generation": self.ca.active_number, "bundle": list(self.ca.generations)})
             self.server_changed()
             self.changed()
@@ -222,7 +227,7 @@ class ControlPlane:
         except ConfigError as error:
             self._refuse(error)
             return
-        fixed = ("bind", "admin", "probes", "state", "ca", "heartbeat", "requests")
+        fixed = ("bind", "admin", "probes", "state", "ca", "heartbeat", "requests", "spire", "keys")
         if own.trust_domain != self.own.trust_domain:
             self.file_error = "trust_domain: cannot change while members live in it"
             log.error("the mesh's file is refused, the old one goes on", extra={"reason": self.file_error})
@@ -272,10 +277,10 @@ class ControlPlane:
         await self.registry.clean()
         if self.signer.spent:
             self.signer = Signer(self.ca)
-            self.assignments = self.hub.assignments = Assignments(lambda body: self.signer.sign(body))
+            self.assignments.sign_anew()
             self.changed()
         self.server_changed()
-        if self.ca.issuing_left() < ISSUING_LEFT:
+        if not isinstance(self.ca, SpireAuthority) and self.ca.issuing_left() < ISSUING_LEFT:
             if self.ca.active.offline:
                 log.error("the issuing certificate nears its end; `crossway mesh rotate-root issuing --root-key FILE` renews it",
                           extra={"days_left": round((self.ca.active.issuing.not_valid_after_utc.timestamp() - time.time()) / 86400)})  # fmt: skip

@@ -72,7 +72,6 @@ class Metrics:
         behind = sum(1 for each in plane.hub.streams.values() if (now := plane.assignments.current(each.service)) is not None and each.have != now.version)
         yield GaugeMetricFamily("crossway_control_streams_behind", "Streams that have not acknowledged the newest assignment", value=behind)
         ends = GaugeMetricFamily("crossway_control_authority_not_after_timestamp_seconds", "When a signing certificate ends", labels=("generation", "which"))
-        for number, each in plane.ca.generations.items():
-            ends.add_metric((str(number), "root"), each.root.not_valid_after_utc.timestamp())
-            ends.add_metric((str(number), "issuing"), each.issuing.not_valid_after_utc.timestamp())
+        for number, which, when in plane.ca.ends():
+            ends.add_metric((str(number), which), when)
         yield ends

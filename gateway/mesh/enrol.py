@@ -98,11 +98,12 @@ def control_context(roots: str) -> ssl.SSLContext:
     return context
 
 
-def check_control(secure: Any) -> None:
-    """Raise EnrolError when the verified server is a mere service of the mesh. `secure` has getpeercert()."""
+def check_control(secure: Any, domain: str | None = None) -> None:
+    """Raise EnrolError when the verified server is not the control plane, of a trust domain if that is known. `secure` has getpeercert()."""
     uris = [value for kind, value in (secure.getpeercert() or {}).get("subjectAltName", ()) if kind == "URI"]
-    if any("/service/" in uri for uri in uris):
-        raise EnrolError(f"who answers at the control plane's address is {uris[0]}", True)
+    who = re.fullmatch(r"spiffe://([a-z0-9._-]+)/control", uris[0]) if len(uris) == 1 else None
+    if who is None or domain not in (None, who[1]):
+        raise EnrolError(f"who answers at the control plane's address is {', '.join(uris) or 'nobody of a mesh'}", True)
 
 
 def ask(host: str, port: int, path: str, context: ssl.SSLContext, body: dict[str, Any]) -> dict[str, Any]:

@@ -96,6 +96,7 @@ class Identity:
     proof: dict[str, Any] | None = None  # what one may join with again, should the certificate end: a pod's token, a pair of the bank's PKI
     lasting: bool = False  # the last failure will not pass by itself
     draw: Callable[[], float] = field(default=lambda: random.uniform(-1, 1))
+    bundle_is_ours = False  # what assignments say of roots is not taken: they come with the certificate
 
     @property
     def place(self) -> dict[str, Any]:

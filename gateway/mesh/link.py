@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import urlencode
 
+from gateway._speedups.certificates import parse_certificates
 from gateway.mesh.assignment import Assignment, OtherBase, Refused, take
 from gateway.mesh.enrol import EnrolError, address_of, check_control, control_context
 from gateway.mesh.identity import Svid
@@ -28,21 +29,36 @@ HEARTBEAT = 5.0  # seconds
 FIRST, LONGEST = 0.2, 15.0  # seconds between two attempts to connect, at most; the pause is anything below
 MESSAGE_MAX = 16 << 20  # bytes
 OPEN, CLOSE = 10.0, 2.0  # seconds
+KEPT = 30 * 86400  # seconds that an assignment on the disk is believed, where the signer's certificate does not say so
 SERVICE_RESTART = 1012  # close code of RFC 6455's registry: we are back in a moment
 
 Apply = Callable[[Assignment], Awaitable[None]]
 
 
-def read_assignment(state: State, svid: Svid) -> Assignment | None:
-    """Return what was written down last, verified anew; None when there is nothing that can be used."""
+def read_assignment(state: State, svid: Svid, kept_roots: bool = False) -> Assignment | None:
+    """Return what was written down last, verified anew; None when there is nothing that can be used. `kept_roots`: by those of then."""
     content = state.read(ASSIGNMENT)
     if content is None:
         return None
     try:
-        return take(json.loads(content), None, svid.roots, svid.domain, svid.service)
-    except (Refused, ValueError) as error:
+        kept = json.loads(content)
+        if kept_roots and "roots" in kept:
+            return _as_it_came(kept, svid)
+        return take(kept, None, svid.roots, svid.domain, svid.service)
+    except (Refused, ValueError, TypeError, KeyError, AttributeError) as error:
         log.error("the assignment on disk is not used", extra={"file": str(state.folder / ASSIGNMENT), "reason": str(error)})
         return None
+
+
+def _as_it_came(kept: dict[str, Any], svid: Svid) -> Assignment:
+    """Verify by the roots and the time of then: certificates of SPIRE are over within hours, and the member goes on for longer without a word.
+
+    Whoever can write this file can write the bundle beside it as well, so nothing is lost by it.
+    """
+    issued = int(kept["assignment"]["issued"])
+    if time.time() - issued > KEPT:
+        raise Refused(f"it is older than {KEPT // 86400} days")
+    return take(kept, None, parse_certificates(str(kept["roots"]).encode("ascii")), svid.domain, svid.service, issued)
 
 
 class Link:
@@ -64,6 +80,7 @@ class Link:
         self.healthy: Callable[[], bool] = lambda: True
         self.draining = False
         self.place: dict[str, Any] = {}  # where this instance is (inbound, labels, zone): said with every heartbeat
+        self.keep_roots = False  # beside the assignment, since they may be gone before it
         self._whole = False  # ask for the whole assignment next time
         self._socket: Any = None
 
@@ -124,7 +141,7 @@ class Link:
             f"wss://{name}:{port}/v1/stream?{query}", ssl=context, server_hostname=host, max_size=MESSAGE_MAX, compression=None,
             open_timeout=OPEN, close_timeout=CLOSE, ping_interval=HEARTBEAT, ping_timeout=3 * HEARTBEAT, proxy=None,
         ) as socket:
-            check_control(socket.transport.get_extra_info("ssl_object"))
+            check_control(socket.transport.get_extra_info("ssl_object"), svid.domain)
             self.connected, self._socket = True, socket
             self.connects += 1
             self.heard = time.time()
@@ -175,9 +192,10 @@ class Link:
         self.current = fresh
         self._whole = False
         self.applied += 1
+        roots = "".join(each.pem for each in svid.roots) if self.keep_roots else None
         try:
             # A disk may take its time, and nobody's request should wait for it. The acknowledgement does: it also says "kept".
-            await asyncio.get_running_loop().run_in_executor(None, self.state.write, ASSIGNMENT, fresh.dump())
+            await asyncio.get_running_loop().run_in_executor(None, self.state.write, ASSIGNMENT, fresh.dump(roots))
         except OSError as error:
             # It is in force; after a restart without the control plane the one before would be.
             log.error("the assignment cannot be written down", extra={"version": fresh.version, "error": error.strerror})

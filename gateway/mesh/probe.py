@@ -29,6 +29,7 @@ from gateway.mesh.store import Row, StoreError
 
 if TYPE_CHECKING:
     from gateway.mesh.ca import Ca
+    from gateway.mesh.spire_authority import SpireAuthority
 
 log = logging.getLogger("crossway.mesh")
 
@@ -71,7 +72,7 @@ class Prober:
     """Looks at the instances of one control plane. `held` says whose streams are here, `changed` is called with every verdict."""
 
     registry: Registry
-    ca: Ca
+    ca: Ca | SpireAuthority
     held: Callable[[], set[Key]]
     changed: Callable[[], None]
     counted: Callable[[bool], None] = lambda reached: None

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, utils
 
 from gateway.mesh.assignment import canonical
 from gateway.mesh.ca import Ca
+from gateway.mesh.spire_authority import SpireAuthority
 
 LIFE = 30 * 86400.0  # seconds; an assignment on a member's disk is believed no longer
 
@@ -23,7 +24,7 @@ LIFE = 30 * 86400.0  # seconds; an assignment on a member's disk is believed no 
 class Signer:
     """Signs with a key of its own, certified by the authority."""
 
-    def __init__(self, ca: Ca) -> None:
+    def __init__(self, ca: Ca | SpireAuthority) -> None:
         self._key, chain = ca.control_pair(LIFE)
         self.made = time.time()
         self.ends = chain[0].not_valid_after_utc.timestamp()

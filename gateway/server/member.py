@@ -25,6 +25,7 @@ from gateway.mesh.pod import BadPod
 from gateway.mesh.pod import read_token as read_pod
 from gateway.mesh.state import BUNDLE, State, StateError
 from gateway.mesh.traffic import Dealer, Part, Traffic, read
+from gateway.mesh.workload_api import Agent, AgentError, agent_at
 
 if TYPE_CHECKING:
     from gateway.config import Config
@@ -75,11 +76,35 @@ def _proof(mesh: Mesh) -> dict[str, Any]:
     return {"token": mesh.token.read_text("ascii")}
 
 
+
+def _agent(mesh: Mesh) -> Agent:
+    assert mesh.spire is not None
+    try:
+        return agent_at(None if mesh.spire == "env" else mesh.spire)
+    except ValueError as error:
+        raise MemberError(f"mesh.spire: {error}") from None
+
+
+def _by_spire(mesh: Mesh, state: State, held: Svid | None) -> Svid | None:
+    """Have what the agent gives now; a certificate that is held and good will do while it gives nothing."""
+    from gateway.mesh.spire import fetch
+
+    try:
+        asyncio.run(fetch(state, mesh.service, _agent(mesh), FIRST))
+    except AgentError as error:
+        if held is None or held.leaf.not_after <= time.time():
+            raise MemberError(str(error)) from None
+        log.warning("the SPIFFE agent gives nothing; the certificate that is held serves", extra={"error": str(error)})
+    return load(state)
+
+
 def prepare(mesh: Mesh, zone: str | None) -> None:
     """Join if there is no valid certificate, and have a file of endpoints for every service. Raises MemberError."""
     try:
         state = State(mesh.state)
         held = load(state)
+        if mesh.spire is not None:
+            held = _by_spire(mesh, state, held)
         if held is None or held.leaf.not_after <= time.time():
             if mesh.token is None and _lasting_proof(mesh) is None:
                 raise MemberError(f"{mesh.state} holds no valid certificate: name a token of `crossway mesh token {mesh.service}` in mesh.token")
@@ -89,7 +114,7 @@ def prepare(mesh: Mesh, zone: str | None) -> None:
         assert held is not None
         if held.service != mesh.service:
             raise MemberError(f"{mesh.state} belongs to {held.service}, not {mesh.service}")
-        kept = read_assignment(state, held)
+        kept = read_assignment(state, held, mesh.spire is not None)
         if kept is not None:
             write_down(state, kept)
         else:
@@ -113,6 +138,7 @@ def _first(mesh: Mesh, state: State, zone: str | None, held: Svid) -> None:
             told.set()
 
         link = Link(state, mesh.control, instance_of(mesh, state), lambda: held, apply)
+        link.keep_roots = mesh.spire is not None
         task = asyncio.create_task(link.run())
         try:
             async with asyncio.timeout(FIRST):
@@ -219,11 +245,11 @@ class Member:
             held = load(self.state)
             if held is None:
                 raise StateError(f"{self.state.folder}: the certificate is gone")
-            self.identity = Identity(self.state, job_of(self.mesh, self.state, self.zone), self._renewed, held, proof=_lasting_proof(self.mesh))
+            self.identity = self._identity(held)
             self.link = Link(self.state, self.mesh.control, self.identity.job["instance"], self._svid, self._apply)
-            self.link.healthy = lambda: True
+            self.link.healthy, self.link.keep_roots = (lambda: True), self.identity.bundle_is_ours
             self.link.place = self.identity.place
-            self.link.current = read_assignment(self.state, held)
+            self.link.current = read_assignment(self.state, held, self.identity.bundle_is_ours)
             async with asyncio.TaskGroup() as group:
                 group.create_task(self.identity.keep())
                 group.create_task(self.link.run())
@@ -231,6 +257,14 @@ class Member:
             log.error("the gateway's membership of the mesh has ended", extra={"error": str(error)})
         finally:
             self.state.unlock()
+
+    def _identity(self, held: Svid) -> Identity:
+        job = job_of(self.mesh, self.state, self.zone)
+        if self.mesh.spire is None:
+            return Identity(self.state, job, self._renewed, held)
+        from gateway.mesh.spire import SpireIdentity
+
+        return SpireIdentity(self.state, job, self._renewed, held, agent=_agent(self.mesh))
 
     def _svid(self) -> Svid:
         assert self.identity is not None and self.identity.svid is not None
@@ -242,10 +276,11 @@ class Member:
 
     async def _apply(self, assignment: Assignment) -> None:
         try:
-            if assignment.bundle != self.state.read(BUNDLE):
+            assert self.identity is not None
+            if not self.identity.bundle_is_ours and assignment.bundle != self.state.read(BUNDLE):
                 self.state.write(BUNDLE, assignment.bundle)
                 fresh = load(self.state)
-                assert fresh is not None and self.identity is not None
+                assert fresh is not None
                 self.identity.svid = fresh
             write_down(self.state, assignment)
         except (OSError, StateError, ValueError, KeyError, TypeError) as error:

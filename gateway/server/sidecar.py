@@ -19,7 +19,7 @@ import socket
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gateway._speedups.certificates import ClientCertificate
 from gateway._speedups.engine import Engine
@@ -40,6 +40,9 @@ from gateway.server.pages import Page, Pages
 from gateway.server.systemd import Notifier
 from gateway.telemetry.shared import SharedState
 from gateway.workload.admission import Revoked
+
+if TYPE_CHECKING:
+    from gateway.mesh.workload_api import Agent
 
 log = logging.getLogger("crossway.mesh")
 
@@ -68,6 +71,7 @@ class Setup:
     pair: tuple[str, str] | None = None  # instead: files of a certificate of the bank's PKI and its key
     pod: str | None = None  # instead: the file of a Kubernetes token
     control_ca: str | None = None  # for both: the file of the control plane's root
+    agent: Agent | None = None  # instead of both: SPIRE's, for certificate and bundle
     ports: dict[str, tuple[str, int]] = field(default_factory=dict)  # service -> a local address of its own
     admin: tuple[str, int] | None = None
     probes: tuple[str, int] | None = None  # /livez, /startz, /readyz, /metrics for an orchestrator, on any address
@@ -183,12 +187,18 @@ class Sidecar:
                     raise CannotStart(f"cannot bind {name} to {address(*where)}: {error.strerror}") from None
         job = self._job()
         again = self._lasting_proof()
-        self.identity = Identity(self.state, job, self._renewed, proof=again)
+        if self.setup.agent is None:
+            self.identity = Identity(self.state, job, self._renewed, proof=again)
+        else:
+            from gateway.mesh.spire import SpireIdentity
+
+            self.identity = SpireIdentity(self.state, job, self._renewed, agent=self.setup.agent)
         await self._become_member()
         assert self.identity.svid is not None
         self.link = Link(self.state, self.setup.control, job["instance"], self._svid, self.apply)
         self.link.healthy = lambda: self.app_there
         self.link.place = self.identity.place
+        self.link.keep_roots = self.identity.bundle_is_ours
         self.engine.start(self.loop)
         self._from_disk()
         if self.setup.app is not None:
@@ -241,6 +251,8 @@ class Sidecar:
         setup = self.setup
         try:
             address_of(setup.control)
+            if setup.agent is not None:
+                return {}, float("inf")
             if (lasting := self._lasting_proof()) is not None:
                 return lasting, float("inf")
             if setup.token is None:
@@ -255,7 +267,7 @@ class Sidecar:
 
     def _from_disk(self) -> None:
         svid = self._svid()
-        kept = read_assignment(self.state, svid)
+        kept = read_assignment(self.state, svid, self.identity.bundle_is_ours)
         if kept is None:
             return
         try:
@@ -275,7 +287,7 @@ class Sidecar:
     async def apply(self, assignment: Assignment) -> None:
         """Make an assignment take effect. Raises Refused, and then nothing has changed."""
         svid = self._svid()
-        if assignment.bundle != self.state.read(BUNDLE):
+        if not self.identity.bundle_is_ours and assignment.bundle != self.state.read(BUNDLE):
             try:
                 self.state.write(BUNDLE, assignment.bundle)
                 fresh = load(self.state)

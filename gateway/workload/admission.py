@@ -75,8 +75,8 @@ def admission(domain: str, revoked: Revoked, visitor: str | None = None) -> Admi
     return admit
 
 
-def control_fault(leaf: Certificate) -> str | None:
-    """Why a certificate under the right root is not the control plane's: any service's is under that root as well."""
-    if any("/service/" in uri for uri in leaf.uris):
-        return f"it is the certificate of {leaf.uris[0]}, not the control plane's"
-    return None
+def control_fault(leaf: Certificate, domain: str) -> str | None:
+    """Why a certificate under the right root is not the control plane's: any service's is under that root as well, and with SPIRE anybody's."""
+    if leaf.uris != (f"spiffe://{domain}/control",):
+        return f"it is the certificate of {', '.join(leaf.uris) or 'nobody'}, not the control plane's"
+    return svid_fault(leaf)

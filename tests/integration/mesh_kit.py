@@ -337,7 +337,7 @@ class Sidecar:
         self.state = control.folder / (state or f"{service}.state")
         self.inbound, self.outbound, self.admin = free_port(), free_port(), free_port()
         self.errors = control.folder / f"{service}.log"
-        if token is None and "--join-kubernetes" not in more and not (self.state / "svid.pem").exists():
+        if token is None and not {"--join-kubernetes", "--spire"}.intersection(more) and not (self.state / "svid.pem").exists():
             token = control.token(service)
         self.arguments = [
             *wrapper, sys.executable, "-m", "gateway", "mesh", "sidecar", "--service", service, "--app", f"127.0.0.1:{app}",
