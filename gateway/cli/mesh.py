@@ -21,6 +21,7 @@ COMMANDS = {
     "sidecar": ("run a service's sidecar", "gateway.cli.mesh_sidecar"),
     "inject": ("put the mesh into manifests of Kubernetes", "gateway.cli.mesh_inject"),
     "leave": ("take a sidecar out of service while it goes on serving", "gateway.cli.mesh_leave"),
+    "gateway": ("let members of other networks reach the services of this one", "gateway.cli.mesh_gateway"),
     "intercept": ("redirect an app's connections to its sidecar (nftables)", "gateway.cli.mesh_intercept"),
 }
 

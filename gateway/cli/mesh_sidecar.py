@@ -37,6 +37,7 @@ def register(subparsers: Subparsers) -> None:
     parser.add_argument("--app-probe-header", action="append", default=[], type=_probe_header, metavar="NAME=HEADER:VALUE", help="a header of such a probe; may be repeated")
     parser.add_argument("--advertise", type=_address, metavar="HOST:PORT", help="how others reach --inbound, when that is another address")
     parser.add_argument("--zone", type=_name, metavar="NAME", help="where this instance is; endpoints of the same zone are preferred")
+    parser.add_argument("--network", type=_name, metavar="NAME", help="which network this is, when the mesh has several; others are reached through their gateways")
     parser.add_argument("--label", action="append", default=[], type=_label, metavar="KEY=VALUE", help="for splits and canaries; may be repeated")
     parser.add_argument("--intercept", action="store_true", help="--outbound gets connections that `crossway mesh intercept` redirects")
     parser.add_argument("--external-cert", action="append", default=[], type=_pair, metavar="NAME=FILE", help="our certificate with its key, PEM, towards an external host; may be repeated")
@@ -150,7 +151,8 @@ def run(parsed: argparse.Namespace) -> int:
             state=parsed.state, token=parsed.token, ports=dict(parsed.local), admin=parsed.admin, zone=parsed.zone,
             pair=None if parsed.join_cert is None else (parsed.join_cert, parsed.join_key or parsed.join_cert), control_ca=parsed.control_ca, agent=agent,
             pod=parsed.join_kubernetes, probes=parsed.probes, app_probes=dict(parsed.app_probe),
-            labels=dict(parsed.label), external_certs=dict(parsed.external_cert), egress_audit=parsed.egress_audit,
+            labels=dict(parsed.label) | ({} if parsed.network is None else {"network": parsed.network}),
+            external_certs=dict(parsed.external_cert), egress_audit=parsed.egress_audit,
             advertise=None if parsed.advertise is None else address(*parsed.advertise),
             intercept=parsed.intercept, app_protocol=parsed.app_protocol, drain_delay=parsed.drain_delay, drain_deadline=parsed.drain_deadline,
         )

@@ -220,6 +220,7 @@ class Control(Model):
     spire: SpireText | None = setting(None, "certificates of members and of the control plane come from SPIRE: the agent's socket, unix:PATH or env; default: from `ca`")
     requests: RateText = setting("50/s", "certificate requests that are answered; 429 above it")
     heartbeat: Deadline = setting("15s", "without a word of an instance: out of the registry")
+    network: ServiceName = setting("default", "of `networks`, where this control plane is: of others it looks at the gateways only")
     probe: Annotated[Probe | None, BeforeValidator(_probe), _OrOff()] = setting({}, "looking whether instances can be reached, or `off`")
     fresh: Deadline = setting("1h", "how old an assignment may get before members say so")
 
@@ -343,6 +344,12 @@ class Revoked(Model):
     serials: Annotated[tuple[Serial, ...], listed("serial number")] = setting([], "single certificates")
 
 
+class Network(Model):
+    """One of several networks that reach each other through mesh gateways only."""
+
+    gateway: ServiceName = needed("the service whose instances in this network are its gateways: `crossway mesh gateway`")
+
+
 class MeshFile(Model):
     """A whole mesh. Made by `gateway.config.mesh_load.load_mesh`."""
 
@@ -357,6 +364,9 @@ class MeshFile(Model):
     external: dict[ServiceName, External] = setting({}, "hosts outside the mesh that rules may name in `to`, by name")
     authorization: Authorization = part(Authorization, "who may call whom; default: nobody anybody")
     revoked: Revoked = part(Revoked, "who is shut out")
+    networks: dict[ServiceName, Network] = setting(
+        {}, "networks that reach each other through gateways only, as sidecars say them by --network; `default`: of those who say none"
+    )
 
     _document: Document | None = PrivateAttr(default=None)
     _digest: str = PrivateAttr(default="")

@@ -86,6 +86,10 @@ def mesh_findings(mesh: MeshFile) -> list[Problem]:
     admin = mesh.control.admin
     if mesh.control.source == "state" and (admin is None or not admin.unix):
         document.warn(("control", "source"), "state: nobody can apply a document to this control plane", "add `admin: unix:PATH` under control")
+    gateways = {network.gateway for network in mesh.networks.values()}
+    for number, rule in enumerate(mesh.authorization.rules):
+        if called := sorted(gateways.intersection(rule.to)):
+            document.warn(("authorization", "rules", number, "to"), f"{called[0]} is a mesh gateway: nobody calls it", "name the services behind it")
     if mesh.authorization.default == "audit":
         document.warn(("authorization", "default"), "audit: what no rule allows passes", "write deny when the record shows nothing more")
     found, document.problems = document.problems, kept
@@ -193,6 +197,11 @@ def _check_names(document: Document) -> None:
     revoked = data.get("revoked")
     if isinstance(revoked, dict):
         _check_list(document, ("revoked", "services"), revoked.get("services"), known)
+    networks = data.get("networks")
+    for name, network in networks.items() if isinstance(networks, dict) else ():
+        gateway = network.get("gateway") if isinstance(network, dict) else None
+        if isinstance(gateway, str):
+            _known(document, ("networks", name, "gateway"), gateway, known)
     control = data.get("control")
     join = control.get("join") if isinstance(control, dict) else None
     if not isinstance(join, dict):

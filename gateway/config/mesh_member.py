@@ -25,6 +25,8 @@ from gateway.config.values import FilePath, Name, fault, text_of
 # Below the state folder, written by gateway.mesh.
 SVID, BUNDLE, ENDPOINTS, REVOKED, TRAFFIC = "svid.pem", "bundle.pem", "endpoints", "revoked.json", "traffic.json"
 SERVICE = re.compile(r"spiffe://([a-z0-9._-]+)/service/([A-Za-z0-9._-]+)")
+# What a mesh gateway is asked by; a service of another name is reached within its own network only.
+HOST = re.compile(r"(?=.{1,253}\Z)(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)*[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 NOBODY = "not-joined.invalid"  # the trust domain of those who have none: no certificate carries it
 FIXED = ("targets", "discovery", "tls")  # what `service` decides
 
@@ -69,6 +71,7 @@ class Mesh(Model):
     control: Annotated[
         str, BeforeValidator(parse_control), WithJsonSchema({"type": "string", "x-is": "https://host:port"})
     ] = needed("the mesh's control plane")
+    network: Name | None = setting(None, "where this gateway is, when the mesh has several networks; default: `default`")
     state: FilePath = needed("folder of the certificate, its key and what the control plane said last; made when it is not there")
     token: FilePath | None = setting(None, "a token of `crossway mesh token`, needed the first time")
     certificate: Pair | None = setting(None, "instead of a token: a certificate of the bank's PKI that may join as this service")
@@ -144,5 +147,8 @@ def written_out(name: str, upstream: dict[str, Any], mesh: Any, base: Path) -> d
     return {
         **upstream,
         "discovery": {"file": str(endpoints_file(state, service))},
-        "tls": {"ca": str(state / BUNDLE), "sans": [f"spiffe://{domain}/service/{service}"], "certificate": {"cert": own, "key": own}},
-    }
+        "tls": {
+            "ca": str(state / BUNDLE), "sans": [f"spiffe://{domain}/service/{service}"], "certificate": {"cert": own, "key": own},
+            **({"server_name": f"{service}.{domain}"} if HOST.fullmatch(f"{service}.{domain}") else {}),
+        },
+    }  # fmt: skip

@@ -199,13 +199,14 @@ class Api:
             base = socket.query_params.get("version", "0")
             if not base.isascii() or not base.isdecimal() or len(base) > 16 or int(base) > TOP_VERSION:
                 raise BadInstance("version: a number is expected")
-            await self.plane.ensure(service, int(base))
+            network = await self.plane.registry.network(service, instance)
+            await self.plane.ensure(service, int(base), network)
         except (Refusal, BadInstance, StoreError) as error:
             self.plane.metrics.refusals.labels("stream").inc()
             log.warning("a stream is refused", extra={"reason": str(error), "address": peer.address})
             await socket.close(4403)  # before accept(): 403
             return
-        stream = Stream(self.plane.hub, socket, peer, service, instance, int(base))
+        stream = Stream(self.plane.hub, socket, peer, service, instance, int(base), network)
         await socket.accept()
         try:
             await self.plane.hub.serve(stream)

@@ -1,7 +1,7 @@
 """What each service's members are told, made from the mesh's file, the registry and the deny list; and the difference to what they know.
 
-Strategy: an assignment depends on the service alone, not on the instance, so it is made, signed and written as text once for all of its members,
-and a delta once for all that have the same version. It holds what the service may call and the rules about being called, nothing else.
+Strategy: an assignment depends on the service and its network alone, not on the instance, so it is made, signed and written as text once for all
+of its members there, and a delta once for all that have the same version. It holds what the service may call and the rules about being called, nothing else.
 Pure: whoever calls brings the world and the version.
 """
 
@@ -17,6 +17,7 @@ from typing import Any
 from gateway.config.mesh_external import External
 from gateway.config.mesh_file import EVERYBODY, MeshFile, Rule, Service
 from gateway.config.mesh_traffic import traffic_said
+from gateway.mesh.networks import DEFAULT, all_gateways, is_gateway, let_through, network_of, scoped, seen_from, ways
 from gateway.mesh.revocation import DenyList
 
 APART = {"split", "canary", "sticky", "hosts", "port", "tls", "addresses", "resolver"}  # settings that are said in another form
@@ -35,6 +36,7 @@ class World:
     bundle: str
     endpoints: dict[str, list[dict[str, Any]]]
     deny: DenyList
+    known: dict[str, frozenset[str]] = field(default_factory=dict)  # the networks in which each service has instances, up or not
 
 
 def callers_of(rule: Rule, mesh: MeshFile) -> list[str]:
@@ -47,10 +49,11 @@ def reaches(rule: Rule, service: str) -> bool:
 
 def callable_by(service: str, mesh: MeshFile) -> list[str]:
     """Return the services that a service may call at all; in audit mode all, since calls that no rule allows pass."""
+    others = [name for name in mesh.services if name != service and name not in all_gateways(mesh)]
     if mesh.authorization.default == "audit":
-        return [name for name in mesh.services if name != service]
+        return others
     rules = [rule for rule in mesh.authorization.rules if service in callers_of(rule, mesh)]
-    return [name for name in mesh.services if name != service and any(reaches(rule, name) for rule in rules)]
+    return [name for name in others if any(reaches(rule, name) for rule in rules)]
 
 
 def settings_of(service: Service | External) -> dict[str, Any]:
@@ -108,15 +111,33 @@ def own(service: Service) -> dict[str, Any]:
     return {key: said[key] for key in ("protocol", "idle", "connections") if key in said}
 
 
-def content_of(service: str, world: World) -> dict[str, Any]:
-    """Return an assignment without its version and time."""
+def endpoints_for(service: str, network: str, world: World) -> list[dict[str, Any]]:
+    """Return where members of a network find a service. Without networks in the file everybody reaches everybody."""
+    found = world.endpoints.get(service, [])
+    return seen_from(network, found, ways(world.mesh, world.endpoints)) if world.mesh.networks else found
+
+
+def passed_on(network: str, world: World) -> dict[str, Any]:
+    """Return what a network's gateways lead to: the services that somebody elsewhere may call, and their instances here."""
     mesh = world.mesh
-    services = {
-        name: {**settings_of(mesh.services[name]), "endpoints": world.endpoints.get(name, [])} for name in callable_by(service, mesh)
+    names = let_through(network, mesh, world.known, {caller: callable_by(caller, mesh) for caller in mesh.services})
+    return {
+        name: {**own(mesh.services[name]), "endpoints": [each for each in world.endpoints.get(name, []) if network_of(each["labels"]) == network]}
+        for name in names
     }
+
+
+def content_of(service: str, world: World, network: str = DEFAULT) -> dict[str, Any]:
+    """Return an assignment for members of a service in a network, without its version and time."""
+    mesh = world.mesh
+    said_of_itself = own(mesh.services[service])
+    if is_gateway(service, network, mesh):
+        services, said_of_itself = passed_on(network, world), {**said_of_itself, "gateway": network}
+    else:
+        services = {name: {**settings_of(mesh.services[name]), "endpoints": endpoints_for(name, network, world)} for name in callable_by(service, mesh)}
     rules = [rule_said(rule, mesh) for rule in mesh.authorization.rules if reaches(rule, service)]
     return {
-        "trust_domain": mesh.trust_domain, "service": service, "own": own(mesh.services[service]), "fresh": mesh.control.fresh, "bundle": world.bundle, "revoked": world.deny.said(),
+        "trust_domain": mesh.trust_domain, "service": service, "own": said_of_itself, "fresh": mesh.control.fresh, "bundle": world.bundle, "revoked": world.deny.said(),
         "external": external_of(service, mesh), "user_authors": list(mesh.authorization.user_authors),
         "services": services, "authorization": {"default": mesh.authorization.default, "version": world.policy, "rules": rules},
     }  # fmt: skip
@@ -137,7 +158,7 @@ class Prepared:
 
 
 class Assignments:
-    """The present assignment of each service, and some before it."""
+    """The present assignment of each service (in each network: of each scope), and some before it."""
 
     def __init__(self, sign: Callable[[dict[str, Any]], str]) -> None:
         self.sign = sign
@@ -196,7 +217,7 @@ class Assignments:
 
     def forget(self, services: set[str]) -> None:
         """Let go of services that are no more."""
-        for name in set(self._kept) - services:
+        for name in [each for each in self._kept if scoped(each)[0] not in services]:
             del self._kept[name]
 
 

@@ -29,12 +29,13 @@ from gateway.mesh.ca import Ca
 from gateway.mesh.control_metrics import Metrics
 from gateway.mesh.keys import CaError
 from gateway.mesh.kubernetes import Clusters
+from gateway.mesh.networks import is_gateway, network_of, scope, scoped, server_name
 from gateway.mesh.peers import Peers
 from gateway.mesh.probe import Prober
 from gateway.mesh.registry import Registry
 from gateway.mesh.sign import Signer
 from gateway.mesh.spire_authority import SpireAuthority, open_authority
-from gateway.mesh.store import Store, StoreError, open_store
+from gateway.mesh.store import Row, Store, StoreError, open_store
 from gateway.mesh.stream import Hub
 
 log = logging.getLogger("crossway.mesh")
@@ -65,7 +66,7 @@ class ControlPlane:
         self.hub = Hub(self.assignments, self.registry, self.changed)
         self.metrics = Metrics(self)
         self.hub.on_push, self.hub.on_answer = self.metrics.pushed, self.metrics.answered
-        self.prober = Prober(self.registry, ca, lambda: set(self.hub.streams), self.changed, self.metrics.probed)
+        self.prober = Prober(self.registry, ca, lambda: set(self.hub.streams), self.changed, self.metrics.probed, way=self._way)
         self._take_settings()
         self.policy = 0
         self.deny = revocation.DenyList()
@@ -108,7 +109,7 @@ class ControlPlane:
         """Return what assignments are made from, as it is now."""
         endpoints = self.registry.endpoints(set(self.deny.serials))
         endpoints = {name: each for name, each in endpoints.items() if name not in self.deny.services}
-        return World(self.mesh, self.policy, self.ca.bundle, endpoints, self.deny)
+        return World(self.mesh, self.policy, self.ca.bundle, endpoints, self.deny, self.registry.networks())
 
     async def make(self) -> None:
         """Make the assignments of the services whose members are here, and push what changed."""
@@ -124,7 +125,8 @@ class ControlPlane:
             for peer in self.peers.cut_the_fallen():
                 log.warning("a connection is cut", extra={"identity": peer.leaf.uris[:1], "serial": peer.serial, "reason": self.peers.fault(peer)})
             world = await self.world()
-            contents = {name: content_of(name, world) for name in self.hub.services() if name in self.mesh.services}
+            scopes = {name: scoped(name) for name in self.hub.scopes()}
+            contents = {name: content_of(service, world, network) for name, (service, network) in scopes.items() if service in self.mesh.services}
             fresh = {name: content for name, content in contents.items() if self.assignments.changed(name, content)}
             if fresh:
                 version = await self._draw()
@@ -139,14 +141,15 @@ class ControlPlane:
         for service in sorted(before - self.registry.spared):
             log.info("enough of a service can be reached again", extra={"service": service})
 
-    async def ensure(self, service: str, base: int) -> None:
-        """Have an assignment for a service before its first stream here, newer than what the member has from elsewhere."""
+    async def ensure(self, service: str, base: int, network: str) -> None:
+        """Have an assignment for a service in a network before its first stream here, newer than what the member has from elsewhere."""
+        name = scope(service, network)
         async with self._making:
             # What was made for streams that have ended long ago may be old.
-            now, content = self.assignments.current(service), content_of(service, await self.world())
-            if now is None or now.version < base or self.assignments.changed(service, content):
-                self.assignments.put(service, content, await self._draw())
-                self.hub.tell([service])
+            now, content = self.assignments.current(name), content_of(service, await self.world(), network)
+            if now is None or now.version < base or self.assignments.changed(name, content):
+                self.assignments.put(name, content, await self._draw())
+                self.hub.tell([name])
 
     async def _draw(self) -> int:
         rows = await self.store.rows("UPDATE counters SET value = value + 1 WHERE name = 'version' RETURNING value")
@@ -287,6 +290,13 @@ class ControlPlane:
             else:
                 self.ca.renew_issuing()
                 log.info("the issuing certificate is renewed")
+
+    def _way(self, row: Row) -> tuple[bool, str | None]:
+        """Whether an instance can be looked at from here, and as what: of other networks their gateways, by the name of their service."""
+        network = network_of(json.loads(row["labels"]))
+        if is_gateway(row["service"], network, self.mesh):
+            return True, server_name(row["service"], self.mesh.trust_domain)
+        return not self.mesh.networks or network == self.mesh.control.network, None
 
     def _take_settings(self) -> None:
         self.prober.settings = probe = self.mesh.control.probe

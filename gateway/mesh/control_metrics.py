@@ -69,7 +69,7 @@ class Metrics:
         yield GaugeMetricFamily("crossway_control_revoked", "Entries of the deny list", value=len(plane.deny.serials) + len(plane.deny.identities))
         yield GaugeMetricFamily("crossway_control_store_up", "1 when the state can be used", value=0 if plane.store_error else 1)
         yield GaugeMetricFamily("crossway_control_file_valid", "1 when the mesh's file on disk is in force", value=0 if plane.file_error else 1)
-        behind = sum(1 for each in plane.hub.streams.values() if (now := plane.assignments.current(each.service)) is not None and each.have != now.version)
+        behind = sum(1 for each in plane.hub.streams.values() if (now := plane.assignments.current(each.scope)) is not None and each.have != now.version)
         yield GaugeMetricFamily("crossway_control_streams_behind", "Streams that have not acknowledged the newest assignment", value=behind)
         ends = GaugeMetricFamily("crossway_control_authority_not_after_timestamp_seconds", "When a signing certificate ends", labels=("generation", "which"))
         for number, which, when in plane.ca.ends():

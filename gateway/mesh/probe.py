@@ -15,9 +15,9 @@ import os
 import random
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gateway.config.mesh_file import Probe
 from gateway.config.values import Rate
@@ -65,11 +65,15 @@ class Target:
     due: float = 0.0  # monotonic
     looking: bool = False
     reason: str = ""
+    asked: str | None = None  # the server's name to ask for
 
 
 @dataclass
 class Prober:
-    """Looks at the instances of one control plane. `held` says whose streams are here, `changed` is called with every verdict."""
+    """Looks at the instances of one control plane. `held` says whose streams are here, `changed` is called with every verdict.
+
+    way: whether there is a way to an instance from here, and the server's name by which it is asked for, if any.
+    """
 
     registry: Registry
     ca: Ca | SpireAuthority
@@ -77,6 +81,7 @@ class Prober:
     changed: Callable[[], None]
     counted: Callable[[bool], None] = lambda reached: None
     settings: Probe | None = None
+    way: Callable[[Row], tuple[bool, str | None]] = lambda row: (True, None)
     targets: dict[Key, Target] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -108,12 +113,17 @@ class Prober:
             key = row["service"], row["instance"]
             if key not in held or row["replica"] != self.registry.replica or not row["inbound"] or row["draining"] or not row["healthy"]:
                 continue
+            there, asked = self.way(row)
+            if not there:
+                if row["unreachable"] is not None:  # a verdict of when there was a way: nobody would ever take it back
+                    self._start(self._forget(key))
+                continue
             target = before.get(key)
-            if target is None or target.inbound != row["inbound"]:
+            if target is None or (target.inbound, target.asked) != (row["inbound"], asked):
                 wait = self.settings.interval if self.settings is not None else 0.0
                 out = row["unreachable"] is not None
                 # Who was found out of reach and has a new stream or place may be back.
-                target = Target(key, row["inbound"], out=out, due=now + random.uniform(0, min(wait, AGAIN) if out else wait))
+                target = Target(key, row["inbound"], out=out, asked=asked, due=now + random.uniform(0, min(wait, AGAIN) if out else wait))
             self.targets[key] = target
 
     def _begin(self, settings: Probe) -> None:
@@ -124,9 +134,17 @@ class Prober:
                 return
             target.looking = True
             target.due = now + settings.interval * random.uniform(1 - JITTER, 1 + JITTER)
-            task = asyncio.create_task(self._look(target, settings))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._start(self._look(target, settings))
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _forget(self, key: Key) -> None:
+        with contextlib.suppress(StoreError):
+            await self.registry.reached(*key)
+            self.changed()
 
     async def _look(self, target: Target, settings: Probe) -> None:
         try:
@@ -158,7 +176,7 @@ class Prober:
         writer = None
         try:
             async with asyncio.timeout(timeout):
-                reader, writer = await asyncio.open_connection(address.host, address.port, ssl=self._tls())
+                reader, writer = await asyncio.open_connection(address.host, address.port, ssl=self._tls(), server_hostname=target.asked)
                 shown = writer.get_extra_info("peercert") or {}
                 uris = [value for kind, value in shown.get("subjectAltName", ()) if kind == "URI"]
                 if uris != [service_id(self.ca.domain, target.key[0])]:
@@ -169,6 +187,8 @@ class Prober:
             return f"no connection within {timeout:g} s" if writer is None else None
         except ssl.SSLError as error:
             return f"TLS: {getattr(error, 'verify_message', None) or error.reason or error}"[:REASON]
+        except UnicodeError:
+            return f"{target.asked} is no name to ask a server for"[:REASON]
         except OSError as error:
             return (error.strerror or str(error) or type(error).__name__)[:REASON]
         finally:

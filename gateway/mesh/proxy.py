@@ -31,6 +31,7 @@ from gateway.mesh.authorization import Denials, make_step
 from gateway.mesh.egress import EXTERNAL, Destination, Leaving, Way, ways
 from gateway.mesh.egress import PROTOCOLS as EXTERNAL_PROTOCOLS
 from gateway.mesh.identity import Svid
+from gateway.mesh.networks import server_name
 from gateway.mesh.raw import places, way_in, way_out
 from gateway.mesh.spiffe import control_id
 from gateway.mesh.traffic import Dealer, Traffic, read
@@ -48,9 +49,10 @@ EVERYBODY = ("0.0.0.0/0", "::/0")  # inbound the handshake has proved a member, 
 BODY = 1 << 30  # bytes; bodies stream, and the app has the say
 PROTOCOLS = {"http": "http1", "http1": "http1", "http2": "http2", "grpc": "grpc"}  # of a service, and as the engine calls it
 TCP = "tcp"
+HERE = "here"  # the zone of a member that says none, when others are behind gateways: its own network goes first
 USER_AUTHORS = ("edge",)  # services that may say who the user is, unless the assignment names others
 CONTEXTS = 1 << 20  # bytes of user contexts that are remembered, for each direction
-EJECT = {"failures": 7, "ratio": 0, "minimum": 5, "base": 1, "maximum": 60}  # as `upstreams` has it by default
+EJECT: dict[str, Any] = {"failures": 7, "ratio": 0, "minimum": 5, "base": 1, "maximum": 60}  # as `upstreams` has it by default
 CALLERS = 200  # whose requests are counted apart
 APP_TIMES: dict[str, Any] = {"connect": 2.0, "head": 60.0, "idle": 60.0, "total": 300.0}  # seconds; the caller's own are shorter
 
@@ -222,7 +224,7 @@ def _protocol(settings: Mapping[str, Any]) -> str:
 def _tls(name: str, svid: Svid, digest: bytes, admit: Admit, alpn: tuple[str, ...]) -> TlsUpstream:
     return TlsUpstream(
         digest=hashlib.sha256(digest + f"{name} {' '.join(alpn)}".encode()).digest(), authorities=svid.roots, chain=svid.chain,
-        key=svid.key, sans=[f"spiffe://{svid.domain}/service/{name}"], admit=admit, alpn=alpn,
+        key=svid.key, server_name=server_name(name, svid.domain), sans=[f"spiffe://{svid.domain}/service/{name}"], admit=admit, alpn=alpn,
     )  # fmt: skip
 
 
@@ -316,6 +318,8 @@ def destinations(services: Mapping[str, Any]) -> dict[tuple[str, int], str]:
     found: dict[tuple[str, int], str] = {}
     for name, settings in services.items():
         for each in settings.get("endpoints", ()):
+            if each.get("network"):
+                continue  # a gateway's address is that of many services
             host, _, port = each["address"].rpartition(":")
             host = host.strip("[]")
             found[host, int(port)] = f"{OUTBOUND}:{name}"
@@ -336,19 +340,25 @@ def upstream_of(name: str, said: Mapping[str, Any], tls: TlsUpstream, around: Su
     options: dict[str, Any] = {**_retries(said.get("retries")), **_balance(said.get("balance")), **_total(said.get("timeout"))}
     if said.get("protocol") == TCP:
         options["requests"] = places(said)
+    endpoints, far = said.get("endpoints", ()), any(each.get("network") for each in said.get("endpoints", ()))
     return Upstream(
-        upstream_name(name, part), endpoints_of(name, said.get("endpoints", ())), host="preserve", table=around.memory.upstreams,
-        tls=tls, protocol=_protocol(said), zone=around.zone, eject={**EJECT, "share": 1.0 if part else 0.5}, panic=bool(part),
+        upstream_name(name, part), endpoints_of(name, endpoints, around.zone), host="preserve", table=around.memory.upstreams,
+        tls=tls, protocol=_protocol(said), zone=HERE if far and around.zone is None else around.zone,
+        eject={**EJECT, "share": 1.0 if part else 0.5}, panic=bool(part),
         keep_connections=1024, **options,
     )  # fmt: skip
 
 
-def endpoints_of(name: str, said: Iterable[Mapping[str, Any]]) -> list[Endpoint]:
-    """Return the endpoints that can be used; one whose address is no number is left out, and told."""
+def endpoints_of(name: str, said: Iterable[Mapping[str, Any]], zone: str | None = None) -> list[Endpoint]:
+    """Return the endpoints that can be used; one whose address is no number is left out, and told.
+
+    zone: the member's own. Without one its network is its zone, and gateways of others are elsewhere.
+    """
     found: dict[str, Endpoint] = {}
     for each in said:
+        at = f"{each['network']}.network" if each.get("network") else each.get("zone") if zone is not None else None
         try:
-            found.setdefault(each["address"], Endpoint(each["address"], int(each.get("weight") or 1), zone=each.get("zone")))
+            found.setdefault(each["address"], Endpoint(each["address"], int(each.get("weight") or 1), zone=at))
         except ValueError as error:
             log.error("an endpoint is left out", extra={"service": name, "error": str(error)})
     return list(found.values())

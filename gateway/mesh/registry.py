@@ -14,6 +14,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from gateway.config.web import parse_address
+from gateway.mesh.networks import network_of
 from gateway.mesh.store import Row, Store, Value
 
 INSTANCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -168,6 +169,18 @@ class Registry:
                 each = {"address": row["inbound"], "weight": 1, "zone": row["zone"], "labels": json.loads(row["labels"])}
                 found.setdefault(row["service"], []).append(each)
         return found
+
+    def networks(self) -> dict[str, frozenset[str]]:
+        """Return the networks in which each service has instances, up or not."""
+        found: dict[str, set[str]] = {}
+        for row in self.rows:
+            found.setdefault(row["service"], set()).add(network_of(json.loads(row["labels"])))
+        return {service: frozenset(networks) for service, networks in found.items()}
+
+    async def network(self, service: str, instance: str) -> str:
+        """Return where an instance said it is."""
+        rows = await self.store.rows("SELECT labels FROM instances WHERE service = ? AND instance = ?", service, instance)
+        return network_of(json.loads(rows[0]["labels"]) if rows else None)
 
     async def clean(self) -> None:
         """Forget what has been over for long."""

@@ -23,6 +23,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from gateway.config.values import Rate
 from gateway.mesh.assign import Assignments
 from gateway.mesh.limit import Bucket
+from gateway.mesh.networks import DEFAULT, network_of, scope
 from gateway.mesh.peers import Peer
 from gateway.mesh.registry import BadInstance, Registry, read_place
 from gateway.mesh.store import StoreError, Value
@@ -50,13 +51,14 @@ class Wire(Protocol):
 class Stream:
     """One member's stream."""
 
-    def __init__(self, hub: Hub, socket: WebSocket, peer: Peer, service: str, instance: str, base: int) -> None:
+    def __init__(self, hub: Hub, socket: WebSocket, peer: Peer, service: str, instance: str, base: int, network: str = DEFAULT) -> None:
         """Made before the handshake is answered: from then on every message is heard."""
         self.hub = hub
         self.socket = socket
         self.peer = peer
         self.service = service
         self.instance = instance
+        self.network = network
         self.have = base  # what the member has applied
         self.sent: int | None = None
         self.sent_at: float | None = None
@@ -80,6 +82,11 @@ class Stream:
     @property
     def key(self) -> tuple[str, str]:
         return self.service, self.instance
+
+    @property
+    def scope(self) -> str:
+        """What it is told depends on this."""
+        return scope(self.service, self.network)
 
     @property
     def draining(self) -> bool:
@@ -112,10 +119,10 @@ class Stream:
 
     def push(self) -> None:
         """Send what is new, unless an answer is outstanding: that will look here again."""
-        current = self.hub.assignments.current(self.service)
+        current = self.hub.assignments.current(self.scope)
         if not self._running or self.until is not None or current is None or current.version in (self.have, self.refused):
             return
-        frame = self.hub.assignments.frame(self.service, self.have)
+        frame = self.hub.assignments.frame(self.scope, self.have)
         self.sent, self.sent_at, self.until = current.version, time.time(), time.monotonic() + ANSWER
         self.wire.write(frame)
         self.hub.pushed(self, len(frame))
@@ -173,6 +180,9 @@ class Stream:
                     await self.hub.registry.moved(self.service, self.instance, *where)
                     place = where
                     self.hub.changed()
+                    if network_of(where[1]) != self.network:
+                        # What is told there may be older than what it has; its next stream sees to that.
+                        self.end(GOING)
                 if wanted is not None and wanted != state:
                     await self.hub.registry.is_now(self.service, self.instance, *wanted)
                     state = wanted
@@ -229,14 +239,14 @@ class Hub:
                 self._lingering[stream.key] = time.monotonic() + wait
                 log.info("a member's stream has ended", extra=stream.told() | {"draining": stream.draining})
 
-    def services(self) -> set[str]:
-        return {service for service, _ in self.streams}
+    def scopes(self) -> set[str]:
+        return {stream.scope for stream in self.streams.values()}
 
-    def tell(self, services: Iterable[str]) -> None:
-        """Have the streams of these services look at their assignment again."""
-        wanted = set(services)
+    def tell(self, scopes: Iterable[str]) -> None:
+        """Have the streams of these scopes look at their assignment again."""
+        wanted = set(scopes)
         waiting = bool(self._due)
-        self._due.extend(stream for stream in self.streams.values() if stream.service in wanted)
+        self._due.extend(stream for stream in self.streams.values() if stream.scope in wanted)
         if self._due and not waiting:
             self._push_some()
 

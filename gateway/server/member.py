@@ -21,6 +21,7 @@ from gateway.mesh.assignment import Assignment, Refused
 from gateway.mesh.enrol import EnrolError, join
 from gateway.mesh.identity import Identity, Svid, load
 from gateway.mesh.link import Link, read_assignment
+from gateway.mesh.networks import LABEL
 from gateway.mesh.pod import BadPod
 from gateway.mesh.pod import read_token as read_pod
 from gateway.mesh.state import BUNDLE, State, StateError
@@ -55,7 +56,7 @@ def instance_of(mesh: Mesh, state: State) -> str:
 def job_of(mesh: Mesh, state: State, zone: str | None) -> dict[str, Any]:
     return {
         "service": mesh.service, "control": mesh.control, "instance": instance_of(mesh, state), "inbound": NOWHERE, "zone": zone,
-        "labels": {},
+        "labels": {} if mesh.network is None else {LABEL: mesh.network},
     }  # fmt: skip
 
 
@@ -116,7 +117,7 @@ def prepare(mesh: Mesh, zone: str | None) -> None:
             raise MemberError(f"{mesh.state} belongs to {held.service}, not {mesh.service}")
         kept = read_assignment(state, held, mesh.spire is not None)
         if kept is not None:
-            write_down(state, kept)
+            write_down(state, kept, zone)
         else:
             _first(mesh, state, zone, held)
     except EnrolError as error:
@@ -134,7 +135,7 @@ def _first(mesh: Mesh, state: State, zone: str | None, held: Svid) -> None:
         told = asyncio.Event()
 
         async def apply(assignment: Assignment) -> None:
-            write_down(state, assignment)
+            write_down(state, assignment, zone)
             told.set()
 
         link = Link(state, mesh.control, instance_of(mesh, state), lambda: held, apply)
@@ -161,18 +162,18 @@ def ensure_files(mesh: Mesh, files: Iterable[Path]) -> None:
             state.write(f"{ENDPOINTS}/{path.name}", b"[]\n")
 
 
-def write_down(state: State, assignment: Assignment) -> None:
+def write_down(state: State, assignment: Assignment, zone: str | None) -> None:
     """Write what changed: the deny list, one file a service and part, in the form of `discovery: {file: ...}`, and how they are divided.
 
     One that is gone has no endpoint. The files of parts are there before it is said that there are parts.
     """
     wanted, dealt = {}, {}
     for name, settings in assignment.body["services"].items():
-        wanted[name] = _list(settings)
+        wanted[name] = _list(settings, zone)
         traffic = read(settings)
         if traffic is not None:
             dealt[name] = _traffic(name, traffic)
-            wanted |= {_stem(name, label): _list(some) for label, some in dealer.of(name, settings, traffic)}
+            wanted |= {_stem(name, label): _list(some, zone) for label, some in dealer.of(name, settings, traffic)}
     folder = state.folder / ENDPOINTS
     for path in folder.glob("*.yaml") if folder.is_dir() else ():
         wanted.setdefault(path.stem, b"[]\n")
@@ -201,12 +202,17 @@ def _traffic(service: str, traffic: Traffic) -> dict[str, Any]:
     return {"sticky": traffic.sticky, "canary": [*map(said, traffic.canaries)], "split": [*map(said, traffic.splits)]}
 
 
-def _list(settings: Mapping[str, Any]) -> bytes:
+def _list(settings: Mapping[str, Any], zone: str | None) -> bytes:
+    """The endpoints as a file. The own network goes first: by zones where there are any, else others are there while it has none."""
     rows = []
+    here = any(not each.get("network") for each in settings.get("endpoints", ()))
     for each in settings.get("endpoints", ()):
+        if each.get("network") and here and zone is None:
+            continue
         row = {"address": each["address"], "weight": int(each.get("weight") or 1)}
-        if each.get("zone"):
-            row["zone"] = each["zone"]
+        at = f"{each['network']}.network" if each.get("network") else each.get("zone")
+        if at and zone is not None:
+            row["zone"] = at
         rows.append(json.dumps(row))
     return ("[" + ",\n".join(rows) + "]\n").encode()
 
@@ -282,7 +288,7 @@ class Member:
                 fresh = load(self.state)
                 assert fresh is not None
                 self.identity.svid = fresh
-            write_down(self.state, assignment)
+            write_down(self.state, assignment, self.zone)
         except (OSError, StateError, ValueError, KeyError, TypeError) as error:
             raise Refused(f"it cannot be written down: {error}") from None
 

@@ -17,12 +17,14 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gateway._speedups.certificates import ClientCertificate
 from gateway._speedups.engine import Engine
+from gateway._speedups.exchange import Snapshot
 from gateway._speedups.journal import Journal
 from gateway.mesh import metrics
 from gateway.mesh.assignment import Assignment, Refused
@@ -142,9 +144,7 @@ class Sidecar:
 
     def bind(self) -> None:
         """Bind every socket; nothing is listened on yet. Raises CannotStart."""
-        wanted = {INBOUND: self.setup.inbound, OUTBOUND: self.setup.outbound}
-        wanted |= {f"{OUTBOUND}:{name}": where for name, where in self.setup.ports.items()}
-        for name, (host, port) in wanted.items():
+        for name, (host, port) in self._wanted().items():
             try:
                 sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -152,6 +152,11 @@ class Sidecar:
             except OSError as error:
                 raise CannotStart(f"cannot bind {name} to {address(host, port)}: {error.strerror}") from None
             self.sockets[name] = sock
+
+    def _wanted(self) -> dict[str, tuple[str, int]]:
+        """The listeners, and where."""
+        ports = {f"{OUTBOUND}:{name}": where for name, where in self.setup.ports.items()}
+        return {INBOUND: self.setup.inbound, OUTBOUND: self.setup.outbound, **ports}
 
     def _job(self) -> dict[str, Any]:
         """What the control plane is told of this instance."""
@@ -301,8 +306,11 @@ class Sidecar:
         except Exception as error:  # noqa: BLE001 - whatever it is, the old snapshot goes on
             raise Refused(f"it cannot be built: {error}") from None
 
+    def _build(self, assignment: Assignment, svid: Svid) -> Snapshot:
+        return build(assignment, svid, self.around)
+
     def _take_effect(self, assignment: Assignment, svid: Svid) -> None:
-        snapshot = build(assignment, svid, self.around)
+        snapshot = self._build(assignment, svid)
         if self.draining:
             snapshot.listeners[INBOUND].leaving = True
         self.engine.apply(snapshot)
@@ -370,9 +378,15 @@ class Sidecar:
             self.around.journal.reopen()
 
     def _listen(self) -> None:
+        for name, sock in self.sockets.items():
+            try:
+                sock.listen(BACKLOG)
+            except OSError as error:  # the kernel lets two bind one address that both may reuse, and only one of them listen
+                if not self.ended.done():
+                    self.ended.set_exception(CannotStart(f"cannot listen for {name} at {address(*sock.getsockname()[:2])}: {error.strerror}"))
+                return
         self.listening = True
         for name, sock in self.sockets.items():
-            sock.listen(BACKLOG)
             self.engine.listen(name, sock.fileno())
         self.gauges.set_gauge("pid", os.getpid())
         self.gauges.set_gauge("started", int(time.time()))
@@ -548,14 +562,19 @@ class Sidecar:
 
 def run(setup: Setup) -> int:
     """Be a sidecar; return the exit code."""
+    return run_member("sidecar", lambda loop: Sidecar(setup, loop))
+
+
+def run_member(name: str, make: Callable[[asyncio.AbstractEventLoop], Sidecar]) -> int:
+    """Be what `make` makes for a loop; return the exit code."""
     import uvloop
 
-    logs.name_process("sidecar")
+    logs.name_process(name)
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # who is told to leave before he has begun has nothing to leave
     loop = uvloop.new_event_loop()
     asyncio.set_event_loop(loop)
     try:
-        loop.run_until_complete(Sidecar(setup, loop).run())
+        loop.run_until_complete(make(loop).run())
         return 0
     except (CannotStart, StateError) as error:
         import sys

@@ -111,13 +111,13 @@ class Net:
 class Host:
     """One host with an app, its sidecar, and the interception of both directions."""
 
-    def __init__(self, net: Net, control: Control, service: str, state: str | None = None) -> None:
+    def __init__(self, net: Net, control: Control, service: str, *more: str, state: str | None = None) -> None:
         self.namespace, self.address = net.host()
         self.service = service
         self.inside = ("ip", "netns", "exec", self.namespace)
         self.app = subprocess.Popen([*self.inside, sys.executable, "-c", SERVER, str(APP), str(PAYMENTS)], stdout=subprocess.PIPE, text=True)
         assert self.app.stdout is not None and self.app.stdout.readline() == "up\n"
-        self.sidecar = Sidecar(control, service, APP, "--intercept", wrapper=self.inside, host=self.address, state=state)
+        self.sidecar = Sidecar(control, service, APP, "--intercept", *more, wrapper=self.inside, host=self.address, state=state)
 
     def endpoint(self) -> dict[str, Any]:
         return {"address": f"{self.address}:{self.sidecar.inbound}", "weight": 1, "zone": None, "labels": {"app-port": str(APP)}}

@@ -551,6 +551,19 @@ def test_it_leaves_the_registry_then_closes_inbound_and_keeps_outbound_until_the
         assert payments.logged("stopped")[0]["forced"] is False
 
 
+def test_a_port_that_somebody_else_took_in_the_meantime_ends_it(control: Control, origin: Origin) -> None:
+    control.stop()
+    with Sidecar(control, "payments", origin.port, wait=False) as payments:
+        eventually(lambda: payments.logged("joining the mesh failed"), "an attempt to join, with its ports bound")
+        with socket.socket() as other:
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            other.bind(("127.0.0.1", payments.outbound))
+            other.listen()
+            control.start()
+            assert payments.process.wait(PATIENCE * 2) == 1
+        assert f"cannot listen for outbound at 127.0.0.1:{payments.outbound}" in payments.errors.read_text()
+
+
 def test_a_second_signal_ends_it_at_once(control: Control, ledger: Sidecar) -> None:
     ledger.process.send_signal(signal.SIGTERM)
     eventually(lambda: ledger.logged("stopping"), "the drain")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import socket
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from tests.integration.control_kit import ControlProcess
 from tests.integration.faults import PATTERN, ScriptedOrigin, Stream, connect
 from tests.integration.mesh_kit import Control, Sidecar, free_port
 from tests.integration.processes import PATIENCE, Origin, eventually
+from tests.integration.test_mesh_intercept import APP, Host, Net, networks
 from tests.integration.test_mesh_member import call, endpoint, secured
 from tests.integration.test_tcp_streams import echo
 
@@ -230,6 +232,34 @@ def test_a_service_that_becomes_tcp_under_a_running_sidecar(control: Control, pa
         assert call(pair.payments.outbound, host="db")[0] == 404, "no request names a service that has none"
         told = eventually(lambda: ledger.logged("the mesh's file and --app-protocol do not mean the same: calls will fail"), "the contradiction")
         assert told[0]["file"] == "tcp" and told[0]["app_protocol"] == "http1"
+
+
+@networks
+def test_an_intercepted_app_reaches_it_where_it_always_did(tmp_path: Path) -> None:
+    net = Net()
+    control = Control(tmp_path, host=net.address)
+    control.rules = [{"name": "payments-to-ledger", "from": ["payments"], "to": "ledger", "ports": [APP]}]
+    hosts: list[Host] = []
+    try:
+        for service in ("ledger", "payments", "accounts"):
+            hosts.append(Host(net, control, service, *(["--app-protocol", "tcp"] if service == "ledger" else [])))
+        ledger, payments, accounts = hosts
+        control.services = {"ledger": {"protocol": "tcp", "endpoints": [ledger.endpoint()]}}
+        control.change()
+        control.settled()
+        for host in hosts:
+            host.up()
+        status, text = payments.ask(ledger.address)
+        assert status == 200 and json.loads(text)["caller"] is None, "its bytes, not a request that a sidecar has touched"
+        opened = 'istio_tcp_connections_opened_total{reporter="destination",source_workload="payments"'
+        assert ledger.sidecar.metric(opened) == 1 and ledger.sidecar.metric("istio_requests_total") == 0
+        assert accounts.ask(ledger.address)[0] == 0
+        eventually(lambda: ledger.sidecar.metric('crossway_mesh_denied_total{caller="spiffe://bank.test/service/accounts"') == 1, "the denial")
+    finally:
+        for host in hosts:
+            host.close()
+        control.stop()
+        net.close()
 
 
 # -- rules by port

@@ -84,6 +84,7 @@ def write(folder: Path, text: str = MESH) -> Path:
         ("to: payments}", "to: payments, ports: [0]}", "6:68", "must be at least 1"),
         ("to: payments}", "to: payments, ports: []}", "6:67", "must not be empty"),
         ("authorization:", "certificates: {lifetime: 30d}\nauthorization:", "4:26", "between 1m and 7d"),
+        ("authorization:", "networks: {west: {gateway: wset}}\nauthorization:", "4:28", "unknown service 'wset'"),
         ("authorization:", 'revoked: {serials: ["xyz"]}\nauthorization:', "4:21", "not a serial number"),
         ("authorization:", "control: {admin: 0.0.0.0:9}\nauthorization:", "4:18", "not on loopback"),
         ("authorization:", 'control: {state: "mysql://x"}\nauthorization:', "4:18", "not a file or a postgresql:// URL"),
@@ -142,7 +143,7 @@ def test_a_meshs_file_is_told_from_a_gateways(tmp_path: Path) -> None:
 
 def test_the_schema_names_everything() -> None:
     schema = mesh_schema()
-    assert set(schema["properties"]) == {"version", "trust_domain", "control", "certificates", "services", "external", "authorization", "revoked"}
+    assert set(schema["properties"]) == {"version", "trust_domain", "control", "certificates", "services", "external", "authorization", "revoked", "networks"}
     assert "from" in schema["$defs"]["Rule"]["properties"]
     json.dumps(schema)
 

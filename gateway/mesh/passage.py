@@ -1,0 +1,82 @@
+"""An assignment made into the snapshot of a mesh gateway: which names lead to which instances of its own network.
+
+Strategy: the engine's raw TCP by server name, which reads a ClientHello and passes it on as it came. A gateway has no key of any service
+and sees nothing of what passes; a name that nobody in another network may call is unknown to it, like any other. Its own name leads to
+itself: the control plane looks there whether it can be reached, and sees its certificate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from gateway._speedups.certificates import Certificate
+from gateway._speedups.exchange import ListenerEntry, Snapshot
+from gateway._speedups.pool import Endpoint, Upstream
+from gateway._speedups.route_trie import RouteTrie
+from gateway._speedups.tcp_listener import TcpListener, TcpTarget
+from gateway._speedups.tls import TlsListener
+from gateway.mesh.assignment import Assignment
+from gateway.mesh.identity import Svid
+from gateway.mesh.networks import server_name
+from gateway.mesh.proxy import EJECT, EVERYBODY, INBOUND, endpoints_of
+from gateway.mesh.raw import IDLE
+from gateway.mesh.spiffe import control_id
+from gateway.mesh.units import seconds
+from gateway.workload.admission import Admit, Revoked, admission
+
+PASSAGE = "passage"
+ITSELF = "itself"  # the listener for who asks for the gateway by its own name: the control plane, which looks whether it is there
+HELLO = 10.0  # seconds for a ClientHello
+CONNECT = 2.0  # seconds to an instance
+
+
+@dataclass(frozen=True)
+class Post:
+    """What a gateway's snapshots have in common."""
+
+    network: str
+    memory: Any  # SharedState
+    most: int  # connections that may pass at once
+    itself: str  # host:port on loopback, where it ends the handshakes that are meant for it
+
+
+def build_passage(assignment: Assignment, svid: Svid, post: Post, version: int) -> Snapshot:
+    """Return the snapshot of a gateway. Raises ValueError, KeyError, TypeError or TlsError for what cannot be made."""
+    network, memory, most = post.network, post.memory, post.most
+    body = assignment.body
+    domain, own = body["trust_domain"], body.get("own") or {}
+    if own.get("gateway") != network:
+        raise ValueError(f"the mesh's file does not name {body['service']} as the gateway of the network {network}")
+    names = memory.names
+    upstreams, known = {}, {}
+    for name, said in body["services"].items():
+        asked = server_name(name, domain)
+        if asked is None:
+            continue
+        upstream = upstreams[f"service:{name}"] = Upstream(
+            f"service:{name}", endpoints_of(name, said.get("endpoints", ())), connect=CONNECT, requests=most, table=memory.upstreams, eject=EJECT,
+        )  # fmt: skip
+        known[asked] = TcpTarget(upstream, names.add(f"{PASSAGE}>{name}"))
+    if (asked := server_name(svid.service, domain)) is not None:
+        known[asked] = TcpTarget(Upstream(ITSELF, [Endpoint(post.itself)], table=memory.upstreams), names.add(f"tcp:{ITSELF}"))
+    idle = max([IDLE, *(seconds(said["idle"]) for said in body["services"].values() if said.get("idle") is not None)])
+    tcp = TcpListener(names.add(f"tcp:{PASSAGE}"), sni=known, idle=idle, hello=HELLO, connections=most)
+    listener = ListenerEntry(INBOUND, RouteTrie([]), trusted=EVERYBODY, tcp=tcp)
+    tls = TlsListener(
+        ITSELF, [(svid.chain, svid.key, None)], digest=svid.leaf.der, authorities=svid.roots, client_auth="required", tickets=False,
+        admit=visitors(domain), alpn=(),
+    )  # fmt: skip
+    itself = ListenerEntry(ITSELF, RouteTrie([]), trusted=EVERYBODY, tls=tls)
+    return Snapshot(version, f"{assignment.version}", {INBOUND: listener, ITSELF: itself}, upstreams, [])
+
+
+def visitors(domain: str) -> Admit:
+    """Return the function that lets nobody in, and the control plane see who is there."""
+    look = admission(domain, Revoked({}), control_id(domain))
+
+    def admit(leaf: Certificate) -> str | None:
+        fault = look(leaf)
+        return "nobody calls a mesh gateway" if fault is None else fault
+
+    return admit
