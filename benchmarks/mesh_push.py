@@ -40,7 +40,7 @@ def write_file(path: Path, services: int) -> None:
     names = [f"s{number}" for number in range(services)]
     rules = "\n".join(f"    - {{name: {name}-to-ledger, from: [{name}], to: ledger}}" for name in names)
     path.write_text(
-        "version: 1\ntrust_domain: bench.test\ncontrol: {bind: 127.0.0.1:0, admin: 127.0.0.1:0, state: mesh.db, ca: ca, probe: off}\n"
+        "version: 1\ntrust_domain: bench.test\ncontrol: {bind: 127.0.0.1:0, admin: 127.0.0.1:0, state: mesh.db, ca: ca, health: off}\n"
         "services:\n  ledger: {timeout: 2s}\n" + "".join(f"  {name}: {{}}\n" for name in names) + f"authorization:\n  default: deny\n  rules:\n{rules}\n"
     )
 

@@ -221,7 +221,7 @@ class Control(Model):
     requests: RateText = setting("50/s", "certificate requests that are answered; 429 above it")
     heartbeat: Deadline = setting("15s", "without a word of an instance: out of the registry")
     network: ServiceName = setting("default", "of `networks`, where this control plane is: of others it looks at the gateways only")
-    probe: Annotated[Probe | None, BeforeValidator(_probe), _OrOff()] = setting({}, "looking whether instances can be reached, or `off`")
+    health: Annotated[Probe | None, BeforeValidator(_probe), _OrOff()] = setting({}, "looking whether instances can be reached, or `off`")
     fresh: Deadline = setting("1h", "how old an assignment may get before members say so")
 
     @model_validator(mode="after")

@@ -299,7 +299,7 @@ class ControlPlane:
         return not self.mesh.networks or network == self.mesh.control.network, None
 
     def _take_settings(self) -> None:
-        self.prober.settings = probe = self.mesh.control.probe
+        self.prober.settings = probe = self.mesh.control.health
         self.registry.most = None if probe is None else probe.most
 
     def _take_authority(self) -> None:

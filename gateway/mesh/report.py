@@ -73,7 +73,7 @@ async def report(store: Store, mesh: MeshFile) -> dict[str, Any]:
             row["since"] = next((each["seen"] for each in replicas if each["id"] == row["replica"]), row["since"])
     # Certificates of another authority are not in the list: when their lives began is not known here.
     begun = {row["serial"]: row["not_before"] for row in await store.rows("SELECT c.serial, c.not_before FROM certificates c JOIN instances i ON i.serial = c.serial")}
-    probe = mesh.control.probe
+    probe = mesh.control.health
     judge(rows, None if probe is None else probe.most)
     for row in rows:
         waiting = row["sent"] is not None and row["sent"] not in (row["applied"], row["refused"])

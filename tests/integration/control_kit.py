@@ -60,7 +60,7 @@ class ControlProcess:
         self.path = path or folder / "mesh.yaml"
         if not self.path.exists():
             # Most members of tests listen nowhere.
-            self.path.write_text(FILE.format(state=state, lifetime=lifetime, control=control + ("" if "probe:" in control else "  probe: off\n")))
+            self.path.write_text(FILE.format(state=state, lifetime=lifetime, control=control + ("" if "health:" in control else "  health: off\n")))
         self.errors = folder / f"control-{len(list(folder.glob('control-*.log')))}.log"
         self.addresses: dict[str, str] = {}
         self.start()

@@ -20,7 +20,7 @@ from tests.integration.control_kit import FILE, ControlProcess, Member
 from tests.integration.postgres_kit import open_postgres
 from tests.integration.processes import PATIENCE, environment, eventually
 
-SOURCE = "  source: state\n  probe: off\n"
+SOURCE = "  source: state\n  health: off\n"
 
 
 def file_of(folder: Path, state: str = "mesh.db", name: str = "mesh") -> Path:

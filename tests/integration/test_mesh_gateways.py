@@ -280,7 +280,7 @@ def test_who_moves_to_another_network_is_told_what_is_there(tmp_path: Path) -> N
 
 def test_the_control_plane_looks_at_gateways_and_not_behind_them(tmp_path: Path) -> None:
     with plane(tmp_path) as control, Passage(control, "west") as one, Passage(control, "west", number=2) as two:
-        control.edit("heartbeat: 5s", "heartbeat: 60s, probe: {interval: 300ms, timeout: 300ms, failures: 2}")
+        control.edit("heartbeat: 5s", "heartbeat: 60s, health: {interval: 300ms, timeout: 300ms, failures: 2}")
         # Two ledgers behind the gateway, where nobody listens that the control plane could reach; one such in its own network.
         members = [Member(control, name, number) for number, name in enumerate(("ledger", "ledger", "payments", "payments"), 1)]
         for each, network in zip(members, ("west", "west", "default", "default"), strict=True):

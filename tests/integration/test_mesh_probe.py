@@ -18,7 +18,7 @@ from tests.integration.mesh_kit import Sidecar
 from tests.integration.postgres_kit import open_postgres
 from tests.integration.processes import PATIENCE, Origin, eventually
 
-PROBE = "  heartbeat: 60s\n  probe: {interval: 300ms, timeout: 300ms, failures: 2}\n"
+PROBE = "  heartbeat: 60s\n  health: {interval: 300ms, timeout: 300ms, failures: 2}\n"
 
 CALM = PROBE.replace("300ms", "3s")  # nobody gives up on a busy machine
 
@@ -168,7 +168,7 @@ def test_it_can_be_switched_off_while_it_runs(tmp_path: Path, doors: list[Door])
         payments.has(lambda held: len(payments.endpoints("ledger")) == 2, "both endpoints")
         two.shut.set()
         payments.has(lambda held: len(payments.endpoints("ledger")) == 1, "the one that answers")
-        control.edit(PROBE.splitlines()[1], "  probe: off")
+        control.edit(PROBE.splitlines()[1], "  health: off")
         payments.has(lambda held: len(payments.endpoints("ledger")) == 2, "both, as they say that they are well")
 
 

@@ -117,7 +117,7 @@ def test_one_control_plane_has_a_volume_and_several_have_a_database() -> None:
 def test_the_control_plane_may_look_whether_members_can_be_reached() -> None:
     policy = documents()["NetworkPolicy", "crossway-control"]["spec"]["egress"]
     assert {"to": [{"namespaceSelector": {}}], "ports": [{"protocol": "TCP", "port": 9101}]} in policy
-    assert "probe: 'off'" in documents({"control": {"mesh": {"control": {"probe": "off"}}}})["ConfigMap", "crossway-control"]["data"]["mesh.yaml"].replace('"', "'")
+    assert "health: 'off'" in documents({"control": {"mesh": {"control": {"health": "off"}}}})["ConfigMap", "crossway-control"]["data"]["mesh.yaml"].replace('"', "'")
 
 
 def test_the_drain_fits_into_the_grace_period() -> None:
