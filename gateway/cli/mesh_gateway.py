@@ -42,7 +42,7 @@ def run(parsed: argparse.Namespace) -> int:
     from gateway.server import log as logs
     from gateway.server.mesh_gateway import GatewaySetup
     from gateway.server.mesh_gateway import run as be_gateway
-    from gateway.server.sidecar import address
+    from gateway.server.sidecar_setup import address
 
     logs.set_up(level=parsed.log_level)
     return be_gateway(

@@ -132,8 +132,8 @@ def run(parsed: argparse.Namespace) -> int:
     for name, header, value in parsed.app_probe_header:
         dict(parsed.app_probe)[name].headers[header] = value
     from gateway.server import log as logs
-    from gateway.server.sidecar import Setup, address
     from gateway.server.sidecar import run as sidecar
+    from gateway.server.sidecar_setup import Setup, address
 
     agent = None
     if parsed.spire is not None:

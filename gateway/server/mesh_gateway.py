@@ -22,7 +22,8 @@ from gateway.mesh.identity import Svid
 from gateway.mesh.networks import LABEL
 from gateway.mesh.passage import ITSELF, PASSAGE, Post, build_passage
 from gateway.mesh.proxy import INBOUND
-from gateway.server.sidecar import CHECK, Setup, Sidecar, address, run_member
+from gateway.server.sidecar import CHECK, Sidecar, run_member
+from gateway.server.sidecar_setup import Setup, address
 
 log = logging.getLogger("crossway.mesh")
 

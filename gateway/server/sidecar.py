@@ -18,18 +18,14 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gateway._speedups.certificates import ClientCertificate
 from gateway._speedups.engine import Engine
 from gateway._speedups.exchange import Snapshot
-from gateway._speedups.journal import Journal
 from gateway.mesh import metrics
 from gateway.mesh.assignment import Assignment, Refused
 from gateway.mesh.egress import Outside
-from gateway.mesh.enrol import EnrolError, address_of, read_token
 from gateway.mesh.identity import Identity, Svid, load, pause
 from gateway.mesh.link import Link, read_assignment
 from gateway.mesh.pod import BadPod
@@ -37,14 +33,11 @@ from gateway.mesh.pod import read_token as read_pod
 from gateway.mesh.proxy import INBOUND, OUTBOUND, TCP, Surroundings, build
 from gateway.mesh.state import BUNDLE, State, StateError
 from gateway.server import log as logs
-from gateway.server.app_probe import AppProbe
 from gateway.server.pages import Page, Pages
+from gateway.server.sidecar_setup import CannotStart, Setup, address, journal_of, lasting_proof, proof_of
 from gateway.server.systemd import Notifier
 from gateway.telemetry.shared import SharedState
 from gateway.workload.admission import Revoked
-
-if TYPE_CHECKING:
-    from gateway.mesh.workload_api import Agent
 
 log = logging.getLogger("crossway.mesh")
 
@@ -53,54 +46,6 @@ CONNECT = 1.0  # seconds for one of them
 BACKLOG = 1024
 NOBODY = ("127.0.0.1", 9)  # stands for the app where there is none; such a member is no endpoint
 CHECK = 0.02  # seconds between two looks while draining
-
-
-class CannotStart(Exception):
-    """The sidecar cannot serve; the text is for a person."""
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What the command line says."""
-
-    service: str
-    app: tuple[str, int] | None  # None: it only calls others
-    inbound: tuple[str, int]
-    outbound: tuple[str, int]
-    control: str
-    state: str
-    token: str | None = None  # a file
-    pair: tuple[str, str] | None = None  # instead: files of a certificate of the bank's PKI and its key
-    pod: str | None = None  # instead: the file of a Kubernetes token
-    control_ca: str | None = None  # for both: the file of the control plane's root
-    agent: Agent | None = None  # instead of both: SPIRE's, for certificate and bundle
-    ports: dict[str, tuple[str, int]] = field(default_factory=dict)  # service -> a local address of its own
-    admin: tuple[str, int] | None = None
-    probes: tuple[str, int] | None = None  # /livez, /startz, /readyz, /metrics for an orchestrator, on any address
-    app_probes: dict[str, AppProbe] = field(default_factory=dict)
-    zone: str | None = None
-    labels: dict[str, str] = field(default_factory=dict)
-    advertise: str | None = None  # host:port by which others reach inbound, when it is not what is bound
-    intercept: bool = False
-    app_protocol: str = "http1"
-    external_certs: dict[str, str] = field(default_factory=dict)  # external host -> file of our certificate and key
-    egress_audit: str | None = None  # a file, stdout or stderr
-    drain_delay: float = 2.0  # seconds
-    drain_deadline: float = 30.0
-
-
-def address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def journal_of(target: str | None) -> Journal | None:
-    """Open where calls to external hosts are recorded. Raises CannotStart."""
-    if target is None:
-        return None
-    try:
-        return Journal({"stdout": 1, "stderr": 2}.get(target, target))
-    except OSError as error:
-        raise CannotStart(f"cannot write {target}: {error.strerror}") from None
 
 
 class Sidecar:
@@ -191,7 +136,7 @@ class Sidecar:
                 except OSError as error:
                     raise CannotStart(f"cannot bind {name} to {address(*where)}: {error.strerror}") from None
         job = self._job()
-        again = self._lasting_proof()
+        again = lasting_proof(self.setup)
         if self.setup.agent is None:
             self.identity = Identity(self.state, job, self._renewed, proof=again)
         else:
@@ -236,7 +181,7 @@ class Sidecar:
         if held is not None and held.leaf.not_after > time.time():
             self.identity.svid = held
             return
-        proof, until = self._proof(held)
+        proof, until = proof_of(self.setup, self.state.folder, held)
         while not await self.identity.join(proof):
             if self.identity.lasting:
                 raise CannotStart(f"cannot join the mesh: {self.identity.error}")
@@ -244,31 +189,6 @@ class Sidecar:
                 raise CannotStart(f"cannot join the mesh before the token ends: {self.identity.error}")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.hurry.wait(), min(10.0, pause(self.identity.failures, self.identity.draw())))
-
-    def _lasting_proof(self) -> dict[str, Any] | None:
-        """What one may join with as often as needed; None with a token, which is good once."""
-        if self.setup.pod is not None:
-            return {"kubernetes": self.setup.pod, "control_ca": self.setup.control_ca}
-        return None if self.setup.pair is None else {"pair": list(self.setup.pair), "control_ca": self.setup.control_ca}
-
-    def _proof(self, held: Svid | None) -> tuple[dict[str, Any], float]:
-        """What to join with, and until when that makes sense."""
-        setup = self.setup
-        try:
-            address_of(setup.control)
-            if setup.agent is not None:
-                return {}, float("inf")
-            if (lasting := self._lasting_proof()) is not None:
-                return lasting, float("inf")
-            if setup.token is None:
-                what = "the certificate in it has expired" if held is not None else "there is no certificate in it"
-                raise CannotStart(f"{self.state.folder}: {what}; make a token with `crossway mesh token {setup.service}` and give it with --token")
-            text = Path(setup.token).read_text("ascii")
-            return {"token": text}, read_token(text).expires
-        except (OSError, UnicodeDecodeError) as error:
-            raise CannotStart(f"{setup.token}: {error.strerror if isinstance(error, OSError) else 'not a token'}") from None
-        except EnrolError as error:
-            raise CannotStart(str(error)) from None
 
     def _from_disk(self) -> None:
         svid = self._svid()
