@@ -1,12 +1,14 @@
 """Two sidecars between a client and a service, beside two Envoys that do the same: processor time, added latency and memory.
 
 Strategy: client -> plain HTTP -> outbound -> mutual TLS -> inbound with authorization by identity, method and path -> origin. Rounds alternate between
-the programs so that a noisy machine wrongs neither, and medians are told. CPU is user and system time of both processes by the number of
-requests answered; latency comes from a constant rate that neither is near the end of. Usage: mesh_pair.py ENVOY [ROUNDS].
+the programs, and the origin by itself, so that a noisy machine wrongs nobody, and medians are told. CPU is user and system time of both processes by the
+number of requests answered; latency comes from a constant rate that neither is near the end of, and what a pair adds is its latency less the
+origin's own. Both processes of a pair have one core, the load and the origin another. Usage: mesh_pair.py ENVOY [-r ROUNDS] [--rate RATE] [-o FILE.json].
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -22,10 +24,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.load.machine import facts
 from gateway.server.process import cpu_seconds
 from tests.integration.mesh_kit import Control, Sidecar, free_port
 
-CONNECTIONS, SECONDS, RATE = 32, 6, 800
+CONNECTIONS, SECONDS = 32, 5
+LOAD, PROGRAM = 0, 1  # cores
 NAMES = ("payments", "ledger")
 
 OUTBOUND = """
@@ -151,11 +155,11 @@ def envoys(folder: Path, program: str) -> Iterator[tuple[int, list[int]]]:
             process.wait()
 
 
-def load(port: int, rate: str, seconds: int, result: Path) -> dict[str, Any]:
+def load(port: int, rate: int, result: Path) -> dict[str, Any]:
     """Run the load generator; return its report."""
     done = subprocess.run(
-        [sys.executable, "-m", "gateway", "bench", "run", "--rate", rate, "--connections", str(CONNECTIONS), "--duration", f"{seconds}s",
-         "--warmup", "1s", "-H", "Host: ledger", "--json", str(result), "--quiet", f"http://127.0.0.1:{port}/v1/payments"],
+        ["taskset", "-c", str(LOAD), sys.executable, "-m", "gateway", "bench", "run", "--rate", str(rate), "--connections", str(CONNECTIONS),
+         "--duration", f"{SECONDS}s", "--warmup", "1s", "-H", "Host: ledger", "--json", str(result), "--quiet", f"http://127.0.0.1:{port}/v1/payments"],
         check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     if done.returncode:
@@ -180,30 +184,42 @@ def answered(port: int) -> int:
 
 
 def main() -> int:
-    program, rounds = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 3
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("envoy", help="the program, such as build/peers/bin/envoy")
+    parser.add_argument("-r", "--rounds", type=int, default=5)
+    parser.add_argument("--rate", type=int, default=2500, help="requests a second (2500)")
+    parser.add_argument("-o", "--output", type=Path, help="every round, with machine and commit, as JSON")
+    options = parser.parse_args()
     found: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
         app = origin(folder)
+        os.sched_setaffinity(app.pid, {LOAD})
         try:
-            with sidecars(folder) as ours, envoys(folder, program) as theirs:
-                ways = {"crossway": ours, "envoy": theirs}
-                for name, (port, _) in ways.items():
+            with sidecars(folder) as ours, envoys(folder, options.envoy) as theirs:
+                ways: dict[str, tuple[int, list[int]]] = {"origin": (folder_port(folder), []), "crossway": ours, "envoy": theirs}
+                for name, (port, pids) in ways.items():
+                    for pid in pids:
+                        for thread in os.listdir(f"/proc/{pid}/task"):
+                            os.sched_setaffinity(int(thread), {PROGRAM})
                     if answered(port) != 200:
                         raise SystemExit(f"{name} does not answer 200")
-                for _ in range(rounds):
+                for _ in range(options.rounds):
                     for name, (port, pids) in ways.items():
                         rows = found.setdefault(name, {"cpu": [], "p50": [], "p99": [], "pss": []})
                         before = spent(pids)
-                        report = load(port, str(RATE), SECONDS, folder / "report.json")
-                        rows["cpu"].append((spent(pids) - before) / (RATE * (SECONDS + 1)) * 1e6)
+                        report = load(port, options.rate, folder / "report.json")
+                        rows["cpu"].append((spent(pids) - before) / (options.rate * (SECONDS + 1)) * 1e6)
                         for key, value in latencies(report).items():
                             rows[key].append(value)
-                        rows["pss"].append(max(map(pss, pids)))
+                        rows["pss"].append(max(map(pss, pids), default=0.0))
         finally:
             app.kill()
             app.wait()
-    show(found)
+    ratios = show(found, options.rate)
+    if options.output is not None:
+        plan = {"rate": options.rate, "connections": CONNECTIONS, "seconds": SECONDS}
+        options.output.write_text(json.dumps({**facts(), "group": "mesh-pair", "plan": plan, "rounds": found, "ratios": ratios}, indent=1) + "\n")
     return 0
 
 
@@ -213,13 +229,19 @@ def latencies(report: dict[str, Any]) -> dict[str, float]:
     return {"p50": float(found["p50"]["us"]), "p99": float(found["p99"]["us"])}
 
 
-def show(found: dict[str, dict[str, list[float]]]) -> None:
+def show(found: dict[str, dict[str, list[float]]], rate: int) -> dict[str, float]:
+    """Print the medians; return the ratios of Crossway to Envoy."""
     medians = {name: {key: statistics.median(values) for key, values in rows.items()} for name, rows in found.items()}
-    print(f"{RATE}/s over {CONNECTIONS} connections, both processes of a pair; medians of {len(next(iter(found.values()))['cpu'])} rounds")
+    print(f"{rate}/s over {CONNECTIONS} connections, both processes of a pair; medians of {len(found['origin']['p50'])} rounds; latency: what is added to the origin's own")
+    bare = medians.pop("origin")
+    print(f"origin     p50 {bare['p50']:6.0f} us   p99 {bare['p99']:6.0f} us")
+    for row in medians.values():
+        row["p50"], row["p99"] = row["p50"] - bare["p50"], row["p99"] - bare["p99"]
     for name, row in medians.items():
-        print(f"{name:<10} CPU {row['cpu']:6.1f} us/request   p50 {row['p50']:7.0f} us   p99 {row['p99']:7.0f} us   larger PSS {row['pss']:5.1f} MiB")
-    ours, theirs = medians["crossway"], medians["envoy"]
-    print("ratio      " + "   ".join(f"{key} {ours[key] / theirs[key]:.2f}" for key in ours))
+        print(f"{name:<10} CPU {row['cpu']:6.1f} us/request   p50 +{row['p50']:5.0f} us   p99 +{row['p99']:5.0f} us   larger PSS {row['pss']:5.1f} MiB")
+    ratios = {key: round(medians["crossway"][key] / medians["envoy"][key], 3) for key in medians["envoy"]}
+    print("ratio      " + "   ".join(f"{key} {value:.2f}" for key, value in ratios.items()))
+    return ratios
 
 
 if __name__ == "__main__":
