@@ -970,7 +970,7 @@ cdef class Downstream(Connection):
         cdef bint grpc = x is not None and x.grpc and x.answer_started
         cdef bint told = x is not None and x.web is not None and reset and end_web_early(self)
         if x is not None:
-            if grpc and x.total_at and self.engine.now >= x.total_at:
+            if grpc and x.total_at and self.engine.now + EARLY_US >= x.total_at:
                 status = 504
             self.drop_upstream()
             if x.status == 0:

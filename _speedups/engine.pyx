@@ -60,6 +60,7 @@ cdef enum:
     DIALLED_LATER = 2           # ... an event will tell
     TROUBLE = -998              # no errno: what was to be sent cannot be
     LINGER_US = 2000000
+    EARLY_US = 10000            # before our own clock says that a call is over, its service may: it is told what is left in whole steps
     LINGER_BYTES = 1048576
     HANDSHAKES = 8              # steps per batch: a signature takes up to a millisecond, and the others have a turn between
     COMPLAINT_US = 1000000      # between two log lines about failed handshakes: strangers cause them at will

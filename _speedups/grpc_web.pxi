@@ -92,7 +92,7 @@ cdef bint end_web_early(Downstream d) noexcept:
     """An answer that cannot go on gets trailers that say so, between two messages. False: cut it."""
     cdef Exchange x = d.x
     cdef Buffer* out = &x.web.out
-    cdef bytes lines = TIME_OVER if x.total_at and d.engine.now >= x.total_at else STOPPED
+    cdef bytes lines = TIME_OVER if x.total_at and d.engine.now + EARLY_US >= x.total_at else STOPPED
     cdef uint32_t n
     cdef int result
     if not x.answer_started or not x.web.framed or d.fd < 0 or d.out.end > d.out.start or \

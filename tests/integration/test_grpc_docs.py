@@ -24,7 +24,7 @@ def test_the_example_of_the_page(tmp_path: Path) -> None:
         kept.bind(("127.0.0.1", 0))
         port = str(kept.getsockname()[1])
         (tmp_path / "service.py").write_text(service.replace("9000", port))
-        (tmp_path / "edge.yaml").write_text(edge.replace("9000", port).replace("8080", "0"))
+        (tmp_path / "edge.yaml").write_text(edge.replace("9000", port).replace("8080", "0") + "admin: {bind: 127.0.0.1:0}\n")
         with subprocess.Popen([sys.executable, "service.py"], cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL) as running:
             try:
                 with Gateway(tmp_path / "edge.yaml") as gateway:
