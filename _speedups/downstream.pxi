@@ -4,14 +4,6 @@
 # of the present request stays where it was read until its exchange ends, so views into it are offsets. `advance` is the only
 # loop; all else returns to it, so a client that sends ten thousand refusable requests costs no stack.
 
-cdef bytes plain_on_tls():
-    body = b'{"type":"about:blank","title":"Bad Request","status":400,"detail":"this port speaks TLS: use https"}'
-    head = b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/problem+json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
-    return head % len(body) + body
-
-cdef bytes PLAIN_ON_TLS = plain_on_tls()
-
-
 @cython.freelist(256)
 cdef class Downstream(Connection):
     """A client's connection."""
@@ -19,7 +11,7 @@ cdef class Downstream(Connection):
     cdef int on_events(self, uint32_t events) except -1:
         cdef int result
         if self.state == D_HANDSHAKE:
-            return self.secure(events)
+            return secure_client(self, events)
         if self.state == D_TUNNEL:
             return tunnel_events(self, self, events)
         if events & (EPOLLERR | EPOLLHUP):
@@ -80,7 +72,7 @@ cdef class Downstream(Connection):
             return self.advance()                   # what the client pipelined behind it has arrived already
         if self.state == D_HEAD:
             counters[C_TIMEOUTS_HEAD] += 1
-            self.begin_unparsed()
+            begin_unparsed(self)
             return self.refuse(408, b"head-timeout", b"the request head did not arrive in time")
         if why == T_WRITE:
             counters[C_TIMEOUTS_WRITE] += 1
@@ -188,7 +180,7 @@ cdef class Downstream(Connection):
                 turns += 1
                 if turns > PIECES:                  # requests answered here never wait: others have a turn too
                     return self.queue_up()
-                if self.read_head() == 0:
+                if read_head(self) == 0:
                     return 0
             elif self.state == D_ACTIVE:
                 if self.x.waiting:
@@ -208,397 +200,6 @@ cdef class Downstream(Connection):
         if not self.queued:
             self.queued = True
             self.engine.again.append(self)
-        return 0
-
-    # -- TLS ----------------------------------------------------------------------------------------------------------
-
-    cdef int secure(self, uint32_t events) except -1:
-        """The handshake, as far as it goes now; behind it the connection is like any other."""
-        cdef Engine engine = self.engine
-        cdef int result
-        if events & (EPOLLERR | EPOLLHUP):
-            self.close()
-            return 0
-        if events & EPOLLRDHUP:
-            self.ended = True
-        if events & (EPOLLIN | EPOLLRDHUP):
-            self.wake()
-        if not self.readable and self.tls is None:
-            return 0                                # connected, and nothing said yet
-        if self.proxied and self.peek_proxy_header() <= 0:
-            return 0
-        if engine.handshake_turns == 0:
-            return self.queue_up()
-        engine.handshake_turns -= 1
-        if self.tls is None:
-            self.tls = self.listener.tls.accept(self.fd)
-            self.tls.wake(self.ended)
-        result = self.tls.handshake()
-        if result == 0:
-            return 0
-        engine.handshaking.pop(self, None)
-        if result < 0:
-            return self.handshake_failed()
-        engine.slot.counters[C_TLS_HANDSHAKES] += 1
-        if self.tls.resumed:
-            engine.slot.counters[C_TLS_RESUMED] += 1
-        self.state = D_IDLE
-        self.outer = self.tls
-        if self.tls.alpn == ALPN_HTTP2:
-            return become_link(self)
-        self.readable = True                        # the first request may have come along
-        engine.set_timer(self, T_KEEPALIVE, engine.now + self.listener.head_us)
-        self.advance()
-        if self.tls is not None and self.x is None:
-            self.tls.push()                         # no answer is on its way that would take the tickets along
-        return 0
-
-    cdef int handshake_failed(self) except -1:
-        """A log line, and an end that lets the alert arrive; who spoke HTTP in clear text is told so."""
-        cdef Tls failed = self.tls
-        self.tls = None
-        if failed.failure == FAILED_VISITOR:
-            self.leave()
-            return self.linger()
-        self.engine.slot.counters[C_TLS_FAILED] += 1
-        self.engine.complain("a client's TLS handshake failed", {
-            "listener": self.listener_name, "client": self.text[:self.text_len].decode("ascii"),
-            "reason": "an HTTP request in clear text" if failed.failure == FAILED_PLAIN else failed.reason})
-        if failed.failure == FAILED_GONE:
-            self.state = D_IDLE
-            self.close()
-            return 0
-        if failed.failure == FAILED_PLAIN:
-            cw_send(self.fd, <const char*>PLAIN_ON_TLS, len(PLAIN_ON_TLS))
-        self.leave()
-        return self.linger()                        # the client's end may be here already: no event would tell it again
-
-    cdef int peek_proxy_header(self) except -2:
-        """take_proxy_header() for a connection whose next byte is TLS: what is behind the header stays in the kernel."""
-        cdef sockaddr_storage address
-        cdef int kind = 0, result
-        cdef ssize_t n = cw_peek(self.fd, self.engine.scratch, SCRATCH)
-        if n == -EAGAIN:
-            self.readable = False
-            return 0
-        result = parse_proxy_header(self.engine.scratch, <uint32_t>n, &address, &kind) if n > 0 else -1
-        if result == 0 and not self.ended:
-            self.readable = False
-            return 0
-        self.proxied = False
-        if result > 0:
-            cw_recv(self.fd, self.engine.scratch, result)
-            if kind == 1:
-                self.take_address(&address)
-            return 1
-        if n > 0 and result < 0 and self.listener.proxy_protocol == 1 and kind == 0:
-            return 1
-        self.engine.slot.counters[C_BAD_REQUESTS] += 1
-        self.close()
-        return -1
-
-    cdef void take_address(self, sockaddr_storage* address):
-        """The client's address, as a PROXY header says it."""
-        cdef uint16_t port = 0
-        self.text_len = cw_address_text(address, self.text, sizeof(self.text), &port)
-        cw_address_bytes(address, self.address)
-        self.peer_trusted = self.listener.trusted.contains(self.address)
-
-    # -- the head -----------------------------------------------------------------------------------------------------
-
-    cdef int read_head(self) except -1:
-        """1 when a request was taken up or the connection ended, 0 when bytes are missing."""
-        cdef int result
-        cdef uint32_t room
-        cdef ssize_t n
-        while True:
-            if self.inb.end > self.inb.start:
-                result = self.parse_head()
-                if result:
-                    return result
-            if not self.readable:
-                break
-            if buffer_reserve(&self.inb, 2048) < 0:
-                self.close()
-                return 1
-            room = self.inb.cap - self.inb.end
-            n = self.recv(self.inb.base + self.inb.end, room)
-            if n > 0:
-                self.inb.end += <uint32_t>n
-                self.engine.slot.counters[C_BYTES_IN] += n
-                if self.drained(n, room):
-                    self.readable = False
-            elif n == -EAGAIN:
-                self.readable = False
-            else:
-                if self.state == D_HEAD:
-                    self.engine.slot.counters[C_CLIENT_ABORTS] += 1
-                self.close()
-                return 1
-        if self.inb.end == self.inb.start:
-            buffer_release(&self.inb)
-        return 0
-
-    cdef int parse_head(self) except -1:
-        """1 when the head is complete or refused, 0 when bytes are missing."""
-        cdef Exchange x
-        cdef int result
-        if self.proxied:
-            result = self.take_proxy_header()
-            if result <= 0:
-                return -result
-        if self.x is None and self.requests == 0 and self.listener.http2 is not None and self.listener.http2.clear and self.tls is None:
-            result = speaks_http2(&self.inb)
-            if result:
-                return become_link(self) if result > 0 else 0
-        if self.x is None:
-            # RFC 9112 2.2: an empty line or two before a request line is passed over.
-            while self.inb.end - self.inb.start >= 2 and self.blanks < 2 and \
-                    self.inb.base[self.inb.start] == 13 and self.inb.base[self.inb.start + 1] == 10:
-                self.inb.start += 2
-                self.blanks += 1
-            if self.inb.start == self.inb.end or (self.inb.end - self.inb.start == 1 and self.inb.base[self.inb.start] == 13
-                                                  and self.blanks < 2):
-                return 0
-            self.begin_unparsed()
-            self.arm(T_HEAD, self.listener.head_us)
-        x = self.x
-        result = parse_request(self.inb.base + self.inb.start, self.inb.end - self.inb.start, x.head, &self.listener.limits)
-        if result > 0:
-            self.begin(result)
-            return 1
-        if result < 0:
-            self.parse_failed(-result)
-            return 1
-        return 0
-
-    cdef void begin_unparsed(self):
-        """Takes an exchange for a request of which bytes are here."""
-        cdef Exchange x
-        if self.version != self.engine.snapshot.version:
-            self.listener = self.engine.snapshot.listeners.get(self.listener_name, self.listener)
-            self.version = self.engine.snapshot.version
-        if self.x is None:
-            x = self.engine.take_exchange()
-            x.connection = self
-            self.x = x
-        self.blanks = 0
-        self.state = D_HEAD
-
-    cdef int take_proxy_header(self) except -2:
-        """PROXY protocol v1/v2. 1 taken (or absent where optional), 0 more bytes needed, -1 refused and closed."""
-        cdef sockaddr_storage address
-        cdef int kind = 0
-        cdef int result = parse_proxy_header(self.inb.base + self.inb.start, self.inb.end - self.inb.start, &address, &kind)
-        if result == 0:
-            return 0
-        self.proxied = False
-        if result < 0:
-            if self.listener.proxy_protocol == 1 and kind == 0:
-                return 1
-            self.engine.slot.counters[C_BAD_REQUESTS] += 1
-            self.engine.notices.no_proxy_header(self.listener_name, self.engine.now, self.text, self.text_len)
-            self.close()
-            return -1
-        buffer_consume(&self.inb, <uint32_t>result)
-        if kind == 1:                               # an address; LOCAL and UNKNOWN keep the connection's own
-            self.take_address(&address)
-        return 1 if self.inb.end > self.inb.start else 0
-
-    cdef int parse_failed(self, int error) except -1:
-        cdef Exchange x = self.x
-        self.engine.slot.counters[C_BAD_REQUESTS] += 1
-        x.head.count = 0                            # what was parsed of it is not to be trusted
-        x.grpc = self.stream is not None and self.stream.grpc
-        x.head.minor = 1
-        x.side = SIDE_DOWNSTREAM
-        return self.refuse(error_status(error), <bytes>error_slug(error), <bytes>error_detail(error))
-
-    cdef int begin(self, int length) except -1:
-        """A complete head: framing, identity, route; then its steps."""
-        cdef Exchange x = self.x
-        cdef Head* head = x.head
-        cdef Engine engine = self.engine
-        cdef int result
-        head.base = self.inb.base + self.inb.start
-        x.body_at = length
-        x.started = engine.now = cw_monotonic_us()
-        x.wall = cw_wall_us()
-        self.state = D_ACTIVE
-        self.requests += 1
-        x.snapshot = engine.snapshot
-        x.listener = self.listener
-        engine.slot.counters[C_REQUESTS] += 1
-        x.keep_alive = (not head.close if head.minor else head.keep_alive and not head.close) and \
-            self.requests < self.listener.requests_max and not engine.draining and not self.listener.leaving
-        if head.chunked:
-            x.body.mode = x.body.out = BODY_CHUNKED
-        elif head.content_length >= 0:
-            x.body.mode = x.body.out = BODY_LENGTH
-            x.body.remaining = head.content_length
-            x.body.done = head.content_length == 0
-        else:
-            x.body.done = True
-        if self.stream is not None:
-            x.keep_alive = True
-            x.http2 = True
-            x.grpc = is_grpc(head)
-            if head.content_length < 0 and not self.stream.connects and not self.stream.ended:
-                x.body.mode = BODY_CLOSE            # until the stream ends
-                x.body.out = BODY_CHUNKED
-                x.body.done = False
-        self.identify()
-        if head.path_plain or head.path_len == 0:
-            x.path_len = head.path_len if head.path_len else 1
-        else:
-            x.path_copy = <char*>malloc(head.path_len)
-            if x.path_copy == NULL:
-                raise MemoryError
-            result = normalise_path(head.base + head.path_at, head.path_len, x.path_copy)
-            if result < 0:
-                engine.slot.counters[C_BAD_REQUESTS] += 1
-                x.keep_alive = False
-                x.side = SIDE_DOWNSTREAM
-                return self.refuse(400, <bytes>error_slug(-result), <bytes>error_detail(-result))
-            x.path_len = result
-        return self.route()
-
-    cdef int route(self) except -1:
-        cdef Exchange x = self.x
-        cdef Head* head = x.head
-        cdef const char* host = head.base + head.host_at
-        cdef uint32_t n = head.host_len
-        cdef int result
-        # Host was validated: at most one colon outside brackets.
-        if n and host[0] == 91:
-            n = <uint32_t>(<const char*>memchr(host, 93, n) - host) + 1
-        elif n and memchr(host, 58, n) != NULL:
-            n = <uint32_t>(<const char*>memchr(host, 58, n) - host)
-        x.host_len = n
-        result = self.listener.trie.match(head, host, n, x.path(), x.path_len, &x.match)
-        if head.method == M_OPTIONS and head.first[F_ACR_METHOD] >= 0 and head.first[F_ORIGIN] >= 0 and \
-                (result != 1 or (<RouteEntry>x.match.route).cors is None) and self.preflight(host, n):
-            return self.reply()
-        if result == 1:
-            x.route = <RouteEntry>x.match.route
-        elif result == 0:
-            return self.refuse(404, b"no-route", b"no route matches this host and path")
-        else:
-            x.refuse(405, b"method-not-allowed", b"the resource does not offer this method")
-            x.reply_headers = b"allow: " + self.listener.trie.allow(&x.match) + b"\r\n"
-            return self.reply()
-        if x.route.grpc_web:
-            take_web(x)
-        if x.body.mode == BODY_LENGTH and x.body.remaining > x.body_limit():
-            return self.refuse(413, b"body-too-large", b"the request body is larger than the limit")
-        if x.route.total_us:
-            x.total_at = self.engine.now + x.route.total_us
-        if (x.grpc or x.web is not None) and head.first[F_GRPC_TIMEOUT] >= 0 and self.limit_grpc():
-            return 0
-        if head.upgrade and x.route.tunnels is not None and not take_handshake(x):
-            return self.reply()
-        if self.stream is not None and self.stream.connects and not x.upgrade:
-            x.side = SIDE_DOWNSTREAM
-            return self.refuse(501, b"no-tunnel", b"no WebSockets are offered here")
-        return self.run_steps()
-
-    cdef int limit_grpc(self) except -1:
-        """The client's own deadline, when it is the shorter one. 1 when it is no time at all: answered."""
-        cdef int64_t us = grpc_timeout(self.x.head)
-        if us == -2:
-            self.x.side = SIDE_DOWNSTREAM
-            self.refuse(400, b"bad-deadline", b"grpc-timeout is not up to eight digits and one of H M S m u n")
-            return 1
-        if self.x.total_at == 0 or self.x.started + us < self.x.total_at:
-            self.x.total_at = self.x.started + us
-        return 0
-
-    cdef bint preflight(self, const char* host, uint32_t n) except -1:
-        """A CORS preflight (Fetch 4.8) is answered by the route that the method to come would reach."""
-        cdef Exchange x = self.x
-        cdef Head* head = x.head
-        cdef Field* wanted = &head.fields[head.first[F_ACR_METHOD]]
-        cdef uint32_t at = head.method_at, length = head.method_len
-        cdef Match match
-        cdef int result
-        head.method_at = wanted.value
-        head.method_len = wanted.value_len
-        head.method = method_id(head.base + wanted.value, wanted.value_len)
-        result = self.listener.trie.match(head, host, n, x.path(), x.path_len, &match)
-        head.method_at = at
-        head.method_len = length
-        head.method = M_OPTIONS
-        if result != 1 or (<RouteEntry>match.route).cors is None:
-            return False
-        x.match = match
-        x.route = <RouteEntry>match.route
-        return (<Step>x.route.cors).run(x) == STEP_ANSWERED
-
-    cdef int identify(self) except -1:
-        """The client's address, the request id and the trace."""
-        cdef Exchange x = self.x
-        cdef Head* head = x.head
-        cdef int i
-        x.trusted = self.peer_trusted
-        x.secure = self.outer is not None
-        if x.secure:
-            x.certificate = self.outer.certificate
-        memcpy(x.client, self.address, 16)
-        memcpy(x.client_text, self.text, 48)
-        x.client_len = self.text_len
-        x.peer_text = self.text
-        x.peer_len = self.text_len
-        if x.trusted and head.first[F_X_FORWARDED_FOR] >= 0:
-            self.forwarded_client()
-        i = head.first[F_X_REQUEST_ID]
-        if i >= 0 and valid_request_id(head.base + head.fields[i].value, head.fields[i].value_len):
-            memcpy(x.request_id, head.base + head.fields[i].value, 36)
-        else:
-            make_request_id(x.request_id, x.wall)
-        i = head.first[F_TRACEPARENT]
-        if x.trusted and i >= 0 and valid_trace(head.base + head.fields[i].value, head.fields[i].value_len):
-            continue_trace(x.trace, head.base + head.fields[i].value)
-        else:
-            make_trace(x.trace)
-        return 0
-
-    cdef int forwarded_client(self) except -1:
-        """The rightmost address of X-Forwarded-For that no trusted proxy has: what stands left of it is hearsay."""
-        cdef Exchange x = self.x
-        cdef Head* head = x.head
-        cdef int i = head.count
-        cdef uint32_t start, end
-        cdef const char* p
-        cdef char text[48]
-        cdef sockaddr_storage address
-        cdef socklen_t length = 0
-        cdef uint16_t port = 0
-        while i > 0:
-            i -= 1
-            if head.fields[i].id != F_X_FORWARDED_FOR:
-                continue
-            p = head.base + head.fields[i].value
-            end = head.fields[i].value_len
-            while end > 0:
-                start = end
-                while start > 0 and p[start - 1] != 44:
-                    start -= 1
-                while end > start and (p[end - 1] == 32 or p[end - 1] == 9):
-                    end -= 1
-                length = start
-                while length < end and (p[length] == 32 or p[length] == 9):
-                    length += 1
-                if end - length == 0 or end - length >= sizeof(text):
-                    return 0
-                memcpy(text, p + length, end - length)
-                text[end - length] = 0
-                if not cw_parse_address(text, 0, &address, &length):
-                    return 0
-                cw_address_bytes(&address, x.client)
-                x.client_len = cw_address_text(&address, x.client_text, sizeof(x.client_text), &port)
-                if not self.listener.trusted.contains(x.client):
-                    return 0
-                end = start - 1 if start else 0
         return 0
 
     # -- steps and answers of our own ---------------------------------------------------------------------------------
@@ -915,10 +516,10 @@ cdef class Downstream(Connection):
 
     cdef int take_stream(self) except -1:
         """A request of an HTTP/2 connection: its head is here, as text."""
-        self.begin_unparsed()
+        begin_unparsed(self)
         if self.stream.too_long:
-            self.parse_failed(E_TOO_LONG)
-        elif self.parse_head() == 0:
+            parse_failed(self, E_TOO_LONG)
+        elif parse_head(self) == 0:
             self.abort(True)                        # text that ends before its head does: not ours
         return self.advance()
 

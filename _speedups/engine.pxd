@@ -146,18 +146,8 @@ cdef class Downstream(Connection):
 
     cdef int take_stream(self) except -1
     cdef int stream_over(self) except -1
-    cdef int secure(self, uint32_t events) except -1
-    cdef int handshake_failed(self) except -1
-    cdef int peek_proxy_header(self) except -2
-    cdef void take_address(self, sockaddr_storage* address)
     cdef int flushed(self) except -1
     cdef int exchange_timeout(self, uint8_t why) except -1
-    cdef int parse_head(self) except -1
-    cdef void begin_unparsed(self)
-    cdef int take_proxy_header(self) except -2
-    cdef int route(self) except -1
-    cdef bint preflight(self, const char* host, uint32_t n) except -1
-    cdef int forwarded_client(self) except -1
     cdef bint body_at_hand(self) noexcept
     cdef int keep_behind(self, const char* data, uint32_t n) except -1
     cdef int cut(self, int status, bytes slug, bytes detail) except -1
@@ -168,21 +158,16 @@ cdef class Downstream(Connection):
     cdef int gone(self) except -1
     cdef int advance(self) except -1
     cdef int queue_up(self) except -1
-    cdef int read_head(self) except -1
-    cdef int begin(self, int length) except -1
-    cdef int identify(self) except -1
     cdef int run_steps(self) except -1
     cdef int collect(self) except -1
     cdef int pump_request(self) except -1
     cdef int take_payload(self, char* data, uint32_t n, uint32_t* used) except -1
     cdef int reply(self) except -1
     cdef int refuse(self, int status, bytes slug, bytes detail) except -1
-    cdef int parse_failed(self, int error) except -1
     cdef int answered(self) except -1
     cdef int settle(self) except -1
     cdef int abort(self, bint reset, int status=*) except -1
     cdef bint end_grpc(self, int code) except -1
-    cdef int limit_grpc(self) except -1
     cdef void drop_upstream(self)
     cdef void finish_exchange(self)
     cdef bint waits_for_body(self) noexcept
