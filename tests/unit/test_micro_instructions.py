@@ -60,7 +60,7 @@ def test_another_file_is_refused() -> None:
 @pytest.mark.parametrize(
     ("symbol", "name"),
     [
-        ("__pyx_f_7gateway_9_speedups_6engine_10Downstream_read_head", "engine.Downstream.read_head"),
+        ("__pyx_f_7gateway_9_speedups_6engine_10Downstream_advance", "engine.Downstream.advance"),
         ("__pyx_pf_7gateway_9_speedups_6engine_6Engine_26poll", "engine.Engine.poll"),
         ("__pyx_f_7gateway_9_speedups_5http1_parse_request.constprop.0", "http1.parse_request"),
         ("cw_json_escape", "cw_json_escape"),
