@@ -7,10 +7,10 @@ model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
@@ -205,10 +205,10 @@ def _sentence(kind: str, text: str, context: dict[str, Any], value: Any) -> tupl
     return text[:1].lower() + text[1:], _ELSEWHERE
 
 
-def _near(name: Any, choices: Sequence[str]) -> str:
-    if isinstance(name, Resolved) or not isinstance(name, str):
-        return ""
-    close = get_close_matches(name.lower(), [choice.lower() for choice in choices], 1, 0.6)
+def _near(name: Any, choices: Sequence[str], likeness: float = 0.6) -> str:
+    if isinstance(name, Resolved) or not isinstance(name, str) or not any(map(str.isalpha, name)):
+        return ""  # numbers are not misspelt
+    close = get_close_matches(name.lower(), [choice.lower() for choice in choices], 1, likeness)
     return next((f"did you mean '{choice}'?" for choice in choices if close and choice.lower() == close[0]), "")
 
 
@@ -241,8 +241,25 @@ def _unknown(document: Document, loc: Loc, models: dict[int, type[Model]]) -> No
     _, parent = _raw(document, loc[:-1])
     where = _spell(parent) or "the top level"
     name = str(loc[-1])
-    hint = _near(name, known) or f"known here: {', '.join(known)}"
+    hint = _near(name, known, 0.85) or _below(name, model) or _near(name, known) or f"known here: {', '.join(known)}"
     document.report((*parent, name), f"unknown key {name!r} in {where}", hint, key=True)
+
+
+def _below(name: str, model: type[Model] | None) -> str:
+    """Return a hint for a key that stands one level too high."""
+    if model is None:
+        return ""
+    for key, field in model.model_fields.items():
+        if any(name in (_key(inner, known) for known in inner.model_fields) for inner in _models_in(field.annotation)):
+            return f"it belongs below `{_key(model, key)}`: {_key(model, key)}: {{{name}: ...}}"
+    return ""
+
+
+def _models_in(annotation: Any) -> Iterator[type[Model]]:
+    if isinstance(annotation, type) and issubclass(annotation, Model):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models_in(argument)
 
 
 def _missing(document: Document, loc: Loc, models: dict[int, type[Model]]) -> None:

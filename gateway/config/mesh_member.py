@@ -126,17 +126,17 @@ def endpoints_file(state: Path, service: str) -> Path:
     return state / ENDPOINTS / f"{service}.yaml"
 
 
-def written_out(name: str, upstream: dict[str, Any], mesh: Any, base: Path) -> dict[str, Any]:
+def written_out(upstream: dict[str, Any], mesh: Any, base: Path) -> dict[str, Any]:
     """Return an upstream's mapping with what its `service` stands for. Raises a fault for what contradicts it."""
     for key in FIXED:
         if key in upstream:
             raise fault(
-                f"both `service` and `{key}`", f"remove `{key}`: the mesh says where the service is and who it is", at=("upstreams", name, key)
+                f"both `service` and `{key}`", f"remove `{key}`: the mesh says where the service is and who it is", at=(key,)
             )
     if not isinstance(mesh, dict) or not isinstance(mesh.get("state"), str):
         raise fault(
             "a service of a mesh, of which this gateway is no member", "add `mesh: {service: edge, control: https://..., state: edge.state}`",
-            at=("upstreams", name, "service"),
+            at=("service",),
         )
     state, service = base / mesh["state"], str(upstream["service"])
     domain = domain_of(state)

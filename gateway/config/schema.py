@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import ConfigDict, Field, PrivateAttr, ValidationInfo, model_validator
 from pydantic.functional_validators import BeforeValidator
 from pydantic.json_schema import WithJsonSchema
+from pydantic_core import PydanticCustomError
 
 from gateway.config.base import Model, Shorthand, listed, needed, part, setting
 from gateway.config.check_tls import CertificateInfo, FileVersion
@@ -442,6 +443,13 @@ def _nothing_is_empty(raw: Any) -> Any:
     return {} if raw is None else raw
 
 
+def _no_fault(raw: Any) -> Any:
+    """Raise what was found before the value's turn came, so that it hides nothing else."""
+    if isinstance(raw, PydanticCustomError):
+        raise raw
+    return raw
+
+
 class Config(Model):
     """A whole configuration. Made by `gateway.config.load`."""
 
@@ -456,7 +464,7 @@ class Config(Model):
     listeners: Annotated[dict[Name, Listener], Field(min_length=1)] = needed("where clients connect, by name")
     redis: Redis | None = setting(None, "where limits of several gateways are kept")
     mesh: Mesh | None = setting(None, "the gateway as a member of a service mesh")
-    upstreams: Annotated[dict[Name, Upstream], Field(min_length=1)] = needed("services behind the gateway, by name")
+    upstreams: Annotated[dict[Name, Annotated[Upstream, BeforeValidator(_no_fault)]], Field(min_length=1)] = needed("services behind the gateway, by name")
     policies: Annotated[dict[Name, Policy], BeforeValidator(_nothing_is_empty)] = setting(
         {}, "policies that routes use, by name"
     )
@@ -472,7 +480,10 @@ class Config(Model):
         whole = dict(upstreams)
         for name, raw in upstreams.items():
             if isinstance(raw, dict) and raw.get("service") is not None:
-                whole[name] = written_out(name, raw, data.get("mesh"), base_of(info))
+                try:
+                    whole[name] = written_out(raw, data.get("mesh"), base_of(info))
+                except PydanticCustomError as error:
+                    whole[name] = error  # told in its turn, with what else is wrong
                 info.context["models"][id(raw)] = Upstream
         return {**data, "upstreams": whole}
 

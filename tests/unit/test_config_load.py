@@ -194,6 +194,30 @@ def test_every_mistake_is_reported_at_its_place_with_what_to_do(tmp_path: Path) 
         assert problem.hint.startswith(hint)
 
 
+MISPLACED = """\
+version: 1
+listeners: {public: {bind: 127.0.0.1:8080, tls: {certificates: [{cert: a, key: b}], min_version: "1.1"}}}
+upstreams: {edge: {service: ledger}, other: {targets: [127.0.0.1:1], connect: 3s}}
+routes:
+  - {name: calls, match: {service: bank.Payments, method: Pay}, upstream: other}
+  - {name: paths, path: /v1, upstream: other}
+"""
+
+
+def test_a_service_without_a_mesh_hides_nothing_else_and_a_key_on_the_wrong_level_is_told_where_it_belongs(tmp_path: Path) -> None:
+    found = [(problem.line, problem.message, problem.hint) for problem in problems(tmp_path, MISPLACED)]
+    assert found == [
+        (2, "listeners.public.tls.min_version: expected one of 1.2, 1.3, got '1.1'", "write one of 1.2, 1.3"),
+        (3, "upstreams.edge.service: a service of a mesh, of which this gateway is no member, got 'ledger'",
+         "add `mesh: {service: edge, control: https://..., state: edge.state}`"),
+        (3, "unknown key 'connect' in upstreams.other", "it belongs below `timeouts`: timeouts: {connect: ...}"),
+        (5, "unknown key 'service' in routes[0].match", "it belongs below `grpc`: grpc: {service: ...}"),
+        (5, "unknown key 'method' in routes[0].match", "did you mean 'methods'?"),
+        (6, "missing key 'match' in routes[1]", "add `match:` which requests it takes"),
+        (6, "unknown key 'path' in routes[1]", "it belongs below `match`: match: {path: ...}"),
+    ]
+
+
 def test_each_problem_has_its_source_line_and_a_caret(tmp_path: Path) -> None:
     (found,) = problems(tmp_path, GOOD.replace("workers: 1", "workers: none"))
     path = tmp_path / "gateway.yaml"
