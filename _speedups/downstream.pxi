@@ -15,8 +15,12 @@ cdef class Downstream(Connection):
         if self.state == D_TUNNEL:
             return tunnel_events(self, self, events)
         if events & (EPOLLERR | EPOLLHUP):
+            if self.state != D_LINGER:
+                return self.gone()
             # Both sides have ended: what is unread has to be read, or close() would reset what the client has not got yet.
-            return self.linger() if self.state == D_LINGER else self.gone()
+            if events & EPOLLHUP:
+                self.ended = True
+            return self.linger()
         if events & EPOLLRDHUP:
             self.ended = True
         if events & EPOLLOUT:
@@ -549,6 +553,10 @@ cdef class Downstream(Connection):
             self.lingered += <uint32_t>n
             if self.lingered > LINGER_BYTES:
                 break
+            if n < SCRATCH:                                         # all there is; after the client's end nothing follows
+                if self.ended:
+                    break
+                return 0
         self.close()
         return 0
 

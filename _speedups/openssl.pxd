@@ -24,7 +24,8 @@ cdef extern from "openssl/ssl.h":
     int SSL_SESS_CACHE_OFF, SSL_SESS_CACHE_CLIENT, SSL_SESS_CACHE_NO_INTERNAL
     uint64_t SSL_OP_NO_COMPRESSION, SSL_OP_NO_RENEGOTIATION, SSL_OP_CIPHER_SERVER_PREFERENCE, SSL_OP_PRIORITIZE_CHACHA
     uint64_t SSL_OP_NO_TICKET, SSL_OP_ENABLE_KTLS
-    long SSL_MODE_ENABLE_PARTIAL_WRITE, SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER
+    long SSL_MODE_ENABLE_PARTIAL_WRITE, SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER, SSL_MODE_NO_AUTO_CHAIN
+    int SSL_BUILD_CHAIN_FLAG_IGNORE_ERROR
     int SSL_R_UNEXPECTED_EOF_WHILE_READING, SSL_R_HTTP_REQUEST, SSL_R_HTTPS_PROXY_REQUEST
     const SSL_METHOD* TLS_server_method()
     const SSL_METHOD* TLS_client_method()
@@ -49,6 +50,7 @@ cdef extern from "openssl/ssl.h":
     int SSL_CTX_use_PrivateKey(SSL_CTX* context, EVP_PKEY* key)
     int SSL_CTX_check_private_key(SSL_CTX* context)
     long SSL_CTX_add1_chain_cert(SSL_CTX* context, X509* certificate)
+    int SSL_CTX_build_cert_chain(SSL_CTX* context, int flags)
     int SSL_CTX_add_client_CA(SSL_CTX* context, X509* certificate)
     X509_STORE* SSL_CTX_get_cert_store(SSL_CTX* context)
     int SSL_CTX_set_tlsext_servername_callback(SSL_CTX* context, int (*callback)(SSL*, int*, void*) noexcept)

@@ -36,7 +36,6 @@ cdef extern from *:
     #include <openssl/core_names.h>
     #include <openssl/err.h>
     #include <openssl/evp.h>
-    #include <openssl/rand.h>
     #include <openssl/ssl.h>
 
     /* Must match Wire in tls.pxd. */
@@ -156,7 +155,8 @@ cdef extern from *:
         if (!cw_ring || !cw_ring_copy(keys)) return seal ? -1 : 0;
         if (seal) {
             memcpy(name, keys[0].name, 16);
-            if (RAND_bytes(iv, 16) == 1 && EVP_EncryptInit_ex(cipher, cw_ticket_cipher, NULL, keys[0].cipher, iv) == 1 &&
+            /* The kernel's generator costs one call; OpenSSL's costs its own reseeding checks and lock beside it. */
+            if (cw_fill(iv, 16) && EVP_EncryptInit_ex(cipher, cw_ticket_cipher, NULL, keys[0].cipher, iv) == 1 &&
                 cw_ticket_set_up(mac, &keys[0])) result = 1;
         } else {
             while (i < CW_TICKET_KEYS && memcmp(name, keys[i].name, 16)) i++;
@@ -168,10 +168,9 @@ cdef extern from *:
         OPENSSL_cleanse(keys, sizeof keys);
         return result;
     }
-    static void cw_context_hooks(SSL_CTX *c, int server) {
-        SSL_CTX_set_info_callback(c, cw_on_info);
-        if (server) SSL_CTX_set_tlsext_ticket_key_evp_cb(c, cw_on_ticket);
-    }
+    static void cw_seal_tickets(SSL_CTX *c) { SSL_CTX_set_tlsext_ticket_key_evp_cb(c, cw_on_ticket); }
+    /* From the end of the handshake on: before it every step would be told, and none counts. */
+    static void cw_watch_messages(SSL *ssl) { SSL_set_info_callback(ssl, cw_on_info); }
     /* ex_data 0 is SSL_set_app_data(); 1 is ours. */
     static int cw_reserve_index(void) { return SSL_get_ex_new_index(0, NULL, NULL, NULL, NULL) == 1; }
     static void cw_set_wire(SSL *ssl, void *wire) { SSL_set_ex_data(ssl, 1, wire); }
@@ -184,7 +183,8 @@ cdef extern from *:
     void cw_clear_errors()
     int cw_ring_make()
     int cw_ring_turn()
-    void cw_context_hooks(SSL_CTX* context, int server)
+    void cw_seal_tickets(SSL_CTX* context)
+    void cw_watch_messages(SSL* ssl)
     int cw_reserve_index()
     void cw_set_wire(SSL* ssl, void* wire)
 
@@ -253,17 +253,22 @@ cdef Context new_context(bint server, bint newest_only, bint ktls):
         raise TlsError(f"OpenSSL offers none of the groups: {openssl_reason()}")
     SSL_CTX_set_options(ctx, SSL_OP_NO_COMPRESSION | SSL_OP_NO_RENEGOTIATION | SSL_OP_CIPHER_SERVER_PREFERENCE |
                         SSL_OP_PRIORITIZE_CHACHA | (SSL_OP_ENABLE_KTLS if ktls else 0))
-    SSL_CTX_set_mode(ctx, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER)
+    SSL_CTX_set_mode(ctx, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER | SSL_MODE_NO_AUTO_CHAIN)
     SSL_CTX_set_read_ahead(ctx, not ktls)
     SSL_CTX_set_max_cert_list(ctx, CLIENT_CERTIFICATE_MAX)
     SSL_CTX_set_verify_depth(ctx, DEPTH)
-    cw_context_hooks(ctx, server)
+    if server:
+        cw_seal_tickets(ctx)
     ERR_clear_error()
     return made
 
 
 cdef int use_pair(SSL_CTX* ctx, list chain, PrivateKey key) except -1:
-    """The certificate (first of `chain`), its key, and what is sent behind it."""
+    """The certificate (first of `chain`), its key, and what is sent behind it.
+
+    A file without a chain gets what the context's authorities say of it. OpenSSL would look for that, signatures and all, in
+    every handshake; it is found here once, after trust().
+    """
     cdef Certificate certificate = <Certificate>chain[0]
     ERR_clear_error()
     if SSL_CTX_use_certificate(ctx, <X509*>certificate.x509) != 1:
@@ -274,6 +279,9 @@ cdef int use_pair(SSL_CTX* ctx, list chain, PrivateKey key) except -1:
     for certificate in chain[1:]:
         if SSL_CTX_add1_chain_cert(ctx, <X509*>certificate.x509) != 1:
             raise TlsError(f"a certificate of the chain cannot be used: {openssl_reason()}")
+    if len(chain) == 1:
+        SSL_CTX_build_cert_chain(ctx, SSL_BUILD_CHAIN_FLAG_IGNORE_ERROR)     # none found: the certificate alone
+        ERR_clear_error()
     return 0
 
 
@@ -364,6 +372,9 @@ cdef int set_up(TlsListener self, Context context, list pairs, bytes identity, l
                 str client_auth, bint tickets) except -1:
     """One of the listener's contexts: they differ in their certificates only."""
     cdef SSL_CTX* ctx = context.ctx
+    if self.asks:
+        trust(ctx, authorities, revocations, True)
+        SSL_CTX_set_verify(ctx, SSL_VERIFY_PEER | (SSL_VERIFY_FAIL_IF_NO_PEER_CERT if client_auth == "required" else 0), NULL)
     for chain, key, staple in pairs:
         use_pair(ctx, chain, key)
         if staple is not None:
@@ -374,9 +385,6 @@ cdef int set_up(TlsListener self, Context context, list pairs, bytes identity, l
     if self.asks or not tickets:
         SSL_CTX_set_options(ctx, SSL_OP_NO_TICKET)
         SSL_CTX_set_num_tickets(ctx, 0)
-    if self.asks:
-        trust(ctx, authorities, revocations, True)
-        SSL_CTX_set_verify(ctx, SSL_VERIFY_PEER | (SSL_VERIFY_FAIL_IF_NO_PEER_CERT if client_auth == "required" else 0), NULL)
     SSL_CTX_set_alpn_select_cb(ctx, on_alpn, <void*>self)
     SSL_CTX_set_tlsext_servername_callback(ctx, on_server_name)
     SSL_CTX_set_tlsext_servername_arg(ctx, <void*>self)
@@ -534,7 +542,7 @@ cdef Tls new_session(object settings, SSL_CTX* ctx, int fd, bint ktls):
     cdef Tls made = Tls.__new__(Tls)
     cdef BIO* bio
     cdef SSL* ssl
-    ERR_clear_error()
+    cw_clear_errors()
     ssl = SSL_new(ctx)
     if ssl == NULL:
         raise MemoryError
@@ -623,7 +631,7 @@ cdef class Tls:
 
     cdef int handshake(self) except -2:
         cdef int result, error
-        ERR_clear_error()
+        cw_clear_errors()
         self.warm()
         # A server's last words in a handshake are tickets, for which nobody waits: the first answer takes them along.
         self.wire.more = self.accepting and self.wire.spoken
@@ -645,7 +653,7 @@ cdef class Tls:
             if ERR_GET_LIB(code) == ERR_LIB_SSL and ERR_GET_REASON(code) in (SSL_R_HTTP_REQUEST, SSL_R_HTTPS_PROXY_REQUEST):
                 self.failure = FAILED_PLAIN
             self.reason = self.explain()
-        ERR_clear_error()
+        cw_clear_errors()
         return -1
 
     cdef str explain(self):
@@ -700,6 +708,7 @@ cdef class Tls:
         except TlsError as error:
             return self.refused(str(error))
         self.wire.stirred = 0
+        cw_watch_messages(ssl)
         self.established = True
         return 1
 
@@ -734,7 +743,7 @@ cdef class Tls:
         else:
             error = -EPROTO
             self.reason = openssl_reason()          # an alert tells why: TLS 1.3 refuses a client after its handshake
-        ERR_clear_error()
+        cw_clear_errors()
         return error
 
     cdef ssize_t recv(self, void* data, size_t n) noexcept:
@@ -824,7 +833,7 @@ cdef class Tls:
         if self.failed or not self.established:
             return False
         self.wire.dry = False
-        ERR_clear_error()
+        cw_clear_errors()
         result = SSL_peek(<SSL*>self.ssl, &byte, 1)
         if result > 0:
             return False
@@ -845,12 +854,12 @@ cdef class Tls:
         cdef int result
         if self.broken or not self.established:
             return True
-        ERR_clear_error()
+        cw_clear_errors()
         self.wire.more = True
         result = SSL_shutdown(<SSL*>self.ssl)
         if result < 0 and SSL_get_error(<SSL*>self.ssl, result) == SSL_ERROR_WANT_WRITE:
             return False
-        ERR_clear_error()
+        cw_clear_errors()
         self.broken = True                          # said, or impossible: either way not again
         return True
 

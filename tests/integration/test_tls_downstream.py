@@ -136,6 +136,12 @@ def test_the_chain_is_sent(vault: Vault) -> None:
     assert "CN = Test Issuing" in said
 
 
+def test_a_chain_that_the_file_lacks_is_taken_from_the_authorities(vault: Vault) -> None:
+    said = vault.openssl(name="leaf")
+    assert "Verification: OK" in said
+    assert "CN = Test Issuing" in said
+
+
 def test_a_stapled_ocsp_response(vault: Vault) -> None:
     said = vault.openssl("-status", "-sigalgs", "RSA-PSS+SHA256")
     assert "OCSP Response Status: successful" in said

@@ -7,6 +7,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -205,6 +206,14 @@ def test_our_own_certificate(lab: Lab) -> None:
     assert status(lab.gateway("{ca: ca.crt, certificate: {cert: edge.crt, key: edge.key}}")) == 200
     (peer,) = origin.peers
     assert peer is not None and ("DNS", "edge.internal") in peer["subjectAltName"]
+
+
+def test_a_chain_that_its_file_lacks_is_taken_from_the_authorities(lab: Lab) -> None:
+    replace(lab.issuing.issue("edge.internal", number=63), chain=()).write(lab.folder, "leaf")
+    (lab.folder / "both.crt").write_bytes(lab.root.pem + lab.issuing.pem)
+    origin = lab.serve(client_ca=lab.root.pem)
+    assert status(lab.gateway("{ca: both.crt, certificate: {cert: leaf.crt, key: leaf.key}}")) == 200
+    assert len(origin.peers) == 1 and origin.peers[0] is not None
 
 
 @pytest.mark.parametrize("version", [V12, V13])

@@ -12,7 +12,7 @@ import ssl
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,9 @@ listeners:
       crl: clients.crl
       forward_client_certificate: true
   asking: {{bind: 127.0.0.1:0, tls: {{certificates: [{{cert: ec.crt, key: ec.key}}], client_ca: clients.crt, client_auth: optional}}}}
+  leaf:
+    bind: 127.0.0.1:0
+    tls: {{certificates: [{{cert: leaf.crt, key: leaf.key}}], client_ca: known.crt, client_auth: optional}}
   proxied:
     bind: 127.0.0.1:0
     proxy_protocol: required
@@ -178,6 +181,8 @@ def make_certificates(folder: Path) -> Vault:
     (folder / "rsa.ocsp").write_bytes(issuing.staple(rsa))
     issuing.issue("bank.test", "*.api.test", "localhost", "127.0.0.1").write(folder, "ec")
     issuing.issue("other.test").write(folder, "other")
+    replace(issuing.issue("bank.test"), chain=()).write(folder, "leaf")
+    (folder / "known.crt").write_bytes(client_root.pem + issuing.pem + root.pem)
     show = {
         "good": clients.issue("tpp.test", "spiffe://bank.test/ns/pay/sa/tpp", subject="TPP Ürich, Ltd", number=10),
         "expired": clients.issue("tpp.test", begin=-9 * DAY, end=-DAY, number=11),
