@@ -190,14 +190,17 @@ cdef void continue_trace(char* out, const char* received) noexcept nogil:
 
 # -- parts ------------------------------------------------------------------------------------------------------------
 
-cdef inline void put_bytes(cw_out* o, bytes value):
+cdef inline void put_bytes(cw_out* o, bytes value) noexcept:
     if value is not None:
         cw_put(o, PyBytes_AS_STRING(value), PyBytes_GET_SIZE(value))
 
 
 cdef void put_number(cw_out* o, uint64_t value) noexcept nogil:
     cdef char digits[20]
-    cw_put(o, digits, cw_put_decimal(digits, value))
+    if o.end - o.at >= 20:
+        o.at += cw_put_decimal(o.at, value)
+    else:
+        cw_put(o, digits, cw_put_decimal(digits, value))
 
 
 cdef void put_fields(cw_out* o, const Head* head) noexcept nogil:
@@ -337,7 +340,7 @@ cdef void put_path(cw_out* o, Exchange x):
         cw_put(o, x.head.base + x.head.query_at, x.head.query_len)
 
 
-cdef void put_host(cw_out* o, Exchange x):
+cdef void put_host(cw_out* o, Exchange x) noexcept:
     cw_lit(o, b"host: ")
     if x.route.rewrite_host is not None:
         put_bytes(o, x.route.rewrite_host)
@@ -378,7 +381,7 @@ cdef void put_single(cw_out* o, Exchange x, int known, const char* name, const c
     cw_lit(o, b"\r\n")
 
 
-cdef void put_identity(cw_out* o, Exchange x, int without):
+cdef void put_identity(cw_out* o, Exchange x, int without) noexcept:
     """Who sent it, how, to which host: RFC 7239 and its X- forerunners, then the ids; all but the lines in `without`."""
     cdef const char* host = x.head.base + x.head.host_at
     if without == 0 and not x.trusted:
@@ -409,7 +412,7 @@ cdef void put_identity(cw_out* o, Exchange x, int without):
         cw_lit_name(o, b"via: 2 crossway\r\n" if x.http2 else b"via: 1.1 crossway\r\n")
 
 
-cdef void put_forwarded(cw_out* o, Exchange x, const char* host):
+cdef void put_forwarded(cw_out* o, Exchange x, const char* host) noexcept:
     put_received(o, x, F_FORWARDED, b"forwarded: ")
     if is_v6(x):
         cw_lit(o, b"for=\"[")
@@ -522,7 +525,8 @@ cdef int compose_request(Exchange x, char* out, int room, int64_t now) except -2
         put_principal(&o, x.principal.headers, x.route.request_edits, x.request_removed)
     if x.web is not None:
         put_web_type(&o, x, NULL)
-    put_edits(&o, x.route.request_edits, x.request_set)
+    if x.route.request_edits is not None or x.request_set is not None:
+        put_edits(&o, x.route.request_edits, x.request_set)
     if x.collected is not None and x.body.out != BODY_NONE:
         # Whatever its framing was: all of it is here, and goes out in one piece.
         cw_lit(&o, b"content-length: ")
@@ -578,7 +582,8 @@ cdef int compose_answer(Exchange x, Head* head, char* out, int room) except -2:
         drop_named(head, (b"x-crossway-attempts-left",))
     if x.web is not None and x.web.translating:
         drop_named(head, (b"content-type",))
-    drop_edited(head, x.route.response_edits, x.response_removed)
+    if x.route.response_edits is not None or x.response_removed is not None:
+        drop_edited(head, x.route.response_edits, x.response_removed)
     put_received_status(&o, head)
     put_fields(&o, head)
     if x.web is not None and x.web.translating:
@@ -587,7 +592,8 @@ cdef int compose_answer(Exchange x, Head* head, char* out, int room) except -2:
     cw_put(&o, x.request_id, 36)
     cw_lit(&o, b"\r\n")
     put_bytes(&o, x.answer_headers)
-    put_edits(&o, x.route.response_edits, x.response_set)
+    if x.route.response_edits is not None or x.response_set is not None:
+        put_edits(&o, x.route.response_edits, x.response_set)
     if x.answer.out == BODY_LENGTH or (x.answer.out == BODY_NONE and head.content_length >= 0 and
                                        (x.head.method == M_HEAD or head.status == 304)):
         cw_lit(&o, b"content-length: ")
