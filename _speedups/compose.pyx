@@ -30,21 +30,77 @@ cdef extern from *:
         s[2] ^= s[0]; s[3] ^= s[1]; s[1] ^= s[2]; s[0] ^= s[3]; s[2] ^= t; s[3] = cw_rotl(s[3], 45);
         return r;
     }
-    static const char cw_hexdigits[] = "0123456789abcdef";
-    static inline void cw_hex_bytes(char *out, uint64_t v, int digits) {
-        for (int i = digits - 1; i >= 0; i--) { out[i] = cw_hexdigits[v & 15]; v >>= 4; }
+    /* Eight hexadecimal digits at once: a nibble into each byte, then 10 and more a step further, to the letters. */
+    static inline void cw_hex8(char *out, uint32_t v) {
+        uint64_t x = v;
+        x = (x | x << 16) & 0x0000ffff0000ffffULL;
+        x = (x | x << 8) & 0x00ff00ff00ff00ffULL;
+        x = (x | x << 4) & 0x0f0f0f0f0f0f0f0fULL;
+        x += 0x3030303030303030ULL + ((x + 0x0606060606060606ULL) >> 4 & 0x0101010101010101ULL) * ('a' - '9' - 1);
+    #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+        x = __builtin_bswap64(x);
+    #endif
+        memcpy(out, &x, 8);
+    }
+    static inline void cw_hex16(char *out, uint64_t v) {
+        cw_hex8(out, (uint32_t)(v >> 32));
+        cw_hex8(out + 8, (uint32_t)v);
     }
     typedef struct { char *at; char *end; int short_; } cw_out;
+    /* memcpy() without the call for what is short, as most pieces of a head are: two moves of one size, which may overlap. Reads and
+       writes these n bytes only. */
+    static inline void cw_copy(char *to, const char *from, size_t n) {
+        if (n > 32) memcpy(to, from, n);
+        else if (n >= 16) { char a[16], b[16]; memcpy(a, from, 16); memcpy(b, from + n - 16, 16); memcpy(to, a, 16); memcpy(to + n - 16, b, 16); }
+        else if (n >= 8) { char a[8], b[8]; memcpy(a, from, 8); memcpy(b, from + n - 8, 8); memcpy(to, a, 8); memcpy(to + n - 8, b, 8); }
+        else if (n >= 4) { char a[4], b[4]; memcpy(a, from, 4); memcpy(b, from + n - 4, 4); memcpy(to, a, 4); memcpy(to + n - 4, b, 4); }
+        else if (n) { to[0] = from[0]; if (n > 1) { to[1] = from[1]; to[n - 1] = from[n - 1]; } }
+    }
     static inline void cw_put(cw_out *o, const char *p, size_t n) {
         if ((size_t)(o->end - o->at) < n) { o->short_ = 1; return; }
-        memcpy(o->at, p, n);
+        cw_copy(o->at, p, n);
         o->at += n;
     }
     #define cw_lit(o, s) cw_put((o), (s), __builtin_strlen(s))
+    /* What put_identity() writes for a client that is nobody's proxy, with one comparison for all of it. */
+    #define CW_LINES(s) do { memcpy(p, (s), sizeof(s) - 1); p += sizeof(s) - 1; } while (0)
+    #define CW_BYTES(s, n) do { cw_copy(p, (s), (n)); p += (n); } while (0)
+    enum { CW_IDENTITY_TEXT = 320 };                 /* the words below and both ids come to 253 bytes */
+    static void cw_put_client(cw_out *o, const char *client, size_t n, const char *host, size_t m, int secure, int http2,
+                              const char *id, const char *trace) {
+        char *p = o->at;
+        /* An IPv6 address has a colon behind its first group, of four digits at most; no other text has one. */
+        int v6 = n >= 2 && memchr(client, ':', n < 5 ? n : 5) != NULL;
+        if ((size_t)(o->end - p) < CW_IDENTITY_TEXT + 2 * n + 2 * m) { o->short_ = 1; return; }
+        CW_LINES("x-forwarded-for: ");
+        CW_BYTES(client, n);
+        if (secure) CW_LINES("\\r\\nx-forwarded-proto: https\\r\\n"); else CW_LINES("\\r\\nx-forwarded-proto: http\\r\\n");
+        if (m) {
+            CW_LINES("x-forwarded-host: ");
+            CW_BYTES(host, m);
+            CW_LINES("\\r\\n");
+        }
+        if (v6) CW_LINES("forwarded: for=\\"["); else CW_LINES("forwarded: for=");
+        CW_BYTES(client, n);
+        if (v6) CW_LINES("]\\"");
+        if (m) {
+            CW_LINES(";host=\\"");
+            CW_BYTES(host, m);
+            CW_LINES("\\"");
+        }
+        if (secure) CW_LINES(";proto=https\\r\\nx-request-id: "); else CW_LINES(";proto=http\\r\\nx-request-id: ");
+        memcpy(p, id, 36);
+        p += 36;
+        CW_LINES("\\r\\ntraceparent: ");
+        memcpy(p, trace, 55);
+        p += 55;
+        if (http2) CW_LINES("\\r\\nvia: 2 crossway\\r\\n"); else CW_LINES("\\r\\nvia: 1.1 crossway\\r\\n");
+        o->at = p;
+    }
     """
     uint64_t cw_random_state[4]
     uint64_t cw_random() nogil
-    void cw_hex_bytes(char* out, uint64_t v, int digits) nogil
+    void cw_hex16(char* out, uint64_t v) nogil
     size_t strlen(const char* s) nogil
     ctypedef struct cw_out:
         char* at
@@ -52,6 +108,8 @@ cdef extern from *:
         bint short_
     void cw_put(cw_out* o, const char* p, size_t n) nogil
     void cw_lit(cw_out* o, const char* s) nogil
+    void cw_put_client(cw_out* o, const char* client, size_t n, const char* host, size_t m, bint secure, bint http2, const char* id,
+                       const char* trace) nogil
 
 
 def seed_random() -> None:
@@ -68,23 +126,26 @@ cdef void make_request_id(char* out, int64_t wall_us) noexcept nogil:
     cdef uint64_t ms = <uint64_t>(wall_us // 1000)
     cdef uint64_t a = cw_random()
     cdef uint64_t b = cw_random()
-    cw_hex_bytes(out, ms >> 16, 8)
+    cdef char digits[32]
+    cw_hex16(digits, ms << 16 | 0x7000 | (a & 0xfff))
+    cw_hex16(digits + 16, <uint64_t>0x8000 << 48 | (b >> 50) << 48 | (b << 16) >> 16)
+    memcpy(out, digits, 8)
     out[8] = 45
-    cw_hex_bytes(out + 9, ms & 0xffff, 4)
+    memcpy(out + 9, digits + 8, 4)
     out[13] = 45
-    cw_hex_bytes(out + 14, 0x7000 | (a & 0xfff), 4)
+    memcpy(out + 14, digits + 12, 4)
     out[18] = 45
-    cw_hex_bytes(out + 19, 0x8000 | (b >> 50), 4)
+    memcpy(out + 19, digits + 16, 4)
     out[23] = 45
-    cw_hex_bytes(out + 24, (b << 16) >> 16, 12)
+    memcpy(out + 24, digits + 20, 12)
 
 
 cdef void make_trace(char* out) noexcept nogil:
     memcpy(out, b"00-", 3)
-    cw_hex_bytes(out + 3, cw_random(), 16)
-    cw_hex_bytes(out + 19, cw_random(), 16)
+    cw_hex16(out + 3, cw_random())
+    cw_hex16(out + 19, cw_random())
     out[35] = 45
-    cw_hex_bytes(out + 36, cw_random() | 1, 16)
+    cw_hex16(out + 36, cw_random() | 1)
     memcpy(out + 52, b"-02", 3)             # not sampled, trace id is random (level 2)
 
 
@@ -124,19 +185,22 @@ cdef void continue_trace(char* out, const char* received) noexcept nogil:
     """The received trace with a span id of our own."""
     memcpy(out, received, 55)
     out[0] = out[1] = 48
-    cw_hex_bytes(out + 36, cw_random() | 1, 16)
+    cw_hex16(out + 36, cw_random() | 1)
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------
 
-cdef inline void put_bytes(cw_out* o, bytes value):
+cdef inline void put_bytes(cw_out* o, bytes value) noexcept:
     if value is not None:
         cw_put(o, PyBytes_AS_STRING(value), PyBytes_GET_SIZE(value))
 
 
 cdef void put_number(cw_out* o, uint64_t value) noexcept nogil:
     cdef char digits[20]
-    cw_put(o, digits, cw_put_decimal(digits, value))
+    if o.end - o.at >= 20:
+        o.at += cw_put_decimal(o.at, value)
+    else:
+        cw_put(o, digits, cw_put_decimal(digits, value))
 
 
 cdef void put_fields(cw_out* o, const Head* head) noexcept nogil:
@@ -276,7 +340,7 @@ cdef void put_path(cw_out* o, Exchange x):
         cw_put(o, x.head.base + x.head.query_at, x.head.query_len)
 
 
-cdef void put_host(cw_out* o, Exchange x):
+cdef void put_host(cw_out* o, Exchange x) noexcept:
     cw_lit(o, b"host: ")
     if x.route.rewrite_host is not None:
         put_bytes(o, x.route.rewrite_host)
@@ -317,9 +381,12 @@ cdef void put_single(cw_out* o, Exchange x, int known, const char* name, const c
     cw_lit(o, b"\r\n")
 
 
-cdef void put_identity(cw_out* o, Exchange x, int without):
+cdef void put_identity(cw_out* o, Exchange x, int without) noexcept:
     """Who sent it, how, to which host: RFC 7239 and its X- forerunners, then the ids; all but the lines in `without`."""
     cdef const char* host = x.head.base + x.head.host_at
+    if without == 0 and not x.trusted:
+        cw_put_client(o, x.peer_text, x.peer_len, host, x.head.host_len, x.secure, x.http2, x.request_id, x.trace)
+        return
     if not without & OWN_FOR:
         put_received(o, x, F_X_FORWARDED_FOR, b"x-forwarded-for: ")
         cw_put(o, x.peer_text, x.peer_len)
@@ -345,7 +412,7 @@ cdef void put_identity(cw_out* o, Exchange x, int without):
         cw_lit_name(o, b"via: 2 crossway\r\n" if x.http2 else b"via: 1.1 crossway\r\n")
 
 
-cdef void put_forwarded(cw_out* o, Exchange x, const char* host):
+cdef void put_forwarded(cw_out* o, Exchange x, const char* host) noexcept:
     put_received(o, x, F_FORWARDED, b"forwarded: ")
     if is_v6(x):
         cw_lit(o, b"for=\"[")
@@ -458,7 +525,8 @@ cdef int compose_request(Exchange x, char* out, int room, int64_t now) except -2
         put_principal(&o, x.principal.headers, x.route.request_edits, x.request_removed)
     if x.web is not None:
         put_web_type(&o, x, NULL)
-    put_edits(&o, x.route.request_edits, x.request_set)
+    if x.route.request_edits is not None or x.request_set is not None:
+        put_edits(&o, x.route.request_edits, x.request_set)
     if x.collected is not None and x.body.out != BODY_NONE:
         # Whatever its framing was: all of it is here, and goes out in one piece.
         cw_lit(&o, b"content-length: ")
@@ -491,9 +559,13 @@ cdef void put_status(cw_out* o, int status) noexcept nogil:
 
 
 cdef void put_received_status(cw_out* o, const Head* head) noexcept nogil:
-    cw_lit(o, b"HTTP/1.1 ")
-    put_number(o, head.status)
-    cw_lit(o, b" ")
+    cdef char line[13]
+    memcpy(line, b"HTTP/1.1 ", 9)
+    line[9] = <char>(48 + head.status // 100)       # the parser takes three digits, 100 to 599
+    line[10] = <char>(48 + head.status // 10 % 10)
+    line[11] = <char>(48 + head.status % 10)
+    line[12] = 32
+    cw_put(o, line, 13)
     cw_put(o, head.base + head.reason_at, head.reason_len)
     cw_lit(o, b"\r\n")
 
@@ -510,7 +582,8 @@ cdef int compose_answer(Exchange x, Head* head, char* out, int room) except -2:
         drop_named(head, (b"x-crossway-attempts-left",))
     if x.web is not None and x.web.translating:
         drop_named(head, (b"content-type",))
-    drop_edited(head, x.route.response_edits, x.response_removed)
+    if x.route.response_edits is not None or x.response_removed is not None:
+        drop_edited(head, x.route.response_edits, x.response_removed)
     put_received_status(&o, head)
     put_fields(&o, head)
     if x.web is not None and x.web.translating:
@@ -519,7 +592,8 @@ cdef int compose_answer(Exchange x, Head* head, char* out, int room) except -2:
     cw_put(&o, x.request_id, 36)
     cw_lit(&o, b"\r\n")
     put_bytes(&o, x.answer_headers)
-    put_edits(&o, x.route.response_edits, x.response_set)
+    if x.route.response_edits is not None or x.response_set is not None:
+        put_edits(&o, x.route.response_edits, x.response_set)
     if x.answer.out == BODY_LENGTH or (x.answer.out == BODY_NONE and head.content_length >= 0 and
                                        (x.head.method == M_HEAD or head.status == 304)):
         cw_lit(&o, b"content-length: ")

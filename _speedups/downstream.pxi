@@ -612,7 +612,7 @@ cdef class Downstream(Connection):
     cdef void finish_exchange(self):
         """Records the exchange and gives it back."""
         cdef Exchange x = self.x
-        cdef int64_t total = cw_monotonic_us() - x.started
+        cdef int64_t total = (x.ended if x.ended else cw_monotonic_us()) - x.started
         cdef uint32_t metric
         self.x = None
         try:

@@ -13,7 +13,7 @@ from gateway._speedups.histogram cimport TcpSeries, WorkerSlot
 from gateway._speedups.http2 cimport Http2Session, Http2Stream
 from gateway._speedups.notices cimport Notices
 from gateway._speedups.pool cimport Endpoint, Upstream
-from gateway._speedups.sockets cimport iovec, sockaddr_storage
+from gateway._speedups.sockets cimport epoll_event, iovec, sockaddr_storage
 from gateway._speedups.tcp_listener cimport TcpListener, TcpTarget
 from gateway._speedups.tls cimport Tls
 from gateway._speedups.token_bucket cimport BucketTable
@@ -360,6 +360,7 @@ cdef class Engine:
     cdef uint64_t unsaid[2]         # those left out since the last one
     cdef uint32_t generations
     cdef int64_t now                # monotonic us, once a batch
+    cdef int64_t wall_ahead         # what the wall clock is ahead of that one, us: looked up with every poll() and tick()
     cdef int64_t ticked             # last tick handled
     cdef void* wheel[1024]          # Connection*, borrowed
     cdef object tick_handle
@@ -385,7 +386,8 @@ cdef class Engine:
     cdef void unlink_timer(self, Connection connection) noexcept
     cdef Exchange take_exchange(self)
     cdef void give_exchange(self, Exchange x)
-    cdef void dispatch(self, uint64_t data, uint32_t events, bint pooled)
+    cdef void meet_idle(self, epoll_event* events, int n)
+    cdef void dispatch(self, epoll_event* events, int n)
     cdef void expire(self)
     cdef void run_again(self)
     cdef void go_on(self)

@@ -71,6 +71,30 @@ ANSWER_LIMITS.head = HEAD_MAX
 ANSWER_LIMITS.target = 0
 ANSWER_LIMITS.fields = MAX_FIELDS
 
+cdef extern from *:
+    """
+    /* A list as a stack that comes and goes by the batch: append() and pop() would give memory back and ask for it again each time.
+       The last item moves out, with its reference; the list must not be empty. */
+    static inline PyObject *cw_list_take(PyObject *list) {
+        Py_ssize_t n = PyList_GET_SIZE(list) - 1;
+        PyObject *item = PyList_GET_ITEM(list, n);
+        Py_SET_SIZE((PyVarObject *)list, n);
+        return item;
+    }
+    static inline int cw_list_put(PyObject *list, PyObject *item) {
+        Py_ssize_t n = PyList_GET_SIZE(list);
+        if (n == ((PyListObject *)list)->allocated) return PyList_Append(list, item);
+        Py_INCREF(item);
+        ((PyListObject *)list)->ob_item[n] = item;
+        Py_SET_SIZE((PyVarObject *)list, n + 1);
+        return 0;
+    }
+    """
+    object cw_list_take(list stack)
+    int cw_list_put(list stack, object item) except -1
+    PyObject* cw_item "PyList_GET_ITEM"(list items, Py_ssize_t i)
+    PyObject* cw_type "(PyObject *)Py_TYPE"(PyObject* each)
+
 cdef enum:
     WATCH = 0x2000 | 0x1 | 0x4 | <int>0x80000000        # EPOLLRDHUP | EPOLLIN | EPOLLOUT | EPOLLET
 
@@ -170,6 +194,7 @@ cdef class Engine:
         if self.epoll < 0:
             raise OSError(errno, "epoll_create1")
         self.now = cw_monotonic_us()
+        self.wall_ahead = cw_wall_us() - self.now
         self.ticked = self.now // TICK_US
 
     def __dealloc__(self):
@@ -348,12 +373,13 @@ cdef class Engine:
     def poll(self) -> None:
         """Handle what is ready, in batches, for at most about BUDGET_US."""
         cdef epoll_event events[EVENTS]
-        cdef int batch, n, i
+        cdef int batch, n
         cdef int64_t began = cw_monotonic_us()
         if self.polling:
             return
         self.polling = True
         self.now = began
+        self.wall_ahead = cw_wall_us() - began
         try:
             for batch in range(BATCHES):
                 n = epoll_wait(self.epoll, events, EVENTS, 0)
@@ -361,10 +387,8 @@ cdef class Engine:
                 # ended or speaks unasked. A full batch may have left some unseen.
                 self.crowded = n == EVENTS
                 self.handshake_turns = HANDSHAKES
-                for i in range(n):
-                    self.dispatch(events[i].cw_data, events[i].events, True)
-                for i in range(n):
-                    self.dispatch(events[i].cw_data, events[i].events, False)
+                self.meet_idle(events, n)
+                self.dispatch(events, n)
                 self.slot.counters[C_LOOP_EVENTS] += max(n, 0)
                 if self.again:
                     self.run_again()
@@ -393,6 +417,7 @@ cdef class Engine:
         if now - self.ticked * TICK_US > STALL_US:
             self.poll()                 # bytes that arrived while the process slept come before its deadlines
         self.now = cw_monotonic_us()
+        self.wall_ahead = cw_wall_us() - self.now
         self.closed.clear()
         self.expire()
         tls_cool()
@@ -409,24 +434,35 @@ cdef class Engine:
         self.slot.gauges[G_TUNNELS] = self.tunnels
         self.slot.gauges[G_HANDSHAKES] = len(self.handshaking)
 
-    cdef void dispatch(self, uint64_t data, uint32_t events, bint pooled):
-        """Hands an event to its connection; with `pooled` to one that is idle in a pool only."""
-        cdef uint32_t fd = <uint32_t>data                  # the lower half; masking would go through a Python int
-        cdef Connection connection
-        if fd >= <uint32_t>PyList_GET_SIZE(self.by_fd):
-            return
-        found = self.by_fd[fd]
-        if found is None:
-            return
-        connection = <Connection>found
-        if connection.generation != <uint32_t>(data >> 32):
-            return
-        if pooled and not (isinstance(connection, UpstreamConnection) and connection.state == U_IDLE):
-            return
-        try:
-            connection.on_events(events)
-        except BaseException as error:
-            self.report(connection, error)
+    cdef void meet_idle(self, epoll_event* events, int n):
+        """Hands on the events of connections that are idle in a pool, and no other."""
+        cdef PyObject* found
+        cdef uint32_t fd
+        cdef int i
+        for i in range(n):
+            fd = <uint32_t>events[i].cw_data                # the lower half; masking would go through a Python int
+            if fd < <uint32_t>PyList_GET_SIZE(self.by_fd):
+                found = cw_item(self.by_fd, fd)             # borrowed, and looked at before anything else runs
+                if cw_type(found) == <PyObject*>UpstreamConnection and (<UpstreamConnection>found).state == U_IDLE:
+                    self.dispatch(events + i, 1)
+
+    cdef void dispatch(self, epoll_event* events, int n):
+        """Hands each event to its connection."""
+        cdef Connection connection = None
+        cdef uint32_t fd
+        cdef int i = 0
+        while i < n:
+            try:                                            # around the loop: entering it costs more than what most events ask for
+                while i < n:
+                    fd = <uint32_t>events[i].cw_data
+                    i += 1
+                    if fd >= <uint32_t>PyList_GET_SIZE(self.by_fd):
+                        continue
+                    connection = <Connection>cw_item(self.by_fd, fd)        # None, or a Connection; held from here on
+                    if connection is not None and connection.generation == <uint32_t>(events[i - 1].cw_data >> 32):
+                        connection.on_events(events[i - 1].events)
+            except BaseException as error:
+                self.report(connection, error)
 
     cdef void run_again(self):
         cdef Connection connection
@@ -596,7 +632,7 @@ cdef class Engine:
     cdef Exchange take_exchange(self):
         cdef Exchange x
         if PyList_GET_SIZE(self.spare):
-            x = <Exchange>self.spare.pop()
+            x = <Exchange>cw_list_take(self.spare)
         else:
             x = Exchange.__new__(Exchange)
             x.slot = self.slot
@@ -613,7 +649,7 @@ cdef class Engine:
             give_place(self, x)
         x.reset()
         if PyList_GET_SIZE(self.spare) < SPARE_EXCHANGES:
-            self.spare.append(x)
+            cw_list_put(self.spare, x)
 
     cdef void run_parked(self):
         """The slow lane: each waiting exchange's Python is called once; what suspends goes on as a task."""
@@ -742,8 +778,8 @@ cdef class Engine:
         cdef bint safe = x.head.method == M_GET or x.head.method == M_HEAD or x.head.method == M_OPTIONS
         if x.upstream.protocol != PROTOCOL_HTTP1:
             return self.obtain_stream(x, endpoint)
-        while not fresh and endpoint.idle:
-            connection = <UpstreamConnection>endpoint.idle.pop()
+        while not fresh and PyList_GET_SIZE(endpoint.idle):
+            connection = <UpstreamConnection>cw_list_take(endpoint.idle)
             # What must not be sent twice travels only on a connection that is alive and silent right now.
             if self.now - connection.born > x.upstream.keep_age_us or \
                     ((not safe or self.crowded) and not connection.silent()):

@@ -235,6 +235,7 @@ cdef class Exchange:
     cdef bytes answer_headers           # lines that steps add to every answer (CORS, RateLimit)
     cdef int64_t upstream_us            # time spent waiting for the upstream
     cdef int64_t upstream_from
+    cdef int64_t ended                  # monotonic us, the last of the upstream's answer was handed on; 0: no such moment
 
     cdef void reset(self) noexcept
     cdef int refuse(self, int status, bytes slug, bytes detail)

@@ -308,7 +308,7 @@ cdef class Exchange:
         self.side = SIDE_NONE
         self.sent = False
         self.upstream_us = 0
-        self.upstream_from = 0
+        self.upstream_from = self.ended = 0
         self.slug = None
         self.detail = None
         self.reply_headers = None

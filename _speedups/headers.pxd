@@ -10,7 +10,7 @@ from libc.stdint cimport int16_t, int64_t, uint8_t, uint16_t, uint32_t
 cdef enum:
     MAX_FIELDS = 256            # hard cap of the table; the configured limit (default 100) is at most this
 
-# Known field names. The order is that of the names in headers.pyx.
+# Known field names. The order is that of the names in field_names.pxd.
 cdef enum:                      # FieldId
     F_OTHER = 0
     F_HOST

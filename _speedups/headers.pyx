@@ -1,7 +1,7 @@
 """The header table's search, known names, and which fields may travel on.
 
-Strategy: a name is looked up by its length and first letter, then compared once; that happens while a head is parsed, so
-that later phases work with small integers. Python is called from here: never.
+Strategy: a name is looked up by its length and first letter, then compared once (field_names.pxd); that happens while a head is
+parsed, so that later phases work with small integers. Python is called from here: never.
 
 Safety: every function reads only p[0:length) as passed, or offsets that the parser stored while it saw the bytes in
 question inside the same buffer; Head.base is set by the caller to where that buffer is now.
@@ -10,33 +10,10 @@ question inside the same buffer; Head.base is set by the caller to where that bu
 from libc.stdint cimport uint8_t, uint32_t
 from libc.string cimport memset
 from gateway._speedups.wire cimport cw_class, cw_equals_folded, cw_equals_name, cw_lower, cw_fold_name, CW_TOKEN
+from gateway._speedups.field_names cimport CW_FIELD_COUNT, cw_field_id, cw_field_names
 
 cdef extern from *:
     """
-    /* Names by FieldId; the order is that of the enum in headers.pxd. */
-    static const char *const cw_field_names[] = {
-        "", "host", "content-length", "transfer-encoding", "connection", "keep-alive", "proxy-connection",
-        "proxy-authenticate", "proxy-authorization", "proxy", "te", "trailer", "upgrade", "http2-settings", "expect",
-        "authorization", "content-type", "content-encoding", "cookie", "origin", "access-control-request-method",
-        "access-control-request-headers", "forwarded", "x-forwarded-for", "x-forwarded-proto", "x-forwarded-host",
-        "x-request-id", "traceparent", "tracestate", "baggage", "x-api-key", "idempotency-key", "user-agent", "via",
-        "server", "date", "retry-after", "x-crossway-deadline-ms", "x-crossway-attempts-left", "grpc-timeout",
-        "grpc-status",
-    };
-    enum { CW_FIELD_COUNT = sizeof(cw_field_names) / sizeof(cw_field_names[0]) };
-    /* Candidates by name length (0..31): at most four ids share one; filled once at import. */
-    static uint8_t cw_by_length[32][6];
-    static uint8_t cw_name_length[CW_FIELD_COUNT];
-    static void cw_index_names(void) {
-        memset(cw_by_length, 0, sizeof cw_by_length);
-        for (unsigned id = 1; id < CW_FIELD_COUNT; id++) {
-            size_t n = strlen(cw_field_names[id]);
-            unsigned k = 0;
-            cw_name_length[id] = (uint8_t)n;
-            while (k < 5 && cw_by_length[n][k]) k++;
-            cw_by_length[n][k] = (uint8_t)id;
-        }
-    }
     /* Who the client is, or where it came from, as other software spells it. Compared after folding '_' and its like. */
     static const char *const cw_identity_names[] = {
         "forwarded", "x-real-ip", "x-client-ip", "true-client-ip", "x-cluster-client-ip", "cf-connecting-ip",
@@ -60,31 +37,25 @@ cdef extern from *:
         return 0;
     }
     """
-    const char* cw_field_names[0]
-    int CW_FIELD_COUNT
-    uint8_t cw_by_length[32][6]
-    void cw_index_names()
     bint cw_is_identity(const char* p, size_t n) nogil
+    size_t strlen(const char* s) nogil
 
-cw_index_names()
-if CW_FIELD_COUNT != F_KNOWN:
-    raise ImportError("headers.pyx and headers.pxd name a different number of fields")
+
+cdef int check_names() except -1:
+    """Raise ImportError unless every known name is found, and as itself."""
+    cdef int known
+    if CW_FIELD_COUNT != F_KNOWN:
+        raise ImportError("field_names.pxd and headers.pxd name a different number of fields")
+    for known in range(1, F_KNOWN):
+        if cw_field_id(cw_field_names[known], strlen(cw_field_names[known])) != known:
+            raise ImportError(f"the field {cw_field_names[known].decode()} is not in its slot of field_names.pxd")
+    return 0
+
+check_names()
 
 
 cdef uint8_t field_id(const char* name, size_t length) noexcept nogil:
-    cdef int k = 0
-    cdef uint8_t found
-    if length > 31:
-        return F_OTHER
-    while k < 5:
-        found = cw_by_length[length][k]
-        if found == 0:
-            return F_OTHER
-        if cw_lower(<uint8_t>name[0]) == <uint8_t>cw_field_names[found][0] and \
-                cw_equals_folded(name, cw_field_names[found], length):
-            return found
-        k += 1
-    return F_OTHER
+    return cw_field_id(name, length)
 
 
 cdef bint field_is_identity(const char* name, size_t length) noexcept nogil:

@@ -3,17 +3,19 @@
 Strategy: see http1.pxd. A head is parsed in place, one line at a time; `Head.line` remembers the first unparsed line, so
 each byte of a slowly arriving head is parsed once. Python is called from here: never.
 
-Safety: every function takes (pointer, length) and reads base[0:length) only. `line_end` finds a LF inside that range
-before anything of the line is read, and each inner scan is bounded by that line's end. Offsets fit 32 bits because the
-callers' buffers do, and a head is at most Limits.head bytes.
+Safety: every function takes (pointer, length) and reads base[0:length) only. The end of a line is known to be inside that
+range before anything of the line is decided, and each inner scan is bounded by that end; scans that look at a block of bytes
+(wire.pxd) are given the whole of base[at:length), may look past the line, and stop at its CR at the latest. Offsets fit 32 bits
+because the callers' buffers do, and a head is at most Limits.head bytes.
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memchr, memcmp, memcpy, memmove
 from gateway._speedups.wire cimport (
-    CW_HOST, CW_PLAIN, CW_TARGET, CW_TOKEN, CW_UNRESERVED, CW_VALUE, CW_ALNUM, cw_class, cw_decimal, cw_equals_folded, cw_hex,
-    cw_lower, cw_span, cw_span_value,
+    CW_HOST, CW_PLAIN, CW_TARGET, CW_TOKEN, CW_UNRESERVED, CW_VALUE, CW_ALNUM, cw_class, cw_decimal, cw_equals_folded, cw_equals_word, cw_hex,
+    cw_lower, cw_span, cw_span_name, cw_span_path, cw_span_value,
 )
+from gateway._speedups.field_names cimport cw_field_id
 from gateway._speedups.headers cimport *
 
 cdef extern from "<arpa/inet.h>" nogil:
@@ -253,8 +255,28 @@ cdef int split_target(const char* base, uint32_t at, uint32_t end, Head* head) n
     return E_NONE
 
 
-cdef int request_line(const char* base, uint32_t end, Head* head, const Limits* limits) noexcept nogil:
-    """Parses base[0:end), which ends before the CR."""
+cdef inline bint ordinary_target(const char* base, uint32_t at, uint32_t end, uint32_t length, Head* head, const Limits* limits) noexcept nogil:
+    """Whether the rest of the request line is a path of letters, digits and "-./_" with nothing to resolve, and HTTP/1.1: then it is taken.
+
+    base[end] is a CR, where the scan stops at the latest.
+    """
+    cdef uint32_t n = <uint32_t>cw_span_path(base + at, length - at)
+    cdef const char* p = base + at
+    cdef uint32_t i
+    if n == 0 or p[0] != 47 or n > limits.target or end - at - n != 9 or memcmp(p + n, b" HTTP/1.1", 9) != 0:
+        return False
+    for i in range(n - 1):
+        if p[i] == 47 and (p[i + 1] == 47 or p[i + 1] == 46):
+            return False
+    head.minor = 1
+    head.path_at = at
+    head.path_len = n
+    head.path_plain = True
+    return True
+
+
+cdef int request_line(const char* base, uint32_t end, uint32_t length, Head* head, const Limits* limits) noexcept nogil:
+    """Parses base[0:end), which ends before the CR; base[0:length) may be looked at."""
     cdef uint32_t n = <uint32_t>cw_span(base, end, CW_TOKEN)
     cdef uint32_t at
     cdef int error
@@ -264,6 +286,8 @@ cdef int request_line(const char* base, uint32_t end, Head* head, const Limits* 
     head.method_len = n
     head.method = method_id(base, n)
     at = n + 1
+    if head.method != M_CONNECT and head.method != M_TRACE and ordinary_target(base, at, end, length, head, limits):
+        return E_NONE
     n = <uint32_t>cw_span(base + at, end - at, CW_TARGET)
     if n > limits.target:
         return E_TARGET_LONG
@@ -307,6 +331,8 @@ cdef int framing_field(const char* base, Head* head, Field* field, bint request)
         if error:
             return error
         head.chunked = True
+    elif field.id == F_CONNECTION and n == 10 and cw_equals_word(value, b"keep-alive", 10):
+        head.keep_alive = True
     elif field.id == F_CONNECTION:
         error = list_has(value, n, b"close", 5)
         if error < 0:
@@ -331,14 +357,20 @@ cdef bint same_authority(const char* a, uint32_t n, const char* b, uint32_t m) n
     return True
 
 
-cdef int field_line(const char* base, uint32_t at, uint32_t end, Head* head, const Limits* limits, bint request) noexcept nogil:
-    """Parses the field in base[at:end), which ends before its CR and is not empty. Returns a ParseError."""
+cdef inline int field_line(const char* base, uint32_t at, uint32_t end, uint32_t length, bint clean, Head* head, const Limits* limits,
+                           bint request) noexcept nogil:
+    """Parses the field in base[at:end), which ends before its CR and is not empty. Returns a ParseError.
+
+    base[0:length) may be looked at. `clean`: base[at:end) is known to hold field-value bytes only.
+    """
     cdef uint32_t n, value
     cdef Field* field
     cdef int error
     if base[at] == 32 or base[at] == 9:
         return E_FOLD
-    n = <uint32_t>cw_span(base + at, end - at, CW_TOKEN)
+    n = <uint32_t>cw_span_name(base + at, length - at)         # at most up to the CR
+    if base[at + n] != 58:
+        n += <uint32_t>cw_span(base + at + n, end - at - n, CW_TOKEN)
     if n == 0 or at + n == end or base[at + n] != 58:
         return E_FIELD_NAME
     if n > NAME_MAX_BYTES:
@@ -348,7 +380,7 @@ cdef int field_line(const char* base, uint32_t at, uint32_t end, Head* head, con
     value = at + n + 1
     while value < end and (base[value] == 32 or base[value] == 9):
         value += 1
-    if value + cw_span_value(base + value, end - value) != end:
+    if not clean and value + cw_span_value(base + value, end - value) != end:
         return E_LINE_END if memchr(base + value, 13, end - value) != NULL else E_FIELD_VALUE
     while end > value and (base[end - 1] == 32 or base[end - 1] == 9):
         end -= 1
@@ -358,7 +390,7 @@ cdef int field_line(const char* base, uint32_t at, uint32_t end, Head* head, con
     field.value = value
     field.value_len = end - value
     field.flags = 0
-    field.id = field_id(base + at, n)
+    field.id = cw_field_id(base + at, n)
     if field.id == F_OTHER:
         if field_is_framing_lookalike(base + at, n):
             return E_FRAMING_NAME
@@ -381,19 +413,27 @@ cdef int fields(const char* base, uint32_t length, Head* head, const Limits* lim
     cdef int64_t found
     cdef uint32_t end
     cdef int error
+    cdef bint clean
     while True:
-        found = line_end(base, length, head)
-        if found <= 0:
-            if found == 0 and length >= limits.head:
-                return -E_TOO_LONG
-            return <int>found
-        end = <uint32_t>found - 1
-        if found + 1 > limits.head:
+        # A line that is all here and holds nothing odd, as nearly every one, is looked at once. Any other is judged by its LF; so is one of
+        # which a part was looked at before, else dripping bytes would cost more than linear work.
+        end = head.line
+        if head.scanned <= head.line:
+            end += <uint32_t>cw_span_value(base + head.line, length - head.line)
+        clean = length - end >= 2 and base[end] == 13 and base[end + 1] == 10 and head.scanned <= head.line
+        if not clean:
+            found = line_end(base, length, head)
+            if found <= 0:
+                if found == 0 and length >= limits.head:
+                    return -E_TOO_LONG
+                return <int>found
+            end = <uint32_t>found - 1
+        if end + 2 > limits.head:
             return -E_TOO_LONG
         if end == head.line:
             head.length = end + 2
             return <int>head.length
-        error = field_line(base, head.line, end, head, limits, request)
+        error = field_line(base, head.line, end, length, clean, head, limits, request)
         if error:
             return -error
         head.fields[head.count - 1].line_len = end + 2 - head.line
@@ -414,7 +454,7 @@ cdef int parse_request(const char* base, uint32_t length, Head* head, const Limi
             if n > METHOD_MAX or (n < length and (n == 0 or base[n] != 32)):
                 return -E_METHOD            # TLS, SSH or noise: refused at its first byte
             return -E_TARGET_LONG if length > limits.target + METHOD_MAX + 16 else 0
-        result = request_line(base, <uint32_t>found - 1, head, limits)
+        result = request_line(base, <uint32_t>found - 1, length, head, limits)
         if result:
             return -result
         head.line = <uint32_t>found + 1

@@ -92,23 +92,37 @@ cdef extern from *:
         }
         return need + 1;
     }
+    /* Whether one of eight bytes may have to be escaped: above 0x7e, below 0x20, a quote, a backslash. */
+    #define CW_ZERO(v) (((v) - 0x0101010101010101ULL) & ~(v))
+    #define CW_ODD(v) (((v) | (((v) - 0x2020202020202020ULL) & ~(v)) | CW_ZERO((v) ^ 0x2222222222222222ULL) | \\
+                        CW_ZERO((v) ^ 0x5c5c5c5c5c5c5c5cULL) | CW_ZERO((v) ^ 0x7f7f7f7f7f7f7f7fULL)) & 0x8080808080808080ULL)
     static ptrdiff_t cw_json_escape(char *out, const char *data, ptrdiff_t n) {
         static const char hex[] = "0123456789abcdef";
         const uint8_t *p = (const uint8_t *)data, *end = p + n;
         char *o = out;
         while (p < end) {
+            int verbatim = 0;                   /* the eight bytes before p stand before o as they are */
             uint8_t c;
-            /* Runs without anything to escape, eight bytes a step: no byte above 0x7e or below 0x20, no quote, no backslash. */
+            /* Runs without anything to escape, eight bytes a step. */
             while (end - p >= 8) {
-                uint64_t v, q, b, d;
+                uint64_t v;
                 memcpy(&v, p, 8);
-                q = v ^ 0x2222222222222222ULL; b = v ^ 0x5c5c5c5c5c5c5c5cULL; d = v ^ 0x7f7f7f7f7f7f7f7fULL;
-                if ((v | ((v - 0x2020202020202020ULL) & ~v) | ((q - 0x0101010101010101ULL) & ~q) |
-                     ((b - 0x0101010101010101ULL) & ~b) | ((d - 0x0101010101010101ULL) & ~d)) & 0x8080808080808080ULL) break;
+                if (CW_ODD(v)) break;
                 memcpy(o, &v, 8);
                 o += 8; p += 8;
+                verbatim = 1;
             }
             if (p >= end) break;
+            if (verbatim && end - p < 8) {      /* what is left, in one more step that goes over some of those again */
+                ptrdiff_t left = end - p;
+                uint64_t v;
+                memcpy(&v, end - 8, 8);
+                if (!CW_ODD(v)) {
+                    memcpy(o + left - 8, &v, 8);
+                    o += left;
+                    break;
+                }
+            }
             c = *p;
             if (c >= 0x80) {
                 int length = cw_utf8(p, end - p);

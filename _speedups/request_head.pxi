@@ -104,7 +104,7 @@ cdef int begin_request(Downstream client, int length) except -1:
     head.base = client.inb.base + client.inb.start
     x.body_at = length
     x.started = engine.now = cw_monotonic_us()
-    x.wall = cw_wall_us()
+    x.wall = x.started + engine.wall_ahead
     client.state = D_ACTIVE
     client.requests += 1
     x.snapshot = engine.snapshot

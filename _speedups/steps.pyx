@@ -22,6 +22,9 @@ from gateway._speedups.wire cimport cw_equals_folded, cw_put_decimal
 
 cdef extern from "Python.h":
     const char* PyUnicode_AsUTF8AndSize(object text, Py_ssize_t* length) except NULL
+    bint PyUnicode_IS_COMPACT_ASCII(object text) noexcept
+    void* PyUnicode_1BYTE_DATA(object text) noexcept
+    Py_ssize_t PyUnicode_GET_LENGTH(object text) noexcept
 
 import hashlib
 import hmac
@@ -462,7 +465,7 @@ cdef class AuditStep(Step):
         if f & A_SEQ:
             p = number(p, b'"seq":', self.journal.next_sequence())
         if f & A_ID:
-            p = text(p, b'"id":"', x.request_id, 36)
+            p = plain(p, b'"id":"', x.request_id, 36)
         if f & A_CLIENT:
             p = maybe(p, b'"client":', None if x.principal is None else x.principal.client)
         if f & A_SUBJECT:
@@ -499,7 +502,7 @@ cdef class AuditStep(Step):
         if f & A_BYTES_OUT:
             p = number(p, b'"bytes_out":', x.answer.bytes)
         if f & A_TRACE:
-            p = text(p, b'"trace":"', x.trace + 3, 32)
+            p = plain(p, b'"trace":"', x.trace + 3, 32)
         if x.certificate is not None:
             if f & A_CERTIFICATE:
                 p = maybe(p, b'"certificate":', x.certificate.leaf.subject)
@@ -548,11 +551,21 @@ cdef inline char* text(char* p, const char* name, const char* value, Py_ssize_t 
     return key(p, b'",')
 
 
+cdef inline char* plain(char* p, const char* name, const char* value, Py_ssize_t length) noexcept:
+    """Text of hexadecimal digits and '-' only, whoever sent it."""
+    p = key(p, name)
+    memcpy(p, value, length)
+    return key(p + length, b'",')
+
+
 cdef char* maybe(char* p, const char* name, str value):
     """A string of at most 256 bytes, or null. The UTF-8 form is kept by the str object, so a repeated one costs nothing."""
     cdef Py_ssize_t length = 0
     cdef const char* encoded = NULL
-    if value is not None:
+    if value is not None and PyUnicode_IS_COMPACT_ASCII(value):
+        encoded = <const char*>PyUnicode_1BYTE_DATA(value)
+        length = PyUnicode_GET_LENGTH(value)
+    elif value is not None:
         try:
             encoded = PyUnicode_AsUTF8AndSize(value, &length)
         except UnicodeEncodeError:          # a lone surrogate: nothing that could be written

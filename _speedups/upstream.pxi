@@ -657,7 +657,8 @@ cdef class UpstreamConnection(Connection):
                 pass_trailers(self.stream, downstream.stream, x.route.response_edits, ())
             downstream.finish()
         self.terminated = False
-        x.upstream_us = cw_monotonic_us() - x.upstream_from
+        x.ended = cw_monotonic_us()
+        x.upstream_us = x.ended - x.upstream_from
         self.release()
         downstream.answered()
         downstream.advance()
@@ -682,7 +683,7 @@ cdef class UpstreamConnection(Connection):
         self.readable = False
         self.state = U_IDLE
         self.idle_since = self.engine.now
-        self.endpoint.idle.append(self)
+        cw_list_put(self.endpoint.idle, self)
         self.engine.upstreams_idle += 1
         self.engine.set_timer(self, T_POOL, self.engine.now + self.upstream.keep_idle_us)
         if PyList_GET_SIZE(self.endpoint.idle) > self.upstream.keep_max:

@@ -56,30 +56,119 @@ cdef extern from *:
         while (i < n && (cw_class[(uint8_t)p[i]] & mask)) i++;
         return i;
     }
-    /* The same for field values, eight bytes a step: a byte below 0x20 or equal to 0x7f ends the fast loop (SWAR "has
-       byte less than" and "has zero byte"); HTAB, which is allowed, is sorted out by the table. */
-    static inline size_t cw_span_value(const char *p, size_t n) {
-        size_t i = 0;
-        while (i < n) {
-            while (n - i >= 8) {
-                uint64_t v, d;
-                memcpy(&v, p + i, 8);
-                d = v ^ 0x7f7f7f7f7f7f7f7fULL;
-                if ((((v - 0x2020202020202020ULL) & ~v) | ((d - 0x0101010101010101ULL) & ~d)) & 0x8080808080808080ULL) break;
-                i += 8;
-            }
-            if (i >= n) break;
-            if (!(cw_class[(uint8_t)p[i]] & CW_VALUE)) return i;
-            i++;
-        }
-        return n;
+    /* A block of bytes that are looked at together: 16 with SSE2, which every x86-64 has, else 8 in a word. A test marks each byte
+       of a block, exactly and for itself alone; `cw_marks` makes a number of the marks, the first byte lowest. Both kinds give the same
+       answers (tests/unit/test_wire.py asks for every byte at every place). */
+    #if defined(__SSE2__) && !defined(CROSSWAY_PORTABLE)
+    #include <emmintrin.h>
+    typedef __m128i cw_block;
+    enum { CW_BLOCK = 16, CW_MARK = 1 };             /* bytes of a block; bits of a mark */
+    static inline cw_block cw_load(const char *p) { return _mm_loadu_si128((const __m128i *)p); }
+    static inline cw_block cw_is(cw_block v, uint8_t c) { return _mm_cmpeq_epi8(v, _mm_set1_epi8((char)c)); }
+    /* low <= byte <= high, unsigned; high below 0x80 */
+    static inline cw_block cw_within(cw_block v, uint8_t low, uint8_t high) {
+        v = _mm_sub_epi8(v, _mm_set1_epi8((char)low));
+        return _mm_cmpeq_epi8(_mm_min_epu8(v, _mm_set1_epi8((char)(high - low))), v);
     }
+    static inline cw_block cw_either(cw_block a, cw_block b) { return _mm_or_si128(a, b); }
+    static inline cw_block cw_without(cw_block a, cw_block b) { return _mm_andnot_si128(b, a); }
+    static inline cw_block cw_bit5(cw_block v) { return _mm_or_si128(v, _mm_set1_epi8(0x20)); }
+    static inline uint64_t cw_marks(cw_block v) { return (uint64_t)(uint32_t)_mm_movemask_epi8(v); }
+    #define CW_ALL 0xffffULL
+    #else
+    typedef uint64_t cw_block;
+    enum { CW_BLOCK = 8, CW_MARK = 8 };
+    #define CW_EACH(c) (0x0101010101010101ULL * (uint8_t)(c))
+    static inline cw_block cw_load(const char *p) {
+        uint64_t v;
+        memcpy(&v, p, 8);
+    #if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+        v = __builtin_bswap64(v);
+    #endif
+        return v;
+    }
+    /* Sums of seven bits each stay in their bytes: no carry from one byte to the next. */
+    static inline cw_block cw_is(cw_block v, uint8_t c) {
+        uint64_t x = v ^ CW_EACH(c);
+        return ~(((x & CW_EACH(0x7f)) + CW_EACH(0x7f)) | x) & CW_EACH(0x80);
+    }
+    static inline cw_block cw_within(cw_block v, uint8_t low, uint8_t high) {
+        uint64_t x = v & CW_EACH(0x7f);
+        uint64_t least = low ? x + CW_EACH(0x80 - low) : CW_EACH(0x80);
+        return least & ~(x + CW_EACH(0x7f - high)) & ~v & CW_EACH(0x80);
+    }
+    static inline cw_block cw_either(cw_block a, cw_block b) { return a | b; }
+    static inline cw_block cw_without(cw_block a, cw_block b) { return a & ~b; }
+    static inline cw_block cw_bit5(cw_block v) { return v | CW_EACH(0x20); }
+    static inline uint64_t cw_marks(cw_block v) { return v & CW_EACH(0x80); }
+    #define CW_ALL CW_EACH(0x80)
+    #endif
+    static inline uint64_t cw_no_value(cw_block v) {
+        return cw_marks(cw_either(cw_without(cw_within(v, 0, 0x1f), cw_is(v, '\\t')), cw_is(v, 0x7f)));
+    }
+    static inline uint64_t cw_no_name(cw_block v) {
+        return CW_ALL ^ cw_marks(cw_either(cw_either(cw_within(cw_bit5(v), 'a', 'z'), cw_within(v, '0', '9')), cw_is(v, '-')));
+    }
+    static inline uint64_t cw_no_path(cw_block v) {
+        return CW_ALL ^ cw_marks(cw_either(cw_either(cw_within(cw_bit5(v), 'a', 'z'), cw_within(v, '-', '9')), cw_is(v, '_')));
+    }
+    /* Length of the prefix of p[0..n) before the first byte that STOPS marks; TABLE says the same of a byte c. Every block lies
+       inside p[0..n): the last one ends at n and goes over bytes again that were found clean; what is shorter than a block goes
+       byte by byte. */
+    #define CW_SCAN(NAME, STOPS, TABLE) \\
+        static inline size_t NAME(const char *p, size_t n) { \\
+            size_t i = 0; \\
+            if (n >= CW_BLOCK) { \\
+                for (;;) { \\
+                    uint64_t stops = STOPS(cw_load(p + i)); \\
+                    if (stops) return i + (size_t)__builtin_ctzll(stops) / CW_MARK; \\
+                    i += CW_BLOCK; \\
+                    if (n - i < CW_BLOCK) { \\
+                        if (i == n) return n; \\
+                        i = n - CW_BLOCK; \\
+                    } \\
+                } \\
+            } \\
+            for (; i < n; i++) { \\
+                uint8_t c = (uint8_t)p[i]; \\
+                if (!(TABLE)) break; \\
+            } \\
+            return i; \\
+        }
+    /* Of field-value bytes (CW_VALUE). */
+    CW_SCAN(cw_span_value, cw_no_value, cw_class[c] & CW_VALUE)
+    /* Of letters, digits and '-', as nearly all field names are: a part of CW_TOKEN. */
+    CW_SCAN(cw_span_name, cw_no_name, (cw_class[c] & CW_ALNUM) || c == '-')
+    /* Of letters, digits and "-./_", as most paths are: a part of CW_PLAIN. */
+    CW_SCAN(cw_span_path, cw_no_path, (cw_class[c] & CW_ALNUM) || c == '_' || (c >= '-' && c <= '/'))
     static inline uint8_t cw_lower(uint8_t c) { return (cw_class[c] & CW_UPPER) ? (uint8_t)(c | 0x20) : c; }
     /* ASCII case-insensitive equality with `lower`, which is lower case already. */
     static inline int cw_equals_folded(const char *p, const char *lower, size_t n) {
         for (size_t i = 0; i < n; i++)
             if (cw_lower((uint8_t)p[i]) != (uint8_t)lower[i]) return 0;
         return 1;
+    }
+    /* The same, up to eight bytes a step, for a `lower` of letters, digits and '-' only: of these the letters have bit 6, and a letter may
+       differ in bit 5. The last step ends at n and may look at bytes twice. */
+    static inline int cw_word_differs(const char *p, const char *lower) {
+        uint64_t a, b;
+        memcpy(&a, p, 8);
+        memcpy(&b, lower, 8);
+        return ((a ^ b) & ~((b & 0x4040404040404040ULL) >> 1)) != 0;
+    }
+    static inline int cw_half_differs(const char *p, const char *lower) {
+        uint32_t a, b;
+        memcpy(&a, p, 4);
+        memcpy(&b, lower, 4);
+        return ((a ^ b) & ~((b & 0x40404040U) >> 1)) != 0;
+    }
+    static inline int cw_equals_word(const char *p, const char *lower, size_t n) {
+        size_t i = 0;
+        if (n < 4) return cw_equals_folded(p, lower, n);
+        if (n < 8) return !cw_half_differs(p, lower) && !cw_half_differs(p + n - 4, lower + n - 4);
+        for (; n - i > 8; i += 8)
+            if (cw_word_differs(p + i, lower + i)) return 0;
+        return !cw_word_differs(p + n - 8, lower + n - 8);
     }
     /* Field-name folding as an application server does it: everything that is no letter or digit becomes '-'. */
     static inline uint8_t cw_fold_name(uint8_t c) { return (cw_class[c] & CW_ALNUM) ? cw_lower(c) : (uint8_t)'-'; }
@@ -101,10 +190,16 @@ cdef extern from *:
     }
     /* Decimal into out (at least 20 bytes); returns the length. */
     static inline size_t cw_put_decimal(char *out, uint64_t v) {
-        char t[20];
-        size_t n = 0;
-        do { t[n++] = (char)('0' + v % 10); v /= 10; } while (v);
-        for (size_t i = 0; i < n; i++) out[i] = t[n - 1 - i];
+        size_t n = 1, at;
+        for (uint64_t w = v; w >= 10; n++) {
+            if (w >= 10000) { w /= 10000; n += 3; } else w = w >= 1000 ? (n += 2, 1) : w >= 100 ? (n++, 1) : 1;
+        }
+        for (at = n; v >= 10; v /= 100) {            /* two digits a step, from the last */
+            unsigned pair = (unsigned)(v % 100);
+            out[--at] = (char)('0' + pair % 10);
+            out[--at] = (char)('0' + pair / 10);
+        }
+        if (at) out[0] = (char)('0' + v);
         return n;
     }
     static inline size_t cw_put_hex(char *out, uint64_t v) {
@@ -149,8 +244,11 @@ cdef extern from *:
     const uint8_t cw_hex[256]
     size_t cw_span(const char* p, size_t n, uint8_t mask) nogil
     size_t cw_span_value(const char* p, size_t n) nogil
+    size_t cw_span_name(const char* p, size_t n) nogil
+    size_t cw_span_path(const char* p, size_t n) nogil
     uint8_t cw_lower(uint8_t c) nogil
     bint cw_equals_folded(const char* p, const char* lower, size_t n) nogil
+    bint cw_equals_word(const char* p, const char* lower, size_t n) nogil
     uint8_t cw_fold_name(uint8_t c) nogil
     bint cw_equals_name(const char* p, const char* lower, size_t n) nogil
     int64_t cw_decimal(const char* p, size_t n) nogil

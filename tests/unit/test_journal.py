@@ -37,6 +37,14 @@ def test_plain_text_is_copied() -> None:
     assert escape(b'"\\\n\r\t\x00\x1f\x7f\xc2\x9b') == rb"\"\\\n\r\t\u0000\u001f\u007f\u009b"
 
 
+@pytest.mark.parametrize("odd", [b"\0", b"\x1f", b'"', b"\\", b"\x7f", b"\x80", b"\xff", "\u009b".encode(), "ü".encode(), b" ", b"~"])
+def test_an_odd_byte_is_found_wherever_it_stands(odd: bytes) -> None:
+    for length in range(36):
+        for at in range(length + 1):
+            data = b"a" * at + odd + b"b" * (length - at)
+            assert json.loads(b'"' + escape(data) + b'"') == data.decode("utf-8", "replace"), (length, at)
+
+
 @settings(max_examples=300)
 @given(st.integers(0, 253402300799_999_999))
 @example(951782399_999999)
