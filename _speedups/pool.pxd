@@ -119,6 +119,7 @@ cdef class Upstream:
     cdef void unqueue(self, object x)
     # A connection over all workers, and giving it back.
     cdef bint open_one(self) noexcept
+    cdef bint may_open(self) noexcept
     cdef void close_one(self) noexcept
     # Whether another attempt may be paid for, and how long to wait before it (us).
     cdef bint pay(self, int64_t now) noexcept

@@ -291,6 +291,9 @@ cdef class Upstream:
     cdef bint open_one(self) noexcept:
         return self.state.connect(self.connections_max)
 
+    cdef bint may_open(self) noexcept:
+        return self.connections_max == 0 or self.state.connections() < self.connections_max
+
     cdef void close_one(self) noexcept:
         self.state.disconnect()
 
