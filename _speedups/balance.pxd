@@ -16,7 +16,7 @@ cdef enum:                      # algorithms
 
 cdef enum:                      # what became of a request, for finished()
     SAMPLE_GOOD = 0             # an answer that says how fast the endpoint is, refusals of the business (4xx) included
-    SAMPLE_BAD = 1              # 429, 5xx, gRPC 2, 4, 8, 13, 14, 15, no connection, reset, timeout: fast or not, it counts as slow
+    SAMPLE_BAD = 1              # 429, 5xx, gRPC 2, 4, 8, 13, 14, 15, no connection, reset, timeout: a penalty, however long it took
     SAMPLE_ABANDONED = 2        # given up by our side: it took at least that long, nothing else is known
 
 cdef struct Candidate:
@@ -34,6 +34,8 @@ cdef struct Candidate:
     int64_t ewma_at             # us; 0: nothing is known
     int64_t penalty_until       # us; the endpoint failed, and until then it costs at least the time that is left
     int64_t hold_until          # us; the part of it that the endpoint asked for (Retry-After): no success shortens it
+    int64_t trial_until         # us; it failed, and has neither succeeded since nor been left alone for long: one request is let try it
+    int64_t tried_until         # us; one does, and until then the others cost as after a failure
     # Of the balancer.
     int64_t current             # smooth weighted round robin
     int64_t born_seen           # `born` when it was looked at last; BORN_UNSEEN: never
@@ -71,6 +73,8 @@ cdef class Balancer:
     cdef double typical_us      # the endpoints' latencies are around it; penalties left out
     cdef int typical_samples
     cdef uint64_t state         # of the random numbers
+    cdef int64_t trouble_until  # us; by then no penalty and no trial of a candidate is left: nobody has to look for any
+    cdef int64_t patience       # us; of the present choice: for so long a request that is not safe leaves a trial to others
 
     # Choose from these from now on; they keep what is known of them. `owner` keeps the pointers valid (the list of endpoints).
     # Raises MemoryError, and then keeps the old ones. Cost: maglev fills its table, up to some milliseconds.
@@ -78,15 +82,18 @@ cdef class Balancer:
     # Something that the pool sets has changed. O(1); the next choice looks at all candidates.
     cdef void changed(self) noexcept nogil
     # The index of the endpoint to take, -1 when none is usable. `key` matters to maglev only, and should come from hash_key().
-    # `avoid` is not taken while there is another; -1 avoids none. Counts nothing: call started() when the request goes out.
-    cdef int choose(self, int64_t now, uint64_t key, int avoid) noexcept nogil
-    cdef void started(self, Candidate* candidate) noexcept nogil
+    # `avoid` is not taken while there is another; -1 avoids none. `safe`: it may try an endpoint that has failed as soon as any
+    # request may. Counts nothing: call started() when the request goes out.
+    cdef int choose(self, int64_t now, uint64_t key, int avoid, bint safe) noexcept nogil
+    cdef void started(self, Candidate* candidate, int64_t now) noexcept nogil
     # Once for each started(). rtt_us: from the request to the head of the answer, or to the failure. retry_after_us: what the
     # answer asks for, 0 nothing.
     cdef void finished(self, Candidate* candidate, int64_t now, int64_t rtt_us, int sample, int64_t retry_after_us) noexcept nogil
     # What a request is expected to take now, in us, before its place in the queue; penalties included. For choices and tables.
     cdef double expected_us(self, const Candidate* candidate, int64_t now) noexcept nogil
 
+    cdef double cost(self, const Candidate* candidate, double share, int64_t now) noexcept nogil
+    cdef bint failing(self, const Candidate* candidate, int64_t now) noexcept nogil
     cdef double latency(self, const Candidate* candidate, int64_t now) noexcept nogil
     cdef void refresh(self, int64_t now) noexcept nogil
     cdef void learn(self, double ewma_us) noexcept nogil

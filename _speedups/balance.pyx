@@ -6,22 +6,29 @@ table. The table is made anew when the pool says that something changed, and eve
 start advances and a forgotten call of changed() heals; a choice that turns out unusable is made again on a fresh table.
 
 Peak EWMA: a latency above the average replaces it, one below is blended in with exp(-dt/10 s) [Finagle, Linkerd, tower]. Reading
-projects and stores nothing, so a look never changes what is seen. Four things the plain algorithm gets wrong:
+projects and stores nothing, so a look never changes what is seen. Six things the plain algorithm gets wrong:
  1. An idle endpoint decays to nothing, and nothing times any number in flight is nothing: all requests go there until the first
     answers. Here what is known of an endpoint decays towards *half of what is typical for this upstream* (a running median of the
     endpoints' averages, so that one slow endpoint does not move it; 30 ms before there is any). So an endpoint that was slow is
     tried again, but never carries more than twice what the others do before it has shown its speed; after a rest all are alike.
     An endpoint that never answered, or not since it came back from an ejection, is taken for a good typical one (90 %): it gets
     as much as the others, with a slow start less. What its predecessor or its first request was like would keep it empty for a minute.
+    While nobody asks it, it costs nothing: where the others are faster than typical, no request would show that it is as fast.
  2. Failures are fast and look cheap. A failure makes its endpoint cost the time until the penalty ends, 5 s or what Retry-After
     asks for (at most 300 s), if that is more than its average. The penalty runs off with the clock, where a recorded latency of
     5 s would need ln(5 s / 2 ms) = 8 time constants: one failure in 10,000 would keep most endpoints of a busy upstream empty
     all the time. A success halves what is left, for it is the better witness, but never what the endpoint asked for itself.
-    The average is left alone: how fast an endpoint fails says nothing about how fast it answers.
+    The average is left alone: how long an endpoint takes to fail says nothing about how fast it answers. A connect timeout of
+    2 s taken for a latency would keep it empty for ln(2 s / 2 ms) = 7 time constants after the network has healed.
  3. Weights. The pair is drawn by weight, and requests in flight are counted per weight, so that a busy upstream fills endpoints
     in proportion. Idle, averages differ by noise alone, and taking the smaller would deal the requests out evenly: with
     unequal weights the second of a pair must be cheaper by a quarter, or the draw stands.
  4. A pair drawn with replacement is one endpoint twice in 1 of N draws, which then wins unseen: pairs are distinct.
+ 5. Where half of all fail, a pair in four is two of them, and one of the two would get the request: then another pair is drawn.
+ 6. The average that is left alone would draw a share of the load as soon as a penalty is over, into whatever swallows it. So who
+    failed is tried: the request that is first to go there makes it cost 5 s again for the others, until a success ends that, or
+    30 s have gone by without a failure. A safe request tries it a second before one that is not. What was given up by our side
+    and took 8 times as long as expected counts as a failure here: it is missing rather than late.
 
 Least request draws its pair by weight too and takes the one with fewer requests in flight per weight; a tie goes to the first.
 Envoy's rule for unequal weights, round robin by weight / (in flight + 1), settles where in flight x (in flight + 1) is in
@@ -92,6 +99,7 @@ cdef enum:
     WEIGHT_MAX = 1_000_000
     SLOW_START_FLOOR = 100              # thousandths
     MAGLEV_SPARE = 2                    # requests in flight that move no key: the last one may have ended this moment
+    DRAWS = 8                           # pairs that are drawn while both of each are failing: of half of all, 1 in 4 is such a pair
     WALK_MAX = 512                      # places that a key is passed on before all candidates are compared
 
 ALGORITHMS: Final = ("p2c_ewma", "least_request", "round_robin", "random", "maglev")     # in the order of BALANCE_*
@@ -100,6 +108,8 @@ assert len(ALGORITHMS) == BALANCE_MAGLEV + 1
 cdef int64_t BORN_UNSEEN = -(<int64_t>1 << 62)
 cdef int64_t PENALTY_US = 5_000_000     # Linkerd's load biaser
 cdef int64_t PENALTY_MAX_US = 300_000_000       # a longer Retry-After is no statement about load
+cdef int64_t TRIAL_US = 30_000_000      # twice the time that an answer's head has by default: a request that tries it fails before
+cdef int64_t PATIENCE_US = 1_000_000    # as long as the pool keeps a probe for a safe request
 cdef int64_t RTT_MAX_US = 3_600_000_000
 cdef double TAU_US = 10e6               # Linkerd, Envoy
 cdef double TYPICAL_QUICK_STEP = 1.0 / 8
@@ -107,6 +117,7 @@ cdef double TYPICAL_STEP = 1.0 / 64
 cdef double FRESH = 0.9                 # of what is typical: a new endpoint is tried, even where nobody is busy
 cdef double SEED_US = 30e3              # Linkerd
 cdef double CLEARLY_CHEAPER = 0.75
+cdef double MISSING = 8             # times what was expected: no answer is as good as a failure
 cdef double ZONE_HEALTHY = 0.7
 cdef uint64_t ALL_LOCAL = <uint64_t>1 << 32
 
@@ -126,6 +137,8 @@ cdef void candidate_reset(Candidate* candidate, uint64_t id, int weight, int64_t
     candidate.ewma_at = 0
     candidate.penalty_until = 0
     candidate.hold_until = 0
+    candidate.trial_until = 0
+    candidate.tried_until = 0
     candidate.current = 0
     candidate.born_seen = BORN_UNSEEN
 
@@ -271,10 +284,11 @@ cdef class Balancer:
     cdef void changed(self) noexcept nogil:
         self.refresh_at = 0
 
-    cdef int choose(self, int64_t now, uint64_t key, int avoid) noexcept nogil:
+    cdef int choose(self, int64_t now, uint64_t key, int avoid, bint safe) noexcept nogil:
         cdef const Group* group
         cdef uint64_t part
         cdef int attempt, index
+        self.patience = 0 if safe else PATIENCE_US
         for attempt in range(2):
             if attempt or now >= self.refresh_at:
                 self.refresh(now)
@@ -297,8 +311,10 @@ cdef class Balancer:
                 return index
         return -1
 
-    cdef void started(self, Candidate* candidate) noexcept nogil:
+    cdef void started(self, Candidate* candidate, int64_t now) noexcept nogil:
         candidate.in_flight += 1
+        if now < candidate.trial_until:
+            candidate.tried_until = now + PENALTY_US
 
     cdef void finished(self, Candidate* candidate, int64_t now, int64_t rtt_us, int sample, int64_t retry_after_us) noexcept nogil:
         cdef double rtt = <double>within(rtt_us, 1, RTT_MAX_US)
@@ -306,15 +322,19 @@ cdef class Balancer:
         cdef double kept
         if candidate.in_flight > 0:
             candidate.in_flight -= 1
+        if sample == SAMPLE_BAD or (sample == SAMPLE_ABANDONED and rtt > MISSING * self.latency(candidate, now)):
+            candidate.penalty_until = max(candidate.penalty_until, now + max(asked, PENALTY_US))
+            candidate.hold_until = max(candidate.hold_until, now + asked)
+            candidate.trial_until = max(candidate.trial_until, candidate.penalty_until + TRIAL_US)
+            self.trouble_until = max(self.trouble_until, candidate.trial_until + PENALTY_US)
+            return
         if sample != SAMPLE_GOOD:
             # At least that slow; that it is faster was not shown.
             if rtt > self.latency(candidate, now):
                 candidate.ewma_us = rtt
                 candidate.ewma_at = now
-            if sample == SAMPLE_BAD:
-                candidate.penalty_until = max(candidate.penalty_until, now + max(asked, PENALTY_US))
-                candidate.hold_until = max(candidate.hold_until, now + asked)
             return
+        candidate.trial_until = candidate.tried_until = 0
         if candidate.ewma_at == 0 or rtt > candidate.ewma_us:
             candidate.ewma_us = rtt
         elif now > candidate.ewma_at:
@@ -349,8 +369,29 @@ cdef class Balancer:
 
     cdef double expected_us(self, const Candidate* candidate, int64_t now) noexcept nogil:
         cdef double found = self.latency(candidate, now)
-        cdef double left = <double>(candidate.penalty_until - now)
+        cdef double left = <double>(max(candidate.penalty_until, candidate.tried_until) - now)
         return left if left > found else found
+
+    cdef bint failing(self, const Candidate* candidate, int64_t now) noexcept nogil:
+        """Whether it is under penalty, or being tried, as far as the present request goes."""
+        cdef int64_t patience
+        if now >= self.trouble_until:
+            return False
+        patience = self.patience if now < candidate.trial_until else 0
+        return candidate.penalty_until + patience > now or candidate.tried_until > now
+
+    cdef double cost(self, const Candidate* candidate, double share, int64_t now) noexcept nogil:
+        cdef int64_t load = load_of(candidate)
+        cdef double found
+        if now < self.trouble_until and self.failing(candidate, now):
+            found = self.expected_us(candidate, now)
+            if self.patience and found < PATIENCE_US:
+                found = PATIENCE_US
+        elif load == 0 and candidate.ewma_at == 0:
+            return 0
+        else:
+            found = self.latency(candidate, now)
+        return found * (<double>load * share + 1)
 
     # -- what is usable
 
@@ -368,8 +409,11 @@ cdef class Balancer:
                     # Another process, likely; how the last one fared, and how long the first request to this one took, is past.
                     candidate.ewma_at = 0
                     candidate.penalty_until = candidate.hold_until
+                    candidate.trial_until = candidate.tried_until = 0
                 candidate.born_seen = candidate.born
             self.slot_of[i] = -1
+            # A reload hands over what is known of an endpoint, not of its upstream.
+            self.trouble_until = max(self.trouble_until, candidate.penalty_until, candidate.trial_until + PENALTY_US)
             if candidate.weight > 0:
                 which = 0 if candidate.local else 1
                 all_of[which] += candidate.weight
@@ -417,13 +461,15 @@ cdef class Balancer:
     # -- the algorithms: each for a group of at least two
 
     cdef int take(self, const Group* group, int64_t now, uint64_t key, int avoid) noexcept nogil:
-        cdef int but
-        if self.algorithm == BALANCE_P2C_EWMA:
-            return self.take_p2c(group, now, avoid)
+        cdef int but, draws, found = -1
+        if self.algorithm == BALANCE_P2C_EWMA or self.algorithm == BALANCE_LEAST_REQUEST:
+            for draws in range(DRAWS):
+                found = self.take_p2c(group, now, avoid) if self.algorithm == BALANCE_P2C_EWMA else self.take_fewest(group, now, avoid)
+                if now >= self.trouble_until or not self.failing(self.candidates[found], now):
+                    break
+            return found
         if self.algorithm == BALANCE_MAGLEV and self.table != NULL:
             return self.take_maglev(group, now, key, avoid)
-        if self.algorithm == BALANCE_LEAST_REQUEST:
-            return self.take_fewest(group, now, avoid)
         if self.algorithm == BALANCE_RANDOM:
             but = self.slot_of[avoid] if 0 <= avoid < self.count else -1
             return self.slots[self.draw(group, but if group.first <= but < group.first + group.size else -1)].index
@@ -441,8 +487,8 @@ cdef class Balancer:
             return b.index
         if b.index == avoid:
             return a.index
-        first_cost = self.expected_us(first, now) * (<double>load_of(first) * a.share + 1)
-        second_cost = self.expected_us(second, now) * (<double>load_of(second) * b.share + 1)
+        first_cost = self.cost(first, a.share, now)
+        second_cost = self.cost(second, b.share, now)
         if second_cost < (first_cost if group.equal else first_cost * CLEARLY_CHEAPER):
             return b.index
         return a.index
@@ -454,8 +500,8 @@ cdef class Balancer:
         cdef const Slot* b = &self.slots[other]
         cdef const Candidate* first = self.candidates[a.index]
         cdef const Candidate* second = self.candidates[b.index]
-        cdef bint first_bad = first.penalty_until > now
-        cdef bint second_bad = second.penalty_until > now
+        cdef bint first_bad = self.failing(first, now)
+        cdef bint second_bad = self.failing(second, now)
         if a.index == avoid:
             return b.index
         if b.index == avoid:
@@ -502,7 +548,7 @@ cdef class Balancer:
                 candidate = self.candidates[slot.index]
                 bound = unit * <double>slot.weight
                 if (slot.index != avoid and <double>load_of(candidate) < (bound if bound > MAGLEV_SPARE else MAGLEV_SPARE)
-                        and (i == 0 or candidate.penalty_until <= now)):
+                        and (i == 0 or not self.failing(candidate, now))):
                     return slot.index
             place += 1
             if place == self.table_size:

@@ -453,7 +453,7 @@ cdef class Downstream(Connection):
             x.endpoint = endpoint
             upstream = self.engine.obtain(x, endpoint, fresh)
             if upstream is None:
-                x.upstream.start(endpoint, x.tries > 0)
+                x.upstream.start(endpoint, self.engine.now, x.tries > 0)
                 x.upstream.finish(endpoint, endpoint.ticket, self.engine.now, OUTCOME_CONNECT, 0, 0, 0)
                 x.upstream.stop(endpoint)
                 if not (may_try(self, RETRY_CONNECT) and x.upstream.pay(self.engine.now)):

@@ -32,6 +32,7 @@ cdef enum:
     T_TOTAL
     T_LINGER            # waiting for the client to close
     T_POOL              # upstream idle in its pool
+    T_PING              # an upstream's HTTP/2 connection: when it is asked whether it lives, or has to have answered
     T_QUEUE             # a place at the upstream
     T_HANDSHAKE         # the client's TLS handshake
     T_TUNNEL            # no byte through a tunnel
@@ -253,12 +254,17 @@ cdef class BackLink(Link):
     cdef Endpoint endpoint
     cdef Upstream upstream
     cdef int64_t born                       # monotonic us
-    cdef list waiting                       # UpstreamConnections whose streams may be opened once it stands
+    cdef list waiting                       # UpstreamConnections whose streams may be opened once it stands, or is known to be alive
     cdef bint stands
     cdef bint retiring                      # takes no more streams
     cdef int64_t heard_at                   # when bytes came last
     cdef bint resting                       # counted among the idle connections
     cdef uint32_t served
+    # -- whether it is still there (all monotonic us)
+    cdef int64_t asked_at                   # a PING waits for an answer since; 0: none does
+    cdef int64_t answer_by                  # ... and until
+    cdef int64_t hold_until                 # for so long `waiting` waits for it
+    cdef int64_t last_asked
     cdef int connected(self, uint32_t events) except -1
     cdef int secure(self) except -1
     cdef int serve(self) except -1
@@ -266,6 +272,13 @@ cdef class BackLink(Link):
     cdef bint usable(self, int64_t now) noexcept
     cdef void suspect(self, int64_t sent_at) noexcept
     cdef bint left(self) noexcept
+    cdef bint doubtful(self, int64_t now) noexcept
+    cdef bint may_ask(self, int64_t now) noexcept
+    cdef void ask(self) noexcept
+    cdef void hold(self, UpstreamConnection u)
+    cdef int release_waiting(self) except -1
+    cdef int send_elsewhere(self) except -1
+    cdef int watch(self) except -1
 
 # A client of a raw TCP listener: D_HANDSHAKE until it is known where it goes, D_ACTIVE until an endpoint is connected, then D_TUNNEL.
 cdef class TcpDownstream(Connection):
@@ -402,7 +415,7 @@ cdef class Engine:
     cdef void tell(self, Endpoint endpoint, int event)
     cdef UpstreamConnection obtain(self, Exchange x, Endpoint endpoint, bint fresh)
     cdef UpstreamConnection connect(self, Exchange x, Endpoint endpoint)
-    cdef UpstreamConnection obtain_stream(self, Exchange x, Endpoint endpoint)
+    cdef UpstreamConnection obtain_stream(self, Exchange x, Endpoint endpoint, bint fresh)
     cdef int dial(self, Connection connection, Upstream upstream, Endpoint endpoint) except -1
     cdef BackLink link_to(self, Exchange x, Endpoint endpoint)
     cdef void uncork(self)

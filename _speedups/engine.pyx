@@ -777,7 +777,7 @@ cdef class Engine:
         cdef UpstreamConnection connection
         cdef bint safe = x.head.method == M_GET or x.head.method == M_HEAD or x.head.method == M_OPTIONS
         if x.upstream.protocol != PROTOCOL_HTTP1:
-            return self.obtain_stream(x, endpoint)
+            return self.obtain_stream(x, endpoint, fresh)
         while not fresh and PyList_GET_SIZE(endpoint.idle):
             connection = <UpstreamConnection>cw_list_take(endpoint.idle)
             # What must not be sent twice travels only on a connection that is alive and silent right now.
@@ -792,12 +792,12 @@ cdef class Engine:
             return connection
         return self.connect(x, endpoint)
 
-    cdef UpstreamConnection obtain_stream(self, Exchange x, Endpoint endpoint):
-        """A stream on a link that has room, or on a new one on its way."""
+    cdef UpstreamConnection obtain_stream(self, Exchange x, Endpoint endpoint, bint fresh):
+        """A stream on a link that has room, or on a new one on its way; `fresh`: not on one that may be dead."""
         cdef UpstreamConnection connection
         cdef BackLink link = None, other
         for other in list(endpoint.links):
-            if not other.usable(self.now):
+            if not other.usable(self.now) or (fresh and other.doubtful(self.now)):
                 continue
             # What must not be sent twice travels only on a connection that is alive right now.
             if other.resting and not is_safe(x.head.method) and other.left():
@@ -829,6 +829,8 @@ cdef class Engine:
                 self.upstreams_idle -= 1
                 link.why = T_NONE
             self.slot.counters[C_UPSTREAM_REUSED] += 1
+            if link.doubtful(self.now) and (link.asked_at or link.may_ask(self.now)):
+                link.hold(connection)
         else:
             connection.state = U_CONNECTING
             link.waiting.append(connection)

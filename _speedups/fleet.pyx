@@ -62,9 +62,9 @@ cdef class Fleet:
             free(chosen)
         self.members = members
 
-    def choose(self, int64_t now, uint64_t key=0, int avoid=-1) -> int:
+    def choose(self, int64_t now, uint64_t key=0, int avoid=-1, bint safe=True) -> int:
         """Return the number of the endpoint to take, -1 for none; `avoid` is a number of the fleet too."""
-        cdef int found = self.balancer.choose(now, key, self.members.index(avoid) if avoid >= 0 else -1)
+        cdef int found = self.balancer.choose(now, key, self.members.index(avoid) if avoid >= 0 else -1, safe)
         return -1 if found < 0 else <int>self.members[found]
 
     def count(self, int choices, int64_t now, uint64_t step=0) -> list[int]:
@@ -76,15 +76,15 @@ cdef class Fleet:
         cdef uint64_t key = 0
         cdef int i, found
         for i in range(choices):
-            found = self.balancer.choose(now, key, -1)
+            found = self.balancer.choose(now, key, -1, True)
             key += step
             if found >= 0:
                 taken[self.members[found]] += 1
         return taken
 
-    def start(self, int index) -> None:
-        """A request goes out to the endpoint."""
-        self.balancer.started(self.at(index))
+    def start(self, int index, int64_t now=0) -> None:
+        """A request goes out to the endpoint; without a time it is not one that tries an endpoint which has failed."""
+        self.balancer.started(self.at(index), now or <int64_t>1 << 62)
 
     def finish(self, int index, int64_t now, int64_t rtt_us, str sample="good", int64_t retry_after_us=0) -> None:
         """A request that was started is over."""

@@ -98,6 +98,8 @@ cdef enum:                      # counters; anonymous, so that a member indexes 
     C_H2_ERRORS                 # connections ended by GOAWAY with an error
     C_H2_CALMED                 # those of them for a flood
     C_UPSTREAM_H2_CONNECTIONS
+    C_UPSTREAM_H2_PINGS         # sent to silent ones
+    C_UPSTREAM_H2_SILENT        # ended because they did not answer
     C_SERIES_OVERFLOW           # observations that found no free series; written by observe() only
     C_USED                      # how many there are
     COUNTER_COUNT = 128         # room in the slot

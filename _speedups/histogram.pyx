@@ -91,7 +91,7 @@ COUNTER_NAMES: Final = (
     "tls_timeouts", "tls_evicted", "upstream_tls_handshakes", "upstream_tls_resumed", "upstream_tls_failures", "tunnels",
     "tunnels_refused", "tunnels_idle", "tunnels_expired", "tunnels_cut", "tunnel_bytes_in", "tunnel_bytes_out", "h2_connections",
     "h2_streams", "h2_refused", "h2_resets_in", "h2_resets_out", "h2_malformed", "h2_frames_empty", "h2_errors", "h2_calmed",
-    "upstream_h2_connections", "series_overflow",
+    "upstream_h2_connections", "upstream_h2_pings", "upstream_h2_silent", "series_overflow",
 )
 GAUGE_NAMES: Final = (
     "connections", "exchanges", "upstream_active", "upstream_idle", "parked", "config_version", "ready", "draining", "cpu_us",

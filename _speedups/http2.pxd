@@ -123,6 +123,8 @@ cdef class Http2Session:
     cdef bint forced                    # small pieces may go
     cdef bint released                  # its memory is to be given back
     cdef bint pinged                    # the first GOAWAY of a drain waits for its PING
+    cdef bint asked                     # client: a PING of ask() waits for its answer
+    cdef uint32_t asks                  # client: such PINGs since payload or a head came last
     cdef uint32_t error                 # H2_* of its end
     cdef const char* reason             # in words; NULL without one
     # -- a head block under way
@@ -149,6 +151,7 @@ cdef class Http2Session:
     cdef int lost(self) except -1       # the connection ended: so do its streams
     cdef Http2Stream make(self)         # client: a stream to be opened by its head
     cdef bint room(self) noexcept       # client: whether another stream may be opened now
+    cdef void ask(self) noexcept        # client: whether the other side still answers
     cdef void drain(self) noexcept
     cdef void drained(self) noexcept
     cdef int fail(self, uint32_t error, const char* reason) noexcept

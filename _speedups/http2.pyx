@@ -436,6 +436,14 @@ cdef class Http2Session:
         buffer_append(&self.out, words, 8)
         self.tell_out()
 
+    cdef void ask(self) noexcept:
+        if self.dead:
+            return
+        self.asked = True
+        self.asks += 1
+        self.put_frame(8, PING, 0, 0)
+        buffer_append(&self.out, b"crossway", 8)
+
     cdef int fail(self, uint32_t error, const char* reason) noexcept:
         """The connection is at its end: GOAWAY, and nothing more is handled. Always 0."""
         cdef char words[8]

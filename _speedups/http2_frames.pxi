@@ -85,6 +85,7 @@ cdef int on_data(Http2Session session, uint8_t flags, uint32_t id, const char* p
     if framed > session.window:
         return session.fail(H2_FLOW_CONTROL_ERROR, b"DATA beyond the connection's window")
     session.window -= framed
+    session.asks = 0
     stream = session.find(id)
     if stream is None or stream.reset:
         session.owed += framed                     # nobody will take it
@@ -146,6 +147,7 @@ cdef int on_headers(Http2Session session, uint8_t flags, uint32_t id, const char
         return session.fail(H2_PROTOCOL_ERROR, b"HEADERS of a stream that cannot be")
     if session.client and id >= session.next_id:
         return session.fail(H2_PROTOCOL_ERROR, b"an answer to no request")
+    session.asks = 0
     if flags & PADDED:
         if n == 0 or <uint8_t>p[0] >= n:
             return session.fail(H2_PROTOCOL_ERROR, b"more padding than frame")
@@ -351,6 +353,8 @@ cdef int on_ping(Http2Session session, uint8_t flags, uint32_t id, const char* p
     if flags & ACK:
         if session.pinged and memcmp(p, b"draining", 8) == 0:
             session.drained()
+        elif session.asked and memcmp(p, b"crossway", 8) == 0:
+            session.asked = False
         else:
             session.pay_frame()
         return 0

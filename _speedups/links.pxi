@@ -4,6 +4,8 @@
 # whose recv() and send() go to the stream. What the streams of a link say within one batch leaves in one call at the batch's end.
 # A client's link begins as the Downstream of its handshake, which becomes the pattern for those of its streams. Links to an
 # endpoint are shared by all exchanges of the worker; another one is opened when all have as many streams as they may.
+# An upstream's connection that says nothing while it should, or is to be used after a rest, is asked by a PING; who comes meanwhile waits for
+# the answer, so that nothing is sent into a connection that may be dead.
 # Python is called from here: per stream, for its objects.
 
 cdef enum:
@@ -12,6 +14,8 @@ cdef enum:
     REFUSALS = 3                # times that a request is sent again because a server refused it unread
     PUSHES = 4                  # times that woken streams may fill what goes out in one turn
     SILENT_US = 1000000         # an upstream's connection that says nothing for so long while it is asked may be dead
+    ASKS = 2                    # PINGs in a row without payload or a head between, as gRPC's clients: its servers take three, and GOAWAY at
+    ASKS_APART_US = 300000000   # ... the fourth ("too_many_pings"), unless it comes so long after the one before
 
 cdef int speaks_http2(const Buffer* inb) noexcept nogil:
     """Whether the connection begins with the preface of HTTP/2: 1 yes, -1 so far, 0 no."""
@@ -364,6 +368,14 @@ cdef class BackLink(Link):
         if not self.stands:
             return <uint32_t>len(self.waiting) < self.h2.settings.streams and \
                 <uint32_t>len(self.waiting) < max(self.endpoint.streams_said, <uint32_t>1)
+        if self.doubtful(now):
+            if self.asked_at and now - self.asked_at >= SILENT_US:
+                return False
+            if not self.asked_at and not self.may_ask(now):
+                # Another connection is better than a PING too many; if there can be none, this one has to do.
+                return not self.upstream.may_open() and self.h2.room()
+            if <uint32_t>(self.h2.active + len(self.waiting)) >= min(self.h2.settings.streams, self.h2.peer_streams):
+                return False
         # Clients that do not read hold the connection's window: who comes now shall not wait for them.
         return self.h2.room() and self.h2.window + self.h2.owed >= self.h2.settings.window
 
@@ -385,12 +397,69 @@ cdef class BackLink(Link):
 
     cdef void count_in(self, ssize_t n) noexcept:
         self.heard_at = self.engine.now             # the streams count their payload
+        self.asked_at = 0                           # whatever it says, it lives
 
     cdef void suspect(self, int64_t sent_at) noexcept:
         """A request was not answered in time. If nothing at all came since, the connection may have been dropped on its way without a word: it
         gets no further requests. A server that is only slow costs a new connection, once a second at most."""
         if self.heard_at < sent_at and self.engine.now - self.heard_at >= SILENT_US:
             self.retiring = True
+
+    cdef bint doubtful(self, int64_t now) noexcept:
+        """Whether it may be dead without anybody knowing: an answer is due, or it has said nothing for long."""
+        return self.stands and self.h2.settings.ping_us > 0 and (self.asked_at != 0 or now - self.heard_at >= self.h2.settings.ping_us)
+
+    cdef bint may_ask(self, int64_t now) noexcept:
+        return self.h2.asks < ASKS or now - self.last_asked >= ASKS_APART_US
+
+    cdef void ask(self) noexcept:
+        cdef int64_t now = self.engine.now
+        self.asked_at = self.last_asked = now
+        self.answer_by = now + self.h2.settings.ping_timeout_us
+        self.h2.ask()
+        self.engine.slot.counters[C_UPSTREAM_H2_PINGS] += 1
+
+    cdef void hold(self, UpstreamConnection u):
+        """Nothing of its request is sent before the connection has answered: if it does not, any request may go elsewhere."""
+        cdef int64_t limit = min(self.h2.settings.ping_timeout_us, self.upstream.connect_us >> 1)      # in time for a new connection
+        u.state = U_CONNECTING
+        if not self.waiting:
+            self.hold_until = self.engine.now + limit
+        self.waiting.append(u)
+        if not self.asked_at:
+            self.ask()
+        self.engine.set_timer(self, T_PING, min(self.answer_by, self.hold_until))
+
+    cdef int watch(self) except -1:
+        """T_PING: it is asked, or has not answered in time."""
+        cdef int64_t now = self.engine.now
+        cdef int64_t next_at
+        cdef bint overdue
+        if self.asked_at:
+            overdue = len(self.waiting) > 0 and now >= self.hold_until
+            if now >= self.answer_by or (overdue and self.h2.active == 0):
+                self.engine.slot.counters[C_UPSTREAM_H2_SILENT] += 1
+                self.engine.complain("an HTTP/2 connection to an upstream does not answer", {
+                    "upstream": self.upstream.name, "endpoint": self.endpoint.address, "requests": self.h2.active})
+                self.cut_short()
+                self.close()
+                return 0
+            if overdue:
+                self.send_elsewhere()
+            next_at = min(self.answer_by, self.hold_until) if self.waiting else self.answer_by
+        elif self.h2.active == 0:
+            self.why = T_NONE                       # nobody is asked without a reason
+            return self.stirred()
+        elif now - self.heard_at < self.h2.settings.ping_us:
+            next_at = self.heard_at + self.h2.settings.ping_us
+        elif not self.may_ask(now):
+            next_at = now + self.h2.settings.ping_us    # payload may have come by then, and silence after it
+        else:
+            self.ask()
+            next_at = self.answer_by
+        if self.fd >= 0:
+            self.engine.set_timer(self, T_PING, next_at)
+        return 0
 
     cdef int connected(self, uint32_t events) except -1:
         if cw_socket_error(self.fd):
@@ -423,7 +492,6 @@ cdef class BackLink(Link):
 
     cdef int serve(self) except -1:
         """The connection stands: the requests that wait for it go out, as many as it takes before it has said its limit."""
-        cdef UpstreamConnection u
         self.stands = True
         self.heard_at = self.engine.now
         self.readable = self.writable = True
@@ -432,6 +500,15 @@ cdef class BackLink(Link):
         self.h2.peer_streams = self.endpoint.streams_said           # until it says so itself
         self.engine.slot.counters[C_UPSTREAM_H2_CONNECTIONS] += 1
         self.engine.set_timer(self, T_NONE, self.engine.now)
+        self.release_waiting()
+        if self.fd >= 0:
+            self.pump()
+        if self.fd >= 0:
+            self.stirred()
+        return 0
+
+    cdef int release_waiting(self) except -1:
+        cdef UpstreamConnection u
         waiting, self.waiting = self.waiting, []
         for u in waiting:
             if u.x is not None and u.fd >= 0:
@@ -439,10 +516,18 @@ cdef class BackLink(Link):
                     u.serve()
                 except BaseException as error:
                     self.engine.report(u, error)
-        if self.fd >= 0:
-            self.pump()
-        if self.fd >= 0:
-            self.stirred()
+        return 0
+
+    cdef int send_elsewhere(self) except -1:
+        """Those that waited for an answer, in vain: nothing was sent of them, and their endpoint is not to blame."""
+        cdef UpstreamConnection u
+        waiting, self.waiting = self.waiting, []
+        for u in waiting:
+            if u.x is not None and u.fd >= 0:
+                try:
+                    unproven(u)
+                except BaseException as error:
+                    self.engine.report(u, error)
         return 0
 
     cdef int refuse(self, int status, bytes slug, bytes detail) except -1:
@@ -463,6 +548,13 @@ cdef class BackLink(Link):
             self.endpoint.streams_said = self.h2.peer_streams
         if self.h2.dead or self.h2.peer_leaves or (self.h2.peer_settings and self.h2.peer_streams == 0):
             self.retiring = True
+        if self.waiting and not self.asked_at and not self.h2.dead:
+            if self.h2.peer_leaves:
+                self.send_elsewhere()
+            else:
+                self.release_waiting()
+            if self.fd < 0:
+                return 0
         if self.h2.dead or (self.retiring and self.h2.active == 0):
             if self.h2.error:
                 self.engine.slot.counters[C_UPSTREAM_BAD] += 1
@@ -472,20 +564,25 @@ cdef class BackLink(Link):
             self.push()
             self.close()
             return 0
-        if self.h2.active == 0:
+        if self.h2.active == 0 and not self.waiting and not self.asked_at:
             if not self.resting:
                 self.resting = True
                 self.engine.upstreams_idle += 1
                 self.engine.set_timer(self, T_POOL, self.engine.now + self.upstream.keep_idle_us)
-        elif self.resting:
+            return 0
+        if self.resting:
             self.resting = False
             self.engine.upstreams_idle -= 1
             self.why = T_NONE
+        if self.why != T_PING and self.h2.settings.ping_us:
+            self.engine.set_timer(self, T_PING, self.engine.now + self.h2.settings.ping_us)
         return 0
 
     cdef int on_timeout(self) except -1:
         if self.why == T_CONNECT:
             return self.refuse(504, b"upstream-connect-timeout", b"the upstream did not accept a connection in time; the request was not sent")
+        if self.why == T_PING:
+            return self.watch()
         self.close()
         return 0
 
@@ -501,6 +598,7 @@ cdef class BackLink(Link):
             self.close()
 
     cdef void close_now(self):
+        self.waiting = []                           # all is being closed, or has met an error of ours: no new attempts from here
         self.close()
 
     cdef void close(self):
@@ -515,6 +613,23 @@ cdef class BackLink(Link):
             self.endpoint.links.remove(self)
         self.state = U_CLOSED
         Link.close(self)
+        if self.stands and self.waiting:
+            self.send_elsewhere()
+
+
+cdef int unproven(UpstreamConnection u) except -1:
+    """The connection that it would have gone out on is dead, or may be: it goes out on another one, whatever its method."""
+    cdef Exchange x = u.x
+    cdef Downstream d = <Downstream>x.connection
+    u.sent_at = u.engine.now                        # the wait says nothing about the endpoint
+    u.record(OUTCOME_NONE, 0, 0)
+    if x.hedge is u:
+        drop_hedge(x, OUTCOME_NONE)
+        return 0
+    d.engine.slot.counters[C_UPSTREAM_DISCARDED] += 1
+    d.drop_upstream()
+    d.attach(True)
+    return d.advance()
 
 
 cdef void dress_stream(UpstreamConnection u, Downstream d) noexcept:

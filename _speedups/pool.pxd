@@ -119,6 +119,7 @@ cdef class Upstream:
     cdef void unqueue(self, object x)
     # A connection over all workers, and giving it back.
     cdef bint open_one(self) noexcept
+    cdef bint may_open(self) noexcept
     cdef void close_one(self) noexcept
     # Whether another attempt may be paid for, and how long to wait before it (us).
     cdef bint pay(self, int64_t now) noexcept
@@ -127,7 +128,7 @@ cdef class Upstream:
     # sent to an endpoint that may still be broken. The caller owes start() or decline() for it.
     cdef Endpoint pick(self, int64_t now, uint64_t key, bint safe, Endpoint avoid)
     cdef void decline(self, Endpoint endpoint, int64_t now) noexcept
-    cdef void start(self, Endpoint endpoint, bint again) noexcept
+    cdef void start(self, Endpoint endpoint, int64_t now, bint again) noexcept
     # How the attempt ended, once for each start(): the answer's status if there was one, the time it took, its Retry-After.
     # Returns EVENT_* of upstream_state.
     cdef int finish(self, Endpoint endpoint, uint32_t ticket, int64_t now, int outcome, int status, int64_t us,

@@ -78,6 +78,8 @@ cdef object succeed(Endpoint endpoint, Endpoint before, Upstream upstream, bint 
     endpoint.candidate.ewma_at = before.candidate.ewma_at
     endpoint.candidate.penalty_until = before.candidate.penalty_until
     endpoint.candidate.hold_until = before.candidate.hold_until
+    endpoint.candidate.trial_until = before.candidate.trial_until
+    endpoint.candidate.tried_until = before.candidate.tried_until
 
 
 cdef object retire(Endpoint endpoint):
@@ -289,6 +291,9 @@ cdef class Upstream:
     cdef bint open_one(self) noexcept:
         return self.state.connect(self.connections_max)
 
+    cdef bint may_open(self) noexcept:
+        return self.connections_max == 0 or self.state.connections() < self.connections_max
+
     cdef void close_one(self) noexcept:
         self.state.disconnect()
 
@@ -363,7 +368,7 @@ cdef class Upstream:
             for endpoint in self.endpoints:
                 endpoint.candidate.elsewhere = <int32_t>(endpoint.state.in_flight() - endpoint.state.own_in_flight())
         for turn in range(8):
-            at = self.balancer.choose(now, key, avoided)
+            at = self.balancer.choose(now, key, avoided, safe)
             if at < 0:
                 break
             endpoint = <Endpoint>self.endpoints[at]
@@ -394,8 +399,8 @@ cdef class Upstream:
         endpoint.state.report(self.state, OUT_CANCELLED, endpoint.ticket, now)
         endpoint.state.leave()
 
-    cdef void start(self, Endpoint endpoint, bint again) noexcept:
-        self.balancer.started(&endpoint.candidate)
+    cdef void start(self, Endpoint endpoint, int64_t now, bint again) noexcept:
+        self.balancer.started(&endpoint.candidate, now)
         if again:
             endpoint.state.count(E_RETRIES)
 

@@ -338,7 +338,7 @@ cdef class TcpDownstream(Connection):
             if not upstream.open_one():
                 upstream.decline(endpoint, engine.now)
                 return self.end(END_FULL, True)
-            upstream.start(endpoint, self.tries > 0)
+            upstream.start(endpoint, engine.now, self.tries > 0)
             self.upstream = connect_tcp(self, endpoint)
             if self.upstream is not None:
                 engine.set_timer(self, T_CONNECT, engine.now + upstream.connect_us)

@@ -347,19 +347,19 @@ def time_choose(uint64_t loops, Fleet fleet not None, uint64_t in_flight, bint r
         raise ValueError("from 1 to 1,024 in flight, and an endpoint")
     # What choose() returns is below the number of members, which is fleet.size; something is usable, so it is not -1.
     for i in range(in_flight):
-        waiting[i] = balancer.choose(now, i, -1)
+        waiting[i] = balancer.choose(now, i, -1, True)
         if waiting[i] < 0:
             raise ValueError("nothing is usable")
-        balancer.started(&fleet.candidates[waiting[i]])
+        balancer.started(&fleet.candidates[waiting[i]], now)
     began = seconds()
     for i in range(loops):
         now += 10
-        index = balancer.choose(now, i * <uint64_t>0x9E3779B97F4A7C15, -1)
+        index = balancer.choose(now, i * <uint64_t>0x9E3779B97F4A7C15, -1, True)
         total += index
         if record:
             balancer.finished(&fleet.candidates[waiting[i % in_flight]], now, 900 + (now & 255), 0, 0)
             waiting[i % in_flight] = index
-            balancer.started(&fleet.candidates[index])
+            balancer.started(&fleet.candidates[index], now)
     began = seconds() - began
     global unused
     unused = total
@@ -383,7 +383,7 @@ def time_upstream(uint64_t loops, Upstream upstream not None, int64_t now_us) ->
             continue
         endpoint = upstream.pick(now, 0, False, None)
         if endpoint is not None:
-            upstream.start(endpoint, False)
+            upstream.start(endpoint, now, False)
             upstream.finish(endpoint, endpoint.ticket, now, OUTCOME_ANSWERED, 200, 900 + (now & 255), 0)
             upstream.stop(endpoint)
             sent += 1

@@ -104,7 +104,7 @@ cdef class UpstreamConnection(Connection):
         self.took = 0
         self.ticket = self.endpoint.ticket
         self.sent_at = self.engine.now
-        self.upstream.start(self.endpoint, x.tries > 0)
+        self.upstream.start(self.endpoint, self.engine.now, x.tries > 0)
 
     cdef void record(self, int outcome, int status, int64_t retry_after_us):
         """How this attempt ended, once: its endpoint is judged by that."""

@@ -40,10 +40,12 @@ def tables(result: Mapping[str, Any]) -> str:
                 f"{cell['refused'] / cell['requests']:.2%}",
                 f"{cell['odd_share']:.1%}",
                 f"{cell['odd_peak']:,}",
+                *([f"{cell['back_us'] / 1e6:.1f}"] if "back_us" in cell else []),
             ]
             for name, cell in scenario["cells"].items()
         ]
         headings = [scenario["title"], "p50 ms", "p99 ms", "p99.9 ms", "refused", "its share", "most at it"]
+        headings += ["asked again after s"] if any("back_us" in cell for cell in scenario["cells"].values()) else []
         parts.append(table(headings, rows))
     return "\n\n".join(parts)
 

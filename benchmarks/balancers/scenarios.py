@@ -21,6 +21,7 @@ SLOW = 10.0
 SEED = 20_261_125
 JOIN_AT, JOIN_RATE, COLD = 10.0 * SECOND, 20_000, 20.0
 AWAY_AT, BACK_AT = 5.0 * SECOND, 125.0 * SECOND
+CUT_AT, HEAL_AT, QUIET_RATE = 10.0 * SECOND, 90.0 * SECOND, 2
 
 
 def steady(rate: float) -> Callable[[float], float]:
@@ -67,6 +68,13 @@ def joining() -> World:
     return World(endpoints, SERVICE_US, steady(JOIN_RATE), JOIN_RATE, JOIN_AT + 12 * SECOND, members)
 
 
+def cut_off() -> World:
+    """One of two endpoints is behind a partition for 80 s, while little is asked."""
+    endpoints = [Endpoint() for _ in range(2)]
+    endpoints[1].cut = lambda now: CUT_AT <= now < HEAL_AT
+    return World(endpoints, SERVICE_US, steady(QUIET_RATE), QUIET_RATE, HEAL_AT + 180 * SECOND)
+
+
 @dataclass(frozen=True)
 class Scenario:
     """A world, who is compared in it, and the endpoint and the time that count."""
@@ -79,6 +87,7 @@ class Scenario:
     algorithms: Sequence[str]
     until: float = float("inf")
     slow_start_us: int = 0
+    healed: float | None = None  # when those that were cut off can be reached again
 
 
 # `textbook` is peak EWMA as published. Maglev's keys are 10,000 customers, each as often as another.
@@ -93,6 +102,7 @@ SCENARIOS = {
         "a cold endpoint joins, slow start 10 s", joining, JOIN_RATE, 4, JOIN_AT,
         tuple(name for name in ALL if name != "textbook"), JOIN_AT + 4 * SECOND, 10 * SECOND,
     ),
+    "cut": Scenario("one of two is cut off for 80 s, few requests", cut_off, QUIET_RATE, 1, CUT_AT, ALL, healed=HEAL_AT),
 }  # fmt: skip
 
 
@@ -112,7 +122,7 @@ def measure(scenario: Scenario, algorithm: str, seed: int = SEED) -> dict[str, A
     workers = [chooser(algorithm, size, seed + number, scenario.slow_start_us) for number in range(WORKERS)]
     outcome = Run(world, workers, seed).go()
     counted = sorted(latency for arrival, latency in outcome.latencies if scenario.since <= arrival < scenario.until)
-    return {
+    figures: dict[str, Any] = {
         "p50_us": round(percentile(counted, 0.50)),
         "p99_us": round(percentile(counted, 0.99)),
         "p999_us": round(percentile(counted, 0.999)),
@@ -121,3 +131,7 @@ def measure(scenario: Scenario, algorithm: str, seed: int = SEED) -> dict[str, A
         "odd_share": round(outcome.taken[scenario.odd] / sum(outcome.taken), 4),
         "odd_peak": outcome.peak[scenario.odd],
     }
+    if scenario.healed is not None:  # the last of them; one that nobody has asked again counts until the end
+        back = [outcome.reached.get(index, world.until) for index, one in enumerate(world.endpoints) if one.cut(scenario.healed - 1)]
+        figures["back_us"] = round(max(back) - scenario.healed)
+    return figures

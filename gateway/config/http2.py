@@ -11,7 +11,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from gateway.config.base import Model, setting
-from gateway.config.values import Flag, Int, Size, fault
+from gateway.config.values import Deadline, Duration, Flag, Int, Size, fault
 
 # As in _speedups/http2_settings.pxd.
 STREAMS_MAX = 10_000
@@ -19,6 +19,7 @@ WINDOW_MIN = 16_384
 WINDOW_DEFAULT = 65_535
 WINDOW_MAX = 2**31 - 1
 BURST_MAX = 1_000_000
+PING_LEAST, PING_TIMEOUT_LEAST, PING_MOST = 1.0, 0.1, 3600.0
 
 
 class _Connection(Model):
@@ -72,10 +73,23 @@ class UpstreamHttp2(_Connection):
     connection_window: Size | None = setting(
         None, "the same for all answers of a connection together; from 65535; default: `streams` times `window`, so that no client waits for another"
     )
+    ping: Duration = setting(
+        "10s", "a connection that carries requests, or is to carry one, and has said nothing for so long is asked by a PING, at most twice until it sends "
+        "payload; 1s to 1h, 0s: never"
+    )
+    ping_timeout: Deadline = setting("10s", "without an answer to it, after which the connection is given up; 100ms to 1h")
 
     @model_validator(mode="after")
     def _windows(self) -> Self:
         self._check(self.window, self.whole_window)
+        return self
+
+    @model_validator(mode="after")
+    def _pings(self) -> Self:
+        if self.ping and not PING_LEAST <= self.ping <= PING_MOST:
+            raise fault("a PING is sent after 1s to 1h of silence", "10s suits most; 0s sends none", at=("ping",))
+        if not PING_TIMEOUT_LEAST <= self.ping_timeout <= PING_MOST:
+            raise fault("an answer to a PING is waited for from 100ms to 1h", "10s suits most", at=("ping_timeout",))
         return self
 
     @property

@@ -128,7 +128,7 @@ def _upstream(name: str, settings: schema.Upstream, config: Config, workshop: Wo
         panic=settings.health.when_all_bad == "panic", table=table, worker=max(workshop.worker, 0),
         tls=tls,
         protocol=settings.protocol, http2=None if http2 is None else Http2(
-            streams=http2.streams, window=http2.window, connection_window=http2.whole_window
+            streams=http2.streams, window=http2.window, connection_window=http2.whole_window, ping=http2.ping, ping_timeout=http2.ping_timeout
         ),
     )
     endpoints = Endpoints(upstream, settings, loud=workshop.worker <= 0)

@@ -134,6 +134,8 @@ COUNTERS: dict[str, _Total] = {
     "h2_errors": _Total("http2_connection_errors", "HTTP/2 connections that the gateway ended with an error."),
     "h2_calmed": _Total("http2_floods", "HTTP/2 connections ended because their client flooded the gateway."),
     "upstream_h2_connections": _Total("upstream_http2_connections", "HTTP/2 connections made to upstreams."),
+    "upstream_h2_pings": _Total("upstream_http2_pings", "PINGs sent to find out whether an upstream's HTTP/2 connection is alive."),
+    "upstream_h2_silent": _Total("upstream_http2_silent_connections", "HTTP/2 connections to upstreams that were ended because they did not answer."),
     "series_overflow": _Total("metrics_overflow", "Observations counted in the overflow series."),
 }
 assert COUNTERS.keys() == set(COUNTER_NAMES)

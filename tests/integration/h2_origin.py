@@ -292,6 +292,7 @@ class TwoLink(Link):
         self.h2 = h2.connection.H2Connection(config)
         self.room = asyncio.Event()                     # a window has grown
         self.goaways: list[h2.events.ConnectionTerminated] = []
+        self.pings = 0
         self.h2.initiate_connection()
         await self.flush()
         if self.origin.offer:                           # as bytes: what is over a limit is counted here, not an error of the library's
@@ -332,6 +333,8 @@ class TwoLink(Link):
                 self.grown()
             case h2.events.WindowUpdated() | h2.events.RemoteSettingsChanged():
                 self.grown()
+            case h2.events.PingReceived():
+                self.pings += 1
             case h2.events.ConnectionTerminated():
                 self.goaways.append(event)
 

@@ -54,6 +54,7 @@ class Link:
     awaiting: bool = False  # an answer
     halved: bool = False
     over: bool = False
+    mute: bool = False  # nothing passes any more, and nobody is told
 
     def end(self, ending: Ending) -> bool:
         """End it once; true when it was not over before."""
@@ -105,6 +106,12 @@ class Relay:
     def partition(self) -> None:
         """Nothing passes any more, in either direction; connections are still accepted, by the kernel."""
         self._flowing.clear()
+
+    def silence(self) -> None:
+        """Nothing passes any more on the connections of now, as when a firewall on the way has forgotten them; new ones are as ever."""
+        with self._lock:
+            for link in self._links:
+                link.mute = True
 
     def heal(self) -> None:
         self._flowing.set()
@@ -162,6 +169,9 @@ class Relay:
             ready = select.select(reading, [], [], wait)[0]
             if not self._flowing.is_set():
                 self._flowing.wait(PATIENCE)
+                continue
+            if link.mute:
+                time.sleep(0.05)  # the fault itself
                 continue
             if not ready and idle is not None:
                 self._end(link)

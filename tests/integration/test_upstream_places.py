@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from tests.integration.bank import WatchedGateway
-from tests.integration.faults import Message, ScriptedOrigin, Stream, body_length, connect, get, ok, post
+from tests.integration.faults import Cut, Message, ScriptedOrigin, Stream, body_length, connect, get, ok, post
 from tests.integration.processes import eventually
 
 CONFIG = """\
@@ -246,3 +248,62 @@ def test_the_same_key_goes_to_the_same_endpoint_whichever_worker_it_came_to(tmp_
         assert len(set(chosen.values())) == 4
         with connect(gateway.port()) as stream:  # without the key: anywhere
             assert len({stream.ask(get()).body for _ in range(60)}) == 4
+
+
+class Mute:
+    """A host behind a partition: connections to it are neither accepted nor refused, until it heals."""
+
+    def __init__(self) -> None:
+        self._listening = socket.socket()
+        self._listening.bind(("127.0.0.1", 0))
+        self._listening.listen(0)
+        self.port: int = self._listening.getsockname()[1]
+        self._full = [self._knock() for _ in range(8)]  # the kernel drops who comes when so many wait
+
+    def _knock(self) -> socket.socket:
+        sock = socket.socket()
+        sock.setblocking(False)
+        sock.connect_ex(("127.0.0.1", self.port))
+        return sock
+
+    def heal(self) -> None:
+        threading.Thread(target=self._serve, daemon=True).start()
+        self.close()
+
+    def _serve(self) -> None:
+        while True:
+            sock, _ = self._listening.accept()
+            threading.Thread(target=self._answer, args=(Stream(sock),), daemon=True).start()
+
+    @staticmethod
+    def _answer(stream: Stream) -> None:
+        with contextlib.suppress(Cut, OSError):
+            while stream.head():
+                stream.send(ok(b"back"))
+
+    def close(self) -> None:
+        for sock in self._full:
+            sock.close()
+
+
+def test_a_host_that_nobody_reached_is_asked_again_seconds_after_the_network_has_healed(tmp_path: Path) -> None:
+    """With the default balancer, few requests and no ejection: nothing but the balancer's own trial finds that it is back."""
+    well, mute = Busy("well", open_gate=True), Mute()
+    with contextlib.closing(mute), origins(well) as (origin,), running(
+        tmp_path, [f"127.0.0.1:{origin.port}", f"127.0.0.1:{mute.port}"], "timeouts: {connect: 1s}", "health: {eject: {failures: 0}}"
+    ) as gateway:
+
+        def tried() -> float:
+            assert gateway.get()[:2] == (200, b"well")
+            return gateway.counter("retries")
+
+        eventually(tried, "a request that meets the silent host, and goes elsewhere")
+        mute.heal()
+
+        def back() -> bool:
+            time.sleep(0.2)
+            status, body = gateway.get()[:2]
+            assert status == 200
+            return body == b"back"
+
+        eventually(back, "a request at the host that is back")

@@ -279,24 +279,123 @@ def test_a_success_halves_the_penalty() -> None:
     assert one.expected_us(0, NOW) == 2.5 * SECOND
 
 
-def test_a_fast_failure_says_nothing_about_latency() -> None:
+@pytest.mark.parametrize("took", [50, 900 * MS, 2 * SECOND, 60 * SECOND])
+def test_a_failure_says_nothing_about_latency_however_long_it_took(took: int) -> None:
     one = learned("p2c_ewma", [20 * MS])
     one.start(0)
-    one.finish(0, NOW, 50, "bad")
-    assert one.expected_us(0, NOW + 5 * SECOND) > 10 * MS
-    one.start(0)
-    one.finish(0, NOW + 6 * SECOND, 900 * MS, "bad")  # a slow one does
-    assert one.expected_us(0, NOW + 11 * SECOND) > 400 * MS
+    one.finish(0, NOW, took, "bad")
+    assert one.expected_us(0, NOW) == 5 * SECOND
+    assert 10 * MS < one.expected_us(0, NOW + 5 * SECOND) < 20 * MS
 
 
 def test_a_request_given_up_shows_how_long_it_took_at_least() -> None:
     one = learned("p2c_ewma", [20 * MS])
-    one.start(0)
-    one.finish(0, NOW, 1 * MS, "abandoned")
-    assert one.expected_us(0, NOW) == 20 * MS
+    for took, shown in ((1 * MS, 20 * MS), (100 * MS, 100 * MS), (300 * MS, 300 * MS)):
+        one.start(0)
+        one.finish(0, NOW, took, "abandoned")
+        assert one.expected_us(0, NOW) == shown
+
+
+def test_a_request_given_up_long_after_its_time_counts_as_a_failure() -> None:
+    # Where clients leave after 3 s, one that hangs would be empty for a minute after it has woken up.
+    one = learned("p2c_ewma", [20 * MS])
     one.start(0)
     one.finish(0, NOW, 3 * SECOND, "abandoned")
-    assert one.expected_us(0, NOW) == 3 * SECOND
+    assert one.expected_us(0, NOW) == 5 * SECOND
+    assert one.expected_us(0, NOW + 5 * SECOND) < 20 * MS
+
+
+# -- endpoints that have failed, once their penalty is over
+
+TRIED = pytest.mark.parametrize("algorithm", ["p2c_ewma", "least_request"])
+
+
+def failed(algorithm: str, latencies: list[int], *which: int) -> Fleet:
+    """A fleet of which these have just failed to be connected to."""
+    made = learned(algorithm, latencies)
+    for index in which:
+        made.start(index)
+        made.finish(index, NOW, 2 * SECOND, "bad")
+    return made
+
+
+@TRIED
+def test_an_endpoint_that_could_not_be_reached_is_tried_after_five_seconds_by_one_request_at_a_time(algorithm: str) -> None:
+    many = failed(algorithm, [4 * MS] * 4, 3)
+    assert 3 not in {many.choose(NOW + 5 * SECOND - 1) for _ in range(200)}
+    for turn in range(6):  # it hangs: nothing comes back
+        now = NOW + (5 + turn * 5) * SECOND
+        assert 3 in {many.choose(now) for _ in range(200)}
+        many.start(3, now)
+        assert 3 not in {many.choose(now + later) for later in (0, SECOND, 5 * SECOND - 1) for _ in range(200)}
+        many.finish(3, now + 5 * SECOND, 1, "abandoned")  # which shows nothing
+
+
+@TRIED
+def test_a_success_ends_the_trial(algorithm: str) -> None:
+    many = failed(algorithm, [8 * MS] * 3 + [4 * MS], 3)
+    now = NOW + 6 * SECOND
+    for _ in range(3):
+        many.start(3, now)
+        now += 3 * MS
+        many.finish(3, now, 3 * MS)
+        assert 3 in {many.choose(now) for _ in range(200)}
+
+
+def test_a_failure_starts_it_again() -> None:
+    many = failed("p2c_ewma", [8 * MS, 2 * MS], 1)
+    for turn in range(1, 5):
+        now = NOW + turn * 8 * SECOND
+        assert many.choose(now) == 1
+        many.start(1, now)
+        many.finish(1, now + 2 * SECOND, 2 * SECOND, "bad")
+        assert many.choose(now + 7 * SECOND - 100 * MS) == 0
+
+
+@TRIED
+def test_a_trial_without_a_failure_is_over_after_half_a_minute(algorithm: str) -> None:
+    # Whoever carries nothing but streams that last for hours never shows a success.
+    many = failed(algorithm, [4 * MS] * 2, 1)
+    now = NOW + 36 * SECOND
+    taken: Counter[int] = Counter()
+    for _ in range(20):
+        index = many.choose(now)
+        many.start(index, now)
+        taken[index] += 1
+    assert min(taken.values()) >= 5, taken
+
+
+@TRIED
+def test_a_payment_leaves_the_trial_to_a_safe_request_for_a_second(algorithm: str) -> None:
+    many = failed(algorithm, [4 * MS] * 2, 1)
+    now = NOW + 5 * SECOND
+    assert 1 not in {many.choose(now + later, 0, -1, False) for later in (0, SECOND - 1) for _ in range(100)}
+    assert 1 in {many.choose(now) for _ in range(100)}
+    assert 1 in {many.choose(now + SECOND, 0, -1, False) for _ in range(100)}
+
+
+@TRIED
+def test_half_of_the_endpoints_failing_get_nothing_while_the_other_half_is_there(algorithm: str) -> None:
+    many = failed(algorithm, [4 * MS] * 8, 0, 2, 4, 6)
+    taken = many.count(2_000, NOW + SECOND)
+    assert sum(taken[::2]) <= 2, taken  # a quarter of the pairs are two of them
+    everybody = failed(algorithm, [4 * MS] * 3, 0, 1, 2)
+    assert sum(everybody.count(100, NOW + SECOND)) == 100
+
+
+def test_one_that_returns_is_asked_at_once_where_the_others_are_faster_than_typical() -> None:
+    many = learned("p2c_ewma", [80 * MS, 80 * MS])
+    many.choose(NOW)
+    now = NOW
+    for took in [80 * MS] * 100 + [2 * MS] * 10:  # the upstream was slow, and has just become fast
+        now += 10 * SECOND
+        many.start(0)
+        many.finish(0, now, took)
+    assert many.typical_us > 40 * MS > 10 * MS > many.expected_us(0, now)
+    many.set(1, born=now)
+    assert many.choose(now) == 1
+    many.start(1, now)
+    assert many.choose(now) == 0
 
 
 def test_an_endpoint_that_comes_back_begins_anew() -> None:

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from benchmarks.balancers.__main__ import DOCUMENT, PICTURE, RESULT, picture, placed, tables
-from benchmarks.balancers.scenarios import percentile
+from benchmarks.balancers.scenarios import SCENARIOS, measure, percentile
 from benchmarks.balancers.simulation import MS, SECOND, Compiled, Endpoint, Outcome, Run, Textbook, World
 
 
@@ -57,6 +57,27 @@ def test_a_slow_endpoint_is_seen_by_those_who_look() -> None:
         outcome = run(name, world(endpoints=endpoints))
         shares[name] = outcome.taken[2] / sum(outcome.taken)
     assert shares["p2c_ewma"] < shares["least_request"] < shares["round_robin"] == pytest.approx(0.25, abs=0.01)
+
+
+def test_a_request_to_one_that_is_cut_off_is_late_and_answered_elsewhere() -> None:
+    endpoints = [Endpoint() for _ in range(2)]
+    endpoints[1].cut = lambda now: True
+    outcome = run("round_robin", world(endpoints=endpoints, rate=lambda now: 50, most=50))
+    assert endpoints[1].served == 0 < outcome.taken[1]
+    late = sum(latency > 2 * SECOND for _, latency in outcome.latencies)
+    assert late == outcome.taken[1] and not outcome.reached
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_an_endpoint_behind_a_partition_that_heals_is_asked_again_within_seconds(seed: int) -> None:
+    """At two requests a second: five seconds of penalty, two of an attempt under way, and some until a pair has it."""
+    scenario = SCENARIOS["cut"]
+    assert measure(scenario, "p2c_ewma", seed)["back_us"] < 10 * SECOND
+
+
+def test_peak_ewma_as_published_takes_a_timeout_for_a_latency() -> None:
+    figures = measure(SCENARIOS["cut"], "textbook")
+    assert figures["back_us"] > 15 * SECOND
 
 
 def test_the_published_algorithm_is_what_it_is_said_to_be() -> None:

@@ -14,7 +14,7 @@ from gateway.snapshot.matching import build_trie
 from tests.integration.pki import Authority
 from tests.unit.checked import problems
 
-UPSTREAM_DEFAULT = Http2(streams=100, window=1 << 18, connection_window=100 << 18)
+UPSTREAM_DEFAULT = Http2(streams=100, window=1 << 18, connection_window=100 << 18, ping=10)
 ALL = "{name: all, match: {prefix: /}, upstream: origin}"
 GRPC = [(b"content-type", b"application/grpc+proto")]
 
@@ -118,6 +118,7 @@ def test_what_a_listener_offers_above_tls(folder: Path, listener: str, alpn: tup
         (", http2: {clear: true, frames: 1000001}", "error", "1000000", ""),
         (", http2: {clear: true, window_size: 1MiB}", "error", "window_size", ""),
         (", http2: maybe", "error", "", ""),
+        (", http2: {clear: true, ping: 10s}", "error", "ping", ""),
     ],
 )
 def test_a_listener_that_cannot_be_meant(folder: Path, listener: str, severity: str, message: str, hint: str) -> None:
@@ -137,10 +138,16 @@ def test_a_listener_that_cannot_be_meant(folder: Path, listener: str, severity: 
         (
             ", protocol: grpc, http2: {streams: 3, window: 16KiB, connection_window: 65535}",
             "grpc",
-            Http2(streams=3, window=16384, connection_window=65535),
+            Http2(streams=3, window=16384, connection_window=65535, ping=10),
         ),
-        (", protocol: http2, http2: {streams: 3, window: 16KiB}", "http2", Http2(streams=3, window=16384, connection_window=65535)),
-        (", protocol: http2, http2: {streams: 10000, window: 1GiB}", "http2", Http2(streams=10000, window=1 << 30, connection_window=2**31 - 1)),
+        (", protocol: http2, http2: {streams: 3, window: 16KiB}", "http2", Http2(streams=3, window=16384, connection_window=65535, ping=10)),
+        (
+            ", protocol: http2, http2: {streams: 10000, window: 1GiB}",
+            "http2",
+            Http2(streams=10000, window=1 << 30, connection_window=2**31 - 1, ping=10),
+        ),
+        (", protocol: http2, http2: {ping: 1h, ping_timeout: 100ms}", "http2", Http2(connection_window=100 << 18, ping=3600, ping_timeout=0.1)),
+        (", protocol: grpc, http2: {ping: 0s}", "grpc", Http2(connection_window=100 << 18)),
     ],
 )
 def test_what_is_spoken_with_an_upstream(folder: Path, upstream: str, protocol: str, spoken: Http2 | None) -> None:
@@ -161,6 +168,12 @@ def test_over_tls_the_upstream_is_offered_what_is_spoken(folder: Path, protocol:
         (", protocol: http2, http2: {window: 1KiB}", "error", "a stream's window is", ""),
         (", protocol: http2, http2: {window: 8MiB, connection_window: 1MiB}", "warning", "one stream may have 8388608 bytes under way", ""),
         (", protocol: http2, http2: {resets: 5}", "error", "resets", ""),
+        (", protocol: http2, http2: {ping: 999ms}", "error", "a PING is sent after 1s to 1h of silence", "0s sends none"),
+        (", protocol: grpc, http2: {ping: 2h}", "error", "a PING is sent after 1s to 1h of silence", "10s"),
+        (", protocol: http2, http2: {ping: 10}", "error", "a duration without a unit", "10s"),
+        (", protocol: http2, http2: {ping_timeout: 0s}", "error", "must be longer than 0", ""),
+        (", protocol: http2, http2: {ping_timeout: 50ms}", "error", "waited for from 100ms to 1h", "10s"),
+        (", http2: {ping: 5s}", "error", "settings of HTTP/2 for an upstream that is spoken to in HTTP/1.1", "add `protocol: http2`"),
         (", protocol: h2", "error", "", ""),
         (", protocol: grpc, health: {check: {http: {}}}", "warning", "a GET, which servers of gRPC seldom answer", "`grpc: {}`"),
     ],

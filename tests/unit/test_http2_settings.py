@@ -30,10 +30,18 @@ def test_a_number_out_of_its_bounds_is_refused(name: str, least: int, most: int)
             Http2(**{name: bad})
 
 
+def test_times_out_of_their_bounds_are_refused() -> None:
+    assert (Http2().ping_us, Http2().ping_timeout_us) == (0, 10_000_000)
+    assert (Http2(ping=1.5, ping_timeout=0.1).ping_us, Http2(ping=3600, ping_timeout=0.1).ping_timeout_us) == (1_500_000, 100_000)
+    for name, bad in (("ping", 0.9), ("ping", 3601), ("ping", -1), ("ping_timeout", 0), ("ping_timeout", 0.05), ("ping_timeout", 3601)):
+        with pytest.raises(ValueError, match=name):
+            Http2(**{name: bad})
+
+
 def test_settings_with_the_same_numbers_are_equal() -> None:
     assert Http2(streams=7) == Http2(streams=7)
     assert hash(Http2(streams=7)) == hash(Http2(streams=7))
-    for other in ({"streams": 8}, {"window": 65535}, {"connection_window": 65535}, {"resets": 1}, {"frames": 1}, {"clear": True}):
+    for other in ({"streams": 8}, {"window": 65535}, {"connection_window": 65535}, {"resets": 1}, {"frames": 1}, {"clear": True}, {"ping": 9}, {"ping_timeout": 9}):
         assert Http2(streams=7) != Http2(**{"streams": 7, **other})
 
 
