@@ -237,6 +237,7 @@ cdef class Link(Connection):
     cdef void moved_on(self) noexcept
     cdef int over(self) except -1           # the connection is lost or at its end
     cdef int stirred(self) except -1        # after each event: deadlines, and the end of a connection that is to end
+    cdef void tell_end(self)
 
 cdef class LinkSession(Http2Session):
     cdef Link link                          # None once that is closed

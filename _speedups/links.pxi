@@ -121,6 +121,10 @@ cdef class Link(Connection):
         cdef ssize_t n
         cdef int turn
         cdef bint moved = False
+        if self.h2.overrun:
+            self.tell_end()
+            self.cut_short()
+            return self.over()
         for turn in range(PUSHES):
             while out.end > out.start:
                 if self.fd < 0:
@@ -149,6 +153,10 @@ cdef class Link(Connection):
     cdef int over(self) except -1:
         self.close()
         return 0
+
+    cdef void tell_end(self):
+        """Why the connection fails, for the log."""
+        pass
 
     cdef int stirred(self) except -1:
         return 0
@@ -303,13 +311,17 @@ cdef class FrontLink(Link):
         self.engine.set_timer(self, T_LINGER, self.engine.now + DRAIN_US)
         self.why = T_LINGER
 
+    cdef void tell_end(self):
+        if self.h2.error and self.h2.reason != NULL:
+            self.engine.complain("a client's HTTP/2 connection was ended", {
+                "listener": self.face.listener_name, "client": self.face.text[:self.face.text_len].decode("ascii"),
+                "code": self.h2.error, "reason": self.h2.reason.decode("ascii")})
+
     cdef int leave(self) except -1:
         """Streams that are left are lost; GOAWAY is on its way, and the socket closes so that it arrives."""
         if self.state != D_LINGER:
-            if self.h2.error and self.h2.reason != NULL:
-                self.engine.complain("a client's HTTP/2 connection was ended", {
-                    "listener": self.face.listener_name, "client": self.face.text[:self.face.text_len].decode("ascii"),
-                    "code": self.h2.error, "reason": self.h2.reason.decode("ascii")})
+            if not self.h2.overrun:                 # push() tells it
+                self.tell_end()
             self.state = D_LINGER
             self.h2.lost()
             self.push()
@@ -458,17 +470,21 @@ cdef class BackLink(Link):
                     self.engine.report(u, error)
         return 0
 
+    cdef void tell_end(self):
+        if self.h2.error:
+            self.engine.slot.counters[C_UPSTREAM_BAD] += 1
+            self.engine.complain("an HTTP/2 connection to an upstream was ended", {
+                "upstream": self.upstream.name, "endpoint": self.endpoint.address, "code": self.h2.error,
+                "reason": "" if self.h2.reason == NULL else self.h2.reason.decode("ascii")})
+
     cdef int stirred(self) except -1:
         if self.h2.peer_settings:
             self.endpoint.streams_said = self.h2.peer_streams
         if self.h2.dead or self.h2.peer_leaves or (self.h2.peer_settings and self.h2.peer_streams == 0):
             self.retiring = True
         if self.h2.dead or (self.retiring and self.h2.active == 0):
-            if self.h2.error:
-                self.engine.slot.counters[C_UPSTREAM_BAD] += 1
-                self.engine.complain("an HTTP/2 connection to an upstream was ended", {
-                    "upstream": self.upstream.name, "endpoint": self.endpoint.address, "code": self.h2.error,
-                    "reason": "" if self.h2.reason == NULL else self.h2.reason.decode("ascii")})
+            if not self.h2.overrun:                 # push() tells it
+                self.tell_end()
             self.push()
             self.close()
             return 0
