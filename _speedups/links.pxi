@@ -533,13 +533,16 @@ cdef class BackLink(Link):
         Link.close(self)
 
 
-cdef void dress_stream(UpstreamConnection u, Downstream d) noexcept:
-    """Before a request's head goes out on a stream: what it is told, and where its body stands."""
+cdef int dress_stream(UpstreamConnection u, Downstream d) except -1:
+    """Before a request's head goes out on a stream: what it is told, where its body stands, and what came behind that if it has been read."""
     cdef Exchange x = u.x
     u.stream.trailing = x.upstream.protocol == PROTOCOL_GRPC or (d.stream is not None and d.stream.trailing)
     u.start_at = x.body_at
     u.start_remaining = x.body.remaining
     u.start_bytes = x.body.bytes
+    if x.body.done and d.stream is not None and x.web is None:
+        pass_trailers(d.stream, u.stream, x.route.request_edits, x.snapshot.identity_names)
+    return 0
 
 
 cdef void give_stream(Downstream d):
@@ -552,9 +555,13 @@ cdef void give_stream(Downstream d):
 
 
 cdef int pass_trailers(Http2Stream source, Http2Stream sink, Edits edits, tuple names) except -1:
-    """What came behind a body goes on behind it, without the fields that a policy removes, or asserts itself."""
-    if source.trailers.end > source.trailers.start:
-        sink.closing_lines, source.trailers = source.trailers, sink.closing_lines
+    """What came behind a body goes on behind it, without the fields that a policy removes, or asserts itself. The source keeps it: there may
+    be another attempt."""
+    cdef uint32_t n = source.trailers.end - source.trailers.start
+    if n:
+        buffer_release(&sink.closing_lines)
+        if buffer_append(&sink.closing_lines, source.trailers.base + source.trailers.start, n) < 0:
+            raise MemoryError
         thin_out(&sink.closing_lines, edits, names)
     return 0
 

@@ -198,6 +198,25 @@ def test_what_was_refused_is_sent_again_once(h2: Subject, method: str) -> None:
     assert len(h2.origin.calls) == 2
 
 
+@pytest.mark.parametrize("body", [b"pay", b""])
+def test_what_is_sent_again_ends_with_its_trailers(h2: Subject, body: bytes) -> None:
+    async def script(call: Call) -> None:
+        await call.body()
+        if len(h2.origin.calls) == 1:
+            await call.reset(REFUSED_STREAM)
+        else:
+            await call.answer(b"done")
+
+    h2.origin.script = script
+    with h2.client() as client:
+        stream = client.open(head("/two/x", "POST", ("te", "trailers")), end=False)
+        if body:
+            client.data(stream, body, end=False)
+        client.send(headers(stream, [("x-digest", "of the body")]))
+        assert client.answer(stream).status == 200
+    assert [call.trailers for call in h2.origin.calls] == [[("x-digest", "of the body")]] * 2
+
+
 def test_who_always_refuses_is_not_asked_for_ever(h2: Subject) -> None:
     async def script(call: Call) -> None:
         await call.reset(REFUSED_STREAM)
