@@ -120,9 +120,10 @@ cdef int forward(Downstream d) except -1:
 
 
 cdef int expired(Downstream d) except -1:
-    """Nobody waits for it any more: it is not sent at all."""
+    """Nobody waits for it any more: it is not sent, or not once more."""
     d.engine.slot.counters[C_UPSTREAM_TIMEOUTS] += 1
-    d.refuse(504, b"total-timeout", b"the time for this request is over; it was not sent to the upstream")
+    d.refuse(504, b"total-timeout", b"the time for this request is over; an earlier attempt may have been executed" if d.x.sent else
+             b"the time for this request is over; it was not sent to the upstream")
     return 0
 
 
