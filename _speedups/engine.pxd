@@ -197,6 +197,7 @@ cdef class UpstreamConnection(Connection):
     cdef uint32_t start_at          # of the body, when the present attempt began: it may be refused unread
     cdef int64_t start_remaining
     cdef uint64_t start_bytes
+    cdef bint unsent                # nothing of the request had gone to anybody before
     cdef bint undecided             # a gRPC answer whose status is in its trailers
     cdef int64_t took               # us until its head came
 

@@ -540,6 +540,7 @@ cdef int dress_stream(UpstreamConnection u, Downstream d) except -1:
     u.start_at = x.body_at
     u.start_remaining = x.body.remaining
     u.start_bytes = x.body.bytes
+    u.unsent = not x.sent
     if x.body.done and d.stream is not None and x.web is None:
         pass_trailers(d.stream, u.stream, x.route.request_edits, x.snapshot.identity_names)
     return 0
@@ -613,7 +614,7 @@ cdef bint refused_stream(UpstreamConnection u) except -1:
         x.body.bytes = u.start_bytes
         if x.body.mode == BODY_LENGTH:
             x.body.done = x.body.remaining == 0
-    if x.tries == 0:
+    if u.unsent:
         x.sent = False
     d.drop_upstream()
     if whole and x.refusals < REFUSALS and x.upstream.pay(d.engine.now):

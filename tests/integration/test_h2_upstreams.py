@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 import struct
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from tests.integration.bank import Peak
+from tests.integration.bank import Peak, WatchedGateway
 from tests.integration.faults import ScriptedOrigin, Stream
 from tests.integration.h2_kit import (
     ACK,
@@ -27,6 +29,7 @@ from tests.integration.h2_kit import (
     SETTINGS,
     Answer,
     block,
+    connect_h2,
     frame,
     head,
     headers,
@@ -36,7 +39,7 @@ from tests.integration.h2_kit import (
     settings,
     window_update,
 )
-from tests.integration.h2_origin import Call, by_path
+from tests.integration.h2_origin import Call, TwinOrigin, by_path
 from tests.integration.h2_pairs import Pair, exchange
 from tests.integration.h2_subject import Subject
 from tests.integration.processes import PATIENCE, eventually
@@ -227,6 +230,43 @@ def test_who_always_refuses_is_not_asked_for_ever(h2: Subject) -> None:
     assert answer.status in (502, 503)
     assert "may have been executed" not in json.loads(bytes(answer.body))["detail"]
     assert len(h2.origin.calls) <= 4
+
+
+@pytest.mark.parametrize("read_before", [False, True])
+def test_whether_it_may_have_been_executed_is_known_however_often_it_was_tried(tmp_path: Path, read_before: bool) -> None:
+    """A refusal takes back what was sent by its own attempt, and no other one's."""
+    config = """
+version: 1
+workers: 1
+admin: {bind: "127.0.0.1:0"}
+listeners: {two: {bind: "127.0.0.1:0", http2: {clear: true}}}
+upstreams:
+  bank:
+    targets: [%s]
+    protocol: http2
+    retries: {attempts: 1, on: [connect-failure, reset], backoff: {base: 1ms, max: 1ms}}
+    health: {eject: {failures: 0}}
+routes: [{name: all, match: {prefix: /}, upstream: bank}]
+"""
+
+    async def script(call: Call) -> None:
+        await call.body()
+        if read_before and sum(each.path == call.path for each in origin.calls) == 1:
+            await call.reset()
+        else:
+            await call.reset(REFUSED_STREAM)
+
+    with TwinOrigin() as origin, socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        origin.script = script
+        targets = [origin.two] if read_before else [origin.two, nobody.getsockname()[1]]
+        path = tmp_path / "edge.yaml"
+        path.write_text(config % ", ".join(f"127.0.0.1:{port}" for port in targets))
+        with WatchedGateway(path) as gateway, connect_h2(gateway.port("two")) as client:
+            for number in range(20):
+                answer = client.ask(head(f"/{number}", "PUT" if read_before else "POST"), b"pay")
+                said = json.loads(bytes(answer.body))["detail"]
+                assert (answer.status, "may have been executed" in said) == ((502, True) if read_before else (503, False)), said
 
 
 def test_what_stands_above_the_last_id_of_a_goaway_goes_elsewhere(h2: Subject) -> None:
