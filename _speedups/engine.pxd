@@ -368,6 +368,7 @@ cdef class Engine:
     cdef bint draining
     cdef bint polling
     cdef bint crowded               # there may be events that this batch has not seen
+    cdef bint no_room                       # obtain() found no connection because there are as many as there may be
     cdef public int connections     # downstream
     cdef public int exchanges
     cdef int tunnels                # open
@@ -404,6 +405,7 @@ cdef class Engine:
     cdef UpstreamConnection connect(self, Exchange x, Endpoint endpoint)
     cdef UpstreamConnection obtain_stream(self, Exchange x, Endpoint endpoint)
     cdef int dial(self, Connection connection, Upstream upstream, Endpoint endpoint) except -1
+    cdef bint open_one(self, Upstream upstream)
     cdef BackLink link_to(self, Exchange x, Endpoint endpoint)
     cdef void uncork(self)
     cdef void force_held(self)
