@@ -8,6 +8,7 @@
 cdef enum:
     QUEUE_LOOK_MS = 5           # how often a full upstream is looked at: another worker may have made room
     HEDGE_ATTEMPTS = 1
+    CHOICES = 4                 # endpoints that are asked for a free connection where no new one may be made
 
 cdef inline bint is_safe(uint8_t method) noexcept nogil:
     """RFC 9110 9.2.1."""
@@ -113,16 +114,59 @@ cdef int forward(Downstream d) except -1:
         x.keeping = False
     if x.body.mode != BODY_NONE and x.collected is None and not x.keeping:
         x.repeatable = False
-    if not upstream.waiting and upstream.enter(d.engine.now):
+    if not upstream.waiting and has_way(d.engine, upstream) and upstream.enter(d.engine.now):
         x.entered = True
         return d.attach(x.upgrade)
     return wait(d)
 
 
+cdef bint has_way(Engine engine, Upstream upstream):
+    """Whether a request could go out now, on a connection that there is or on a new one. Else it waits like one that has no place."""
+    cdef Endpoint endpoint
+    cdef BackLink link
+    if upstream.connections_max == 0 or upstream.state.connections() < upstream.connections_max:
+        return True
+    for endpoint in upstream.endpoints:
+        if endpoint.idle:
+            return True
+        for link in endpoint.links:
+            if link.usable(engine.now):
+                return True
+    return False
+
+
+cdef bint make_room(Upstream upstream):
+    """A new connection is needed where the upstream has as many as it may: an idle one makes room."""
+    cdef Endpoint endpoint
+    cdef BackLink link
+    for endpoint in upstream.endpoints:
+        if endpoint.idle:
+            (<UpstreamConnection>endpoint.idle[0]).leave_pool()
+            return True
+        for link in endpoint.links:
+            if link.resting:
+                link.close()
+                return True
+    return False
+
+
+cdef int crowded_out(Downstream d) except -1:
+    """No connection is free and there are as many as there may be: nobody's fault."""
+    cdef Exchange x = d.x
+    d.engine.slot.counters[C_UPSTREAM_OVERLOADED] += 1
+    if x.sent:
+        unreachable(x, 503, None, None)
+    else:
+        x.refuse(503, b"upstream-overloaded", b"as many connections to the upstream as there may be are in use; this request was not sent")
+        x.reply_headers = b"retry-after: 1\r\n"
+    return d.reply()
+
+
 cdef int expired(Downstream d) except -1:
-    """Nobody waits for it any more: it is not sent at all."""
+    """Nobody waits for it any more: it is not sent, or not once more."""
     d.engine.slot.counters[C_UPSTREAM_TIMEOUTS] += 1
-    d.refuse(504, b"total-timeout", b"the time for this request is over; it was not sent to the upstream")
+    d.refuse(504, b"total-timeout", b"the time for this request is over; an earlier attempt may have been executed" if d.x.sent else
+             b"the time for this request is over; it was not sent to the upstream")
     return 0
 
 
@@ -144,7 +188,7 @@ cdef int wait(Downstream d) except -1:
 cdef int admit_waiting(Downstream d) except -1:
     """Its turn in the queue has come, perhaps."""
     cdef Exchange x = d.x
-    if not x.upstream.enter(d.engine.now):
+    if not has_way(d.engine, x.upstream) or not x.upstream.enter(d.engine.now):
         return 0
     x.upstream.unqueue(x)
     x.waiting = False

@@ -446,14 +446,26 @@ cdef inline bint is_v6(Exchange x) noexcept:
     return False
 
 
+cdef void put_grpc_timeout(cw_out* o, int64_t ms) noexcept nogil:
+    """In the smallest unit in which it has eight digits: a service refuses a call with more."""
+    cw_lit(o, b"grpc-timeout: ")
+    if ms <= 99999999:
+        put_number(o, ms)
+        cw_lit(o, b"m\r\n")
+    elif ms // 1000 <= 99999999:
+        put_number(o, ms // 1000)
+        cw_lit(o, b"S\r\n")
+    else:
+        put_number(o, min(ms // 3600000, <int64_t>99999999))
+        cw_lit(o, b"H\r\n")
+
+
 cdef void put_deadline(cw_out* o, Exchange x, int64_t now) noexcept:
     """How long the next hop may take, and how often it may try again: so that layers do not wait and retry on top of each other."""
     cdef int64_t left = (x.total_at - now) // 1000
     if x.total_at:
         if x.web is not None or is_grpc(x.head):
-            cw_lit(o, b"grpc-timeout: ")
-            put_number(o, left if left > 0 else 0)
-            cw_lit(o, b"m\r\n")
+            put_grpc_timeout(o, left if left > 0 else 0)
         if not x.upstream.foreign:
             cw_lit(o, b"x-crossway-deadline-ms: ")
             put_number(o, left if left > 0 else 0)

@@ -444,18 +444,28 @@ cdef class Downstream(Connection):
     cdef int attach(self, bint fresh) except -1:
         """Gives the exchange an upstream connection and sends the request as soon as it is connected."""
         cdef Exchange x = self.x
-        cdef Endpoint endpoint
+        cdef Endpoint endpoint, avoid = x.endpoint if x.tries else None
         cdef UpstreamConnection upstream = None
+        cdef int event, full = 0
         while upstream is None:
-            endpoint = x.upstream.pick(self.engine.now, balance_key(x), is_safe(x.head.method), x.endpoint if x.tries else None)
+            endpoint = x.upstream.pick(self.engine.now, balance_key(x), is_safe(x.head.method), avoid)
+            if endpoint is None and full:
+                return crowded_out(self)
             if endpoint is None:
                 break
-            x.endpoint = endpoint
+            x.endpoint = avoid = endpoint
             upstream = self.engine.obtain(x, endpoint, fresh)
-            if upstream is None:
+            if upstream is None and self.engine.no_room:
+                x.upstream.decline(endpoint, self.engine.now)
+                full += 1                           # another one may have a connection that is free
+                if full == CHOICES or full == <int>len(x.upstream.endpoints):
+                    return crowded_out(self)
+            elif upstream is None:
                 x.upstream.start(endpoint, self.engine.now, x.tries > 0)
-                x.upstream.finish(endpoint, endpoint.ticket, self.engine.now, OUTCOME_CONNECT, 0, 0, 0)
+                event = x.upstream.finish(endpoint, endpoint.ticket, self.engine.now, OUTCOME_CONNECT, 0, 0, 0)
                 x.upstream.stop(endpoint)
+                if event:
+                    self.engine.tell(endpoint, event)
                 if not (may_try(self, RETRY_CONNECT) and x.upstream.pay(self.engine.now)):
                     break
                 x.tries += 1

@@ -198,6 +198,7 @@ cdef class UpstreamConnection(Connection):
     cdef uint32_t start_at          # of the body, when the present attempt began: it may be refused unread
     cdef int64_t start_remaining
     cdef uint64_t start_bytes
+    cdef bint unsent                # nothing of the request had gone to anybody before
     cdef bint undecided             # a gRPC answer whose status is in its trailers
     cdef int64_t took               # us until its head came
 
@@ -238,6 +239,7 @@ cdef class Link(Connection):
     cdef void moved_on(self) noexcept
     cdef int over(self) except -1           # the connection is lost or at its end
     cdef int stirred(self) except -1        # after each event: deadlines, and the end of a connection that is to end
+    cdef void tell_end(self)
 
 cdef class LinkSession(Http2Session):
     cdef Link link                          # None once that is closed
@@ -380,6 +382,7 @@ cdef class Engine:
     cdef bint draining
     cdef bint polling
     cdef bint crowded               # there may be events that this batch has not seen
+    cdef bint no_room                       # obtain() found no connection because there are as many as there may be
     cdef public int connections     # downstream
     cdef public int exchanges
     cdef int tunnels                # open
@@ -417,6 +420,7 @@ cdef class Engine:
     cdef UpstreamConnection connect(self, Exchange x, Endpoint endpoint)
     cdef UpstreamConnection obtain_stream(self, Exchange x, Endpoint endpoint, bint fresh)
     cdef int dial(self, Connection connection, Upstream upstream, Endpoint endpoint) except -1
+    cdef bint open_one(self, Upstream upstream)
     cdef BackLink link_to(self, Exchange x, Endpoint endpoint)
     cdef void uncork(self)
     cdef void force_held(self)

@@ -773,9 +773,10 @@ cdef class Engine:
     # -- pools --------------------------------------------------------------------------------------------------------
 
     cdef UpstreamConnection obtain(self, Exchange x, Endpoint endpoint, bint fresh):
-        """A connection to the endpoint: a proven idle one, or a new one on its way. None when there can be none."""
+        """A connection to the endpoint: a proven idle one, or a new one on its way. None when there can be none; `no_room` says why."""
         cdef UpstreamConnection connection
         cdef bint safe = x.head.method == M_GET or x.head.method == M_HEAD or x.head.method == M_OPTIONS
+        self.no_room = False
         if x.upstream.protocol != PROTOCOL_HTTP1:
             return self.obtain_stream(x, endpoint, fresh)
         while not fresh and PyList_GET_SIZE(endpoint.idle):
@@ -836,10 +837,15 @@ cdef class Engine:
             link.waiting.append(connection)
         return connection
 
+    cdef bint open_one(self, Upstream upstream):
+        """A place for a connection; an idle one to another endpoint makes room. False, with `no_room`: there are as many as there may be."""
+        self.no_room = not upstream.open_one() and not (make_room(upstream) and upstream.open_one())
+        return not self.no_room
+
     cdef BackLink link_to(self, Exchange x, Endpoint endpoint):
         """A new link to the endpoint; None when there can be none."""
         cdef BackLink link
-        if not x.upstream.open_one():
+        if not self.open_one(x.upstream):
             return None
         link = BackLink.__new__(BackLink)
         link.engine = self
@@ -884,7 +890,7 @@ cdef class Engine:
     cdef UpstreamConnection connect(self, Exchange x, Endpoint endpoint):
         cdef UpstreamConnection connection
         cdef int dialled
-        if not x.upstream.open_one() and not (x.upgrade and make_room(x.upstream) and x.upstream.open_one()):
+        if not self.open_one(x.upstream):
             return None
         connection = UpstreamConnection.__new__(UpstreamConnection)
         connection.engine = self

@@ -117,6 +117,7 @@ cdef class Http2Session:
     cdef bint draining                  # GOAWAY was sent
     cdef bint resized                   # our encoder's table size (none) was told
     cdef bint dead                      # nothing more is handled
+    cdef bint overrun                   # more waited than may: `out` is not what the other side has to read next, and must not be sent
     cdef bint feeding
     cdef bint dirty                     # out has something, and that was told
     cdef bint acknowledged              # our SETTINGS were

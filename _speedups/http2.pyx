@@ -93,6 +93,7 @@ cdef enum:
     HEAD = 9                    # bytes of a frame's head
     OUT_HIGH = 131072           # payload is taken while less than this waits to be sent
     OUT_LOW = 32768
+    OUT_FULL = 1048576          # a server that leaves so much unread gets no further requests on this connection
     OUT_MAX = 4194304           # whoever makes us say so much and reads nothing of it is cut off
     BLOCK_MAX = 65536           # bytes of a head block, encoded
     BLOCK_FRAMES = 16           # CONTINUATION frames of one
@@ -544,7 +545,7 @@ cdef class Http2Session:
     cdef bint room(self) noexcept:
         cdef uint32_t most = self.settings.streams if self.settings.streams < self.peer_streams else self.peer_streams
         return not self.dead and not self.peer_leaves and not self.draining and <uint32_t>self.active < most and \
-            self.next_id < <uint32_t>WINDOW_MAX - 2
+            self.next_id < <uint32_t>WINDOW_MAX - 2 and self.out.end - self.out.start < OUT_FULL
 
     # -- frames that leave --------------------------------------------------------------------------------------------
 
@@ -556,9 +557,14 @@ cdef class Http2Session:
     cdef void put_frame(self, uint32_t length, uint8_t kind, uint8_t flags, uint32_t id) noexcept:
         """A frame's head; room for its payload is there as well."""
         if buffer_reserve(&self.out, HEAD + length) < 0 or self.out.end - self.out.start > OUT_MAX:
+            # What waited is dropped, perhaps from the middle of a frame: nothing that is written from here on may go out behind it.
             buffer_release(&self.out)
             buffer_reserve(&self.out, HEAD + length)
-            self.dead = True
+            self.overrun = True
+            if not self.dead:
+                self.dead = True
+                self.counters[C_H2_ERRORS] += 1
+                self.counters[C_H2_CALMED] += 1
             self.error = H2_ENHANCE_YOUR_CALM
             self.reason = b"too much waits to be read"
         write_head(self.out.base + self.out.end, length, kind, flags, id)
@@ -585,8 +591,9 @@ cdef class Http2Session:
 
     cdef uint32_t open_block(self, uint32_t id) noexcept:
         """Begins HEADERS; returns where, counted from the front of what waits: the window may move while the block grows."""
-        cdef uint32_t at = self.out.end - self.out.start
+        cdef uint32_t at
         self.put_frame(0, HEADERS, 0, id)
+        at = self.out.end - self.out.start - HEAD   # looked up behind put_frame(), which may have dropped all that was before it
         if not self.resized:
             self.resized = True
             buffer_append(&self.out, b"\x20", 1)    # a dynamic table of no bytes (RFC 7541 6.3): ours has none

@@ -125,6 +125,10 @@ cdef class Link(Connection):
         cdef ssize_t n
         cdef int turn
         cdef bint moved = False
+        if self.h2.overrun:
+            self.tell_end()
+            self.cut_short()
+            return self.over()
         for turn in range(PUSHES):
             while out.end > out.start:
                 if self.fd < 0:
@@ -153,6 +157,10 @@ cdef class Link(Connection):
     cdef int over(self) except -1:
         self.close()
         return 0
+
+    cdef void tell_end(self):
+        """Why the connection fails, for the log."""
+        pass
 
     cdef int stirred(self) except -1:
         return 0
@@ -307,13 +315,17 @@ cdef class FrontLink(Link):
         self.engine.set_timer(self, T_LINGER, self.engine.now + DRAIN_US)
         self.why = T_LINGER
 
+    cdef void tell_end(self):
+        if self.h2.error and self.h2.reason != NULL:
+            self.engine.complain("a client's HTTP/2 connection was ended", {
+                "listener": self.face.listener_name, "client": self.face.text[:self.face.text_len].decode("ascii"),
+                "code": self.h2.error, "reason": self.h2.reason.decode("ascii")})
+
     cdef int leave(self) except -1:
         """Streams that are left are lost; GOAWAY is on its way, and the socket closes so that it arrives."""
         if self.state != D_LINGER:
-            if self.h2.error and self.h2.reason != NULL:
-                self.engine.complain("a client's HTTP/2 connection was ended", {
-                    "listener": self.face.listener_name, "client": self.face.text[:self.face.text_len].decode("ascii"),
-                    "code": self.h2.error, "reason": self.h2.reason.decode("ascii")})
+            if not self.h2.overrun:                 # push() tells it
+                self.tell_end()
             self.state = D_LINGER
             self.h2.lost()
             self.push()
@@ -543,6 +555,13 @@ cdef class BackLink(Link):
                     self.engine.report(u, error)
         return 0
 
+    cdef void tell_end(self):
+        if self.h2.error:
+            self.engine.slot.counters[C_UPSTREAM_BAD] += 1
+            self.engine.complain("an HTTP/2 connection to an upstream was ended", {
+                "upstream": self.upstream.name, "endpoint": self.endpoint.address, "code": self.h2.error,
+                "reason": "" if self.h2.reason == NULL else self.h2.reason.decode("ascii")})
+
     cdef int stirred(self) except -1:
         if self.h2.peer_settings:
             self.endpoint.streams_said = self.h2.peer_streams
@@ -556,11 +575,8 @@ cdef class BackLink(Link):
             if self.fd < 0:
                 return 0
         if self.h2.dead or (self.retiring and self.h2.active == 0):
-            if self.h2.error:
-                self.engine.slot.counters[C_UPSTREAM_BAD] += 1
-                self.engine.complain("an HTTP/2 connection to an upstream was ended", {
-                    "upstream": self.upstream.name, "endpoint": self.endpoint.address, "code": self.h2.error,
-                    "reason": "" if self.h2.reason == NULL else self.h2.reason.decode("ascii")})
+            if not self.h2.overrun:                 # push() tells it
+                self.tell_end()
             self.push()
             self.close()
             return 0
@@ -632,13 +648,17 @@ cdef int unproven(UpstreamConnection u) except -1:
     return d.advance()
 
 
-cdef void dress_stream(UpstreamConnection u, Downstream d) noexcept:
-    """Before a request's head goes out on a stream: what it is told, and where its body stands."""
+cdef int dress_stream(UpstreamConnection u, Downstream d) except -1:
+    """Before a request's head goes out on a stream: what it is told, where its body stands, and what came behind that if it has been read."""
     cdef Exchange x = u.x
     u.stream.trailing = x.upstream.protocol == PROTOCOL_GRPC or (d.stream is not None and d.stream.trailing)
     u.start_at = x.body_at
     u.start_remaining = x.body.remaining
     u.start_bytes = x.body.bytes
+    u.unsent = not x.sent
+    if x.body.done and d.stream is not None and x.web is None:
+        pass_trailers(d.stream, u.stream, x.route.request_edits, x.snapshot.identity_names)
+    return 0
 
 
 cdef void give_stream(Downstream d):
@@ -651,9 +671,13 @@ cdef void give_stream(Downstream d):
 
 
 cdef int pass_trailers(Http2Stream source, Http2Stream sink, Edits edits, tuple names) except -1:
-    """What came behind a body goes on behind it, without the fields that a policy removes, or asserts itself."""
-    if source.trailers.end > source.trailers.start:
-        sink.closing_lines, source.trailers = source.trailers, sink.closing_lines
+    """What came behind a body goes on behind it, without the fields that a policy removes, or asserts itself. The source keeps it: there may
+    be another attempt."""
+    cdef uint32_t n = source.trailers.end - source.trailers.start
+    if n:
+        buffer_release(&sink.closing_lines)
+        if buffer_append(&sink.closing_lines, source.trailers.base + source.trailers.start, n) < 0:
+            raise MemoryError
         thin_out(&sink.closing_lines, edits, names)
     return 0
 
@@ -705,7 +729,7 @@ cdef bint refused_stream(UpstreamConnection u) except -1:
         x.body.bytes = u.start_bytes
         if x.body.mode == BODY_LENGTH:
             x.body.done = x.body.remaining == 0
-    if x.tries == 0:
+    if u.unsent:
         x.sent = False
     d.drop_upstream()
     if whole and x.refusals < REFUSALS and x.upstream.pay(d.engine.now):

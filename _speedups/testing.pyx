@@ -301,6 +301,10 @@ cdef class Http2Probe(Http2Session):
         self.sent()
         return made
 
+    def close(self) -> None:
+        """Lose the connection: its open streams hold it, and it them, until then."""
+        self.lost()
+
     @property
     def over(self):
         """(error, reason) when the connection is over."""

@@ -89,16 +89,6 @@ cdef bint take_place(Downstream d) except -1:
     return True
 
 
-cdef bint make_room(Upstream upstream):
-    """A handshake needs a new connection where the upstream has as many as it may: an idle one makes room."""
-    cdef Endpoint endpoint
-    for endpoint in upstream.endpoints:
-        if endpoint.idle:
-            (<UpstreamConnection>endpoint.idle[0]).leave_pool()
-            return True
-    return False
-
-
 cdef void give_place(Engine engine, Exchange x):
     """The exchange is over, and with it its tunnel if there was one."""
     if x.place is not None:

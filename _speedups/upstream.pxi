@@ -250,6 +250,9 @@ cdef class UpstreamConnection(Connection):
             result = self.put_again(n)
         else:
             n = self.append_body(n)
+            if self.stream is None and x.body.out == BODY_CHUNKED and x.body.done:
+                memcpy(out + n, b"0\r\n\r\n", 5)   # an attempt before this one has read an empty body to its end
+                n += 5
             result = self.put_message(out, n, x.body.done)
         x.upstream_from = cw_monotonic_us()
         self.sent_at = self.engine.now

@@ -182,7 +182,10 @@ def _http2_side(data: bytes, *, client: bool) -> Signature:
         assert not isinstance(parsed, dict) or not parsed["chunked"]
     for _, _, trailers, _ in whole.ends:
         assert all(line.count(b"\r") == 0 and b": " in line for line in trailers.split(b"\r\n")[:-1])
-    return (len(whole.heads), whole.over, tuple(end[3] for end in whole.ends), sum(len(end[1]) > 0 for end in whole.ends))
+    signature = (len(whole.heads), whole.over, tuple(end[3] for end in whole.ends), sum(len(end[1]) > 0 for end in whole.ends))
+    for side in (whole, cut):
+        side.close()
+    return signature
 
 
 def http2_server(data: bytes) -> Signature:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,20 @@ def test_a_short_run_finds_nothing(name: str, capsys: pytest.CaptureFixture[str]
 def test_seeds_are_accepted(name: str) -> None:
     for seed in SEEDS[name]:
         assert TARGETS[name](seed)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_an_input_leaves_nothing_behind(name: str) -> None:
+    """A long run is not to end for want of memory."""
+
+    def feed() -> int:
+        for seed in SEEDS[name] * 100:
+            TARGETS[name](seed)
+        gc.collect()
+        return sys.getallocatedblocks()
+
+    before = feed()
+    assert feed() < before + 50
 
 
 def test_a_planted_bug_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

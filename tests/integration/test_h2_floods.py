@@ -41,6 +41,7 @@ from tests.integration.h2_kit import (
     settings,
     window_update,
 )
+from tests.integration.h2_origin import Call, by_path
 from tests.integration.h2_subject import Subject
 from tests.integration.processes import PATIENCE, eventually
 
@@ -359,6 +360,32 @@ def test_pings_of_one_who_does_not_read_are_bounded(h2: Subject) -> None:
                 break
         client.close()
     assert peak.growth < GROWTH
+
+
+def test_heads_for_one_who_does_not_read_are_bounded(h2: Subject) -> None:
+    """No window bounds heads. What waits is dropped above a limit and the connection cut, though a head was being written just then."""
+
+    async def large(call: Call) -> None:
+        if call.path == "/large":
+            await call.head(204, [("x-large", "y" * 60_000)], end=True)
+        else:
+            await by_path(call)
+
+    h2.origin.script = large
+    with Bystander(h2), Peak(h2.watched.pids[0]) as peak, h2.client(receive=4096) as client:
+        for stream in odd(400):
+            try:
+                client.sock.sendall(headers(stream, head("/large")))
+            except OSError:
+                break
+            eventually(lambda stream=stream: len(h2.origin.calls) > stream // 2 - 50 or not _open(h2), "the requests before")
+        eventually(lambda: not _open(h2), "the end of the connection")
+    assert peak.growth < GROWTH
+    assert "too much waits to be read" in [line.get("reason") for line in h2.watched.log()]
+
+
+def _open(h2: Subject) -> bool:
+    return bool(h2.watched.metrics()["crossway_connections"] > 1)
 
 
 def _writable(client: H2Client) -> bool:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 import struct
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from tests.integration.bank import Peak
+from tests.integration.bank import Peak, WatchedGateway
 from tests.integration.faults import ScriptedOrigin, Stream
 from tests.integration.h2_kit import (
     ACK,
@@ -27,6 +29,7 @@ from tests.integration.h2_kit import (
     SETTINGS,
     Answer,
     block,
+    connect_h2,
     frame,
     head,
     headers,
@@ -36,7 +39,7 @@ from tests.integration.h2_kit import (
     settings,
     window_update,
 )
-from tests.integration.h2_origin import Call, by_path
+from tests.integration.h2_origin import Call, TwinOrigin, by_path
 from tests.integration.h2_pairs import Pair, exchange
 from tests.integration.h2_subject import Subject
 from tests.integration.processes import PATIENCE, eventually
@@ -47,6 +50,56 @@ def problem(answer: Answer) -> tuple[int, str]:
 
 
 # -- connections and streams
+
+
+def test_what_finds_no_stream_on_as_many_connections_as_there_may_be_waits(tmp_path: Path) -> None:
+    """It has its turn like whoever waits for a place, and no endpoint is to blame."""
+    config = """
+version: 1
+workers: 1
+admin: {bind: "127.0.0.1:0"}
+listeners: {two: {bind: "127.0.0.1:0", http2: {clear: true}}}
+upstreams:
+  bank: {targets: ["127.0.0.1:%d"], protocol: http2, http2: {streams: 2}, limits: {connections: 1, queue: 30s}}
+routes: [{name: all, match: {prefix: /}, upstream: bank}]
+"""
+    path = tmp_path / "edge.yaml"
+    with TwinOrigin() as origin:
+        path.write_text(config % origin.two)
+        with WatchedGateway(path) as gateway, connect_h2(gateway.port("two")) as client:
+            streams = [client.open(head("/held", "POST")) for _ in range(12)]
+            origin.saw(2)
+            client.barrier()
+            origin.release()
+            assert [client.answer(stream).status for stream in streams] == [200] * 12
+            found = gateway.metrics()
+        assert len(origin.links) == 1
+    assert [value for name, value in found.items() if "endpoint_attempts" in name and 'outcome="connect"' in name] == [0.0]
+
+
+def test_an_idle_connection_makes_room_for_one_to_another_endpoint(tmp_path: Path) -> None:
+    config = """
+version: 1
+workers: 1
+admin: {bind: "127.0.0.1:0"}
+listeners: {two: {bind: "127.0.0.1:0", http2: {clear: true}}}
+upstreams:
+  one: {targets: [%s], balance: round_robin, limits: {connections: 1}}
+  two: {targets: [%s], balance: round_robin, protocol: http2, limits: {connections: 1}}
+routes:
+  - {name: one, match: {prefix: /one}, upstream: one}
+  - {name: two, match: {prefix: /}, upstream: two}
+"""
+    path = tmp_path / "edge.yaml"
+    with TwinOrigin() as a, TwinOrigin() as b:
+        path.write_text(config % tuple(", ".join(f"127.0.0.1:{port}" for port in ports) for ports in ((a.one, b.one), (a.two, b.two))))
+        with WatchedGateway(path) as gateway, connect_h2(gateway.port("two")) as client:
+            for way in ("/one", "/two"):
+                for _ in range(20):
+                    assert client.ask(head(way, "POST"), b"pay").status == 200
+            assert {len(a.calls), len(b.calls)} == {20}
+            found = gateway.metrics()
+    assert [value for name, value in found.items() if "endpoint_attempts" in name and 'outcome="connect"' in name] == [0.0] * 4
 
 
 def test_streams_share_a_connection(h2: Subject) -> None:
@@ -198,6 +251,25 @@ def test_what_was_refused_is_sent_again_once(h2: Subject, method: str) -> None:
     assert len(h2.origin.calls) == 2
 
 
+@pytest.mark.parametrize("body", [b"pay", b""])
+def test_what_is_sent_again_ends_with_its_trailers(h2: Subject, body: bytes) -> None:
+    async def script(call: Call) -> None:
+        await call.body()
+        if len(h2.origin.calls) == 1:
+            await call.reset(REFUSED_STREAM)
+        else:
+            await call.answer(b"done")
+
+    h2.origin.script = script
+    with h2.client() as client:
+        stream = client.open(head("/two/x", "POST", ("te", "trailers")), end=False)
+        if body:
+            client.data(stream, body, end=False)
+        client.send(headers(stream, [("x-digest", "of the body")]))
+        assert client.answer(stream).status == 200
+    assert [call.trailers for call in h2.origin.calls] == [[("x-digest", "of the body")]] * 2
+
+
 def test_who_always_refuses_is_not_asked_for_ever(h2: Subject) -> None:
     async def script(call: Call) -> None:
         await call.reset(REFUSED_STREAM)
@@ -208,6 +280,43 @@ def test_who_always_refuses_is_not_asked_for_ever(h2: Subject) -> None:
     assert answer.status in (502, 503)
     assert "may have been executed" not in json.loads(bytes(answer.body))["detail"]
     assert len(h2.origin.calls) <= 4
+
+
+@pytest.mark.parametrize("read_before", [False, True])
+def test_whether_it_may_have_been_executed_is_known_however_often_it_was_tried(tmp_path: Path, read_before: bool) -> None:
+    """A refusal takes back what was sent by its own attempt, and no other one's."""
+    config = """
+version: 1
+workers: 1
+admin: {bind: "127.0.0.1:0"}
+listeners: {two: {bind: "127.0.0.1:0", http2: {clear: true}}}
+upstreams:
+  bank:
+    targets: [%s]
+    protocol: http2
+    retries: {attempts: 1, on: [connect-failure, reset], backoff: {base: 1ms, max: 1ms}}
+    health: {eject: {failures: 0}}
+routes: [{name: all, match: {prefix: /}, upstream: bank}]
+"""
+
+    async def script(call: Call) -> None:
+        await call.body()
+        if read_before and sum(each.path == call.path for each in origin.calls) == 1:
+            await call.reset()
+        else:
+            await call.reset(REFUSED_STREAM)
+
+    with TwinOrigin() as origin, socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        origin.script = script
+        targets = [origin.two] if read_before else [origin.two, nobody.getsockname()[1]]
+        path = tmp_path / "edge.yaml"
+        path.write_text(config % ", ".join(f"127.0.0.1:{port}" for port in targets))
+        with WatchedGateway(path) as gateway, connect_h2(gateway.port("two")) as client:
+            for number in range(20):
+                answer = client.ask(head(f"/{number}", "PUT" if read_before else "POST"), b"pay")
+                said = json.loads(bytes(answer.body))["detail"]
+                assert (answer.status, "may have been executed" in said) == ((502, True) if read_before else (503, False)), said
 
 
 def test_what_stands_above_the_last_id_of_a_goaway_goes_elsewhere(h2: Subject) -> None:

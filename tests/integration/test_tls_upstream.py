@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -279,6 +282,32 @@ def test_a_reload_with_other_settings_uses_new_connections(lab: Lab) -> None:
     assert gateway.admin("/reload", "POST")[0] == 200  # the same again: the pool stays
     assert status(gateway) == 200
     assert origin.handshakes == 2
+
+
+def test_an_attempt_that_comes_too_late_does_not_hide_the_one_before_it(lab: Lab) -> None:
+    """The first attempt was read. The time is over just when the second one could be sent, while the worker sleeps."""
+    secure = lab.serve().context
+
+    def script(origin: ScriptedOrigin, stream: Stream) -> None:
+        if origin.accepted > 1:
+            origin.seen.release()
+            origin.go.wait(PATIENCE)
+        with secure.wrap_socket(stream.sock, server_side=True) as sock:
+            sock.recv(65536)
+
+    lab.origin = origin = ScriptedOrigin(script)
+    lab.stack.callback(origin.close)
+    gateway = lab.gateway(more=", retries: {attempts: 1, on: [reset], backoff: {base: 1ms, max: 1ms}}, timeouts: {total: 2500ms}")
+    with connect(gateway.port()) as stream:
+        stream.send(post("/pay", b"1 EUR").replace(b"POST", b"PUT", 1))
+        origin.saw()
+        os.kill(gateway.pids[0], signal.SIGSTOP)
+        origin.go.set()
+        time.sleep(3)                                   # the deadline, and the handshake's next step, are there when it wakes
+        os.kill(gateway.pids[0], signal.SIGCONT)
+        answer = stream.answer()
+    assert answer.status == 504, answer
+    assert b"may have been executed" in answer.body, answer
 
 
 # -- ends
