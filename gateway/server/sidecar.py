@@ -18,14 +18,13 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gateway._speedups.certificates import ClientCertificate
 from gateway._speedups.engine import Engine
-from gateway._speedups.exchange import Snapshot
+from gateway._speedups.exchange import Snapshot, return_free_memory
 from gateway.mesh import metrics
 from gateway.mesh.assignment import Assignment, Refused
-from gateway.mesh.egress import Outside
 from gateway.mesh.identity import Identity, Svid, load, pause
 from gateway.mesh.link import Link, read_assignment
 from gateway.mesh.pod import BadPod
@@ -33,11 +32,14 @@ from gateway.mesh.pod import read_token as read_pod
 from gateway.mesh.proxy import INBOUND, OUTBOUND, TCP, Surroundings, build
 from gateway.mesh.state import BUNDLE, State, StateError
 from gateway.server import log as logs
-from gateway.server.pages import Page, Pages
+from gateway.server.pages import Page, Pages, bound
 from gateway.server.sidecar_setup import CannotStart, Setup, address, journal_of, lasting_proof, proof_of
 from gateway.server.systemd import Notifier
 from gateway.telemetry.shared import SharedState
 from gateway.workload.admission import Revoked
+
+if TYPE_CHECKING:
+    from gateway.mesh.outside import Outside
 
 log = logging.getLogger("crossway.mesh")
 
@@ -46,6 +48,7 @@ CONNECT = 1.0  # seconds for one of them
 BACKLOG = 1024
 NOBODY = ("127.0.0.1", 9)  # stands for the app where there is none; such a member is no endpoint
 CHECK = 0.02  # seconds between two looks while draining
+TIDY = 2.0  # seconds after a change until what it left behind is given back; several changes are one
 
 
 class Sidecar:
@@ -63,7 +66,7 @@ class Sidecar:
             address(*(setup.app or NOBODY)), {name: f"{OUTBOUND}:{name}" for name in setup.ports}, self.memory, setup.intercept, setup.zone,
             setup.app_protocol, external_certs=setup.external_certs, journal=journal_of(setup.egress_audit),
         )
-        self.outside = Outside()
+        self.outside: Outside | None = None  # made for the first assignment with an external host
         self.sockets: dict[str, socket.socket] = {}
         self.pages_at: dict[str, tuple[str, int]] = {}
         self.listening = False
@@ -76,6 +79,7 @@ class Sidecar:
         self.cut = 0  # connections of revoked members
         self.ended: asyncio.Future[None] = loop.create_future()
         self.hurry = asyncio.Event()
+        self.tidying: asyncio.TimerHandle | None = None
         self.tasks: set[asyncio.Task[Any]] = set()
         self.notifier = Notifier.from_environment()
         probes: dict[str, Page] = {
@@ -91,12 +95,9 @@ class Sidecar:
         """Bind every socket; nothing is listened on yet. Raises CannotStart."""
         for name, (host, port) in self._wanted().items():
             try:
-                sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                sock.bind((host, port))
+                self.sockets[name] = bound(host, port)
             except OSError as error:
                 raise CannotStart(f"cannot bind {name} to {address(host, port)}: {error.strerror}") from None
-            self.sockets[name] = sock
 
     def _wanted(self) -> dict[str, tuple[str, int]]:
         """The listeners, and where."""
@@ -234,7 +235,8 @@ class Sidecar:
         if self.draining:
             snapshot.listeners[INBOUND].leaving = True
         self.engine.apply(snapshot)
-        self.outside.follow(self.around.outside, self.loop)
+        self._tidy()
+        self._follow_outside()
         self.raw = frozenset(name for name, listener in snapshot.listeners.items() if listener.tcp is not None)
         self._declared(assignment.body.get("own") or {})
         revoked = Revoked(assignment.body.get("revoked") or {})
@@ -245,6 +247,25 @@ class Sidecar:
             log.warning("connections that the policy no longer allows are closed", extra={"connections": closed})
         if not self.listening:
             self._listen()
+
+    def _tidy(self) -> None:
+        """Give free memory back, in a moment: the snapshot before has connections still."""
+
+        def now() -> None:
+            self.tidying = None
+            return_free_memory()
+
+        if self.tidying is None:
+            self.tidying = self.loop.call_later(TIDY, now)
+
+    def _follow_outside(self) -> None:
+        """Look for the external hosts of the snapshot that has just taken effect."""
+        if self.outside is None and self.around.outside:
+            from gateway.mesh.outside import Outside  # the resolver: most services call nobody outside
+
+            self.outside = Outside()
+        if self.outside is not None:
+            self.outside.follow(self.around.outside, self.loop)
 
     def _declared(self, own: dict[str, Any]) -> None:
         """Tell, once, that the command line and the mesh's file do not mean the same."""
