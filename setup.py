@@ -42,6 +42,8 @@ LINK = {
     "debug": [],
     "asan": ["-fsanitize=address,undefined"],
 }[FLAVOUR]
+# On no request's way: half the code, which is memory of every process. debug and asan keep their own level.
+SMALL = {"certificates", "http2_settings", "notices", "tcp_listener", "upstream_table", "user_context"} if FLAVOUR == "release" else set()
 LIBRARIES = {"certificates": ["ssl", "crypto"], "tls": ["ssl", "crypto"], "http2": ["nghttp2"]}
 CHECKED = FLAVOUR != "release"
 
@@ -50,7 +52,7 @@ extensions = [
     Extension(
         f"gateway._speedups.{source.stem}",
         [f"_speedups/{source.name}"],
-        extra_compile_args=[*COMPILE, "-fvisibility=hidden", "-Wno-unused-function", "-Wno-unused-const-variable"],
+        extra_compile_args=[*COMPILE, *(["-Os"] if source.stem in SMALL else []), "-fvisibility=hidden", "-Wno-unused-function", "-Wno-unused-const-variable"],
         extra_link_args=LINK,
         libraries=LIBRARIES.get(source.stem, []),
         define_macros=[("CROSSWAY_CHECKED", "1" if CHECKED else "0")],

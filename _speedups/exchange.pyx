@@ -17,11 +17,28 @@ from gateway._speedups.headers cimport MAX_FIELDS, Head, head_find, head_reset
 
 import ipaddress
 
+cdef extern from *:
+    """
+    #include <stdlib.h>
+    #ifdef __GLIBC__
+    #include <malloc.h>
+    #else
+    #define malloc_trim(pad) 0
+    #endif
+    """
+    int malloc_trim(size_t pad) nogil
+
 cdef int live = 0
 
 
 cdef int exchanges_live() noexcept:
     return live
+
+
+def return_free_memory():
+    """Give whole free pages of the C heap back to the kernel: what a start and a snapshot's predecessor leave. About a millisecond."""
+    with nogil:
+        malloc_trim(0)
 
 
 cdef class Networks:

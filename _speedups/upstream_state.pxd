@@ -88,7 +88,7 @@ cdef struct EndpointSlot:
     uint64_t active             # what the active check says, and until when that holds
     uint64_t opened             # us: since when it is in use
     uint64_t version            # odd while the labels change
-    uint64_t touched            # us: last opened by a process
+    uint64_t touched            # us: last opened, or given up, by a process
     uint64_t active_run         # written by the checker alone
     uint64_t weight
     char upstream[TEXT_BYTES]

@@ -45,6 +45,7 @@ from libc.math cimport sqrt
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 from posix.unistd cimport getpid
+from gateway._speedups.sockets cimport cw_monotonic_us
 from gateway._speedups.shared_words cimport (
     sw_add, sw_exchange32, sw_load, sw_load32, sw_look, sw_look32, sw_pause, sw_put, sw_put32, sw_store, sw_swap,
 )
@@ -202,6 +203,7 @@ cdef class EndpointState:
     def __dealloc__(self):
         # A child forked meanwhile has not this process's cell.
         if self.uses != NULL and getpid() == self.pid:
+            sw_store(&self.slot.touched, <uint64_t>cw_monotonic_us())
             give(self.uses, self.index)
 
     cpdef int availability(self, int64_t now) noexcept nogil:

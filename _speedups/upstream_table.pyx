@@ -6,7 +6,8 @@ microseconds, while a snapshot is built. The supervisor takes it back from a pro
 held by nobody; whoever does not get it in time counts alone, as with a full table, and traffic is served.
 
 A slot is in use while a process has it open (its `uses` cells). One that nobody uses keeps what it knows, and is found again by
-its labels, until another upstream or endpoint needs the place. Process 0 is the active checker, worker n is process n + 1.
+its labels, until another endpoint (ten minutes later at the earliest, unless the table is full) or another upstream needs the place: so a
+table holds the endpoints of ten minutes, not all those of a long life, of which every one would be 2 KiB of memory. Process 0 is the active checker, worker n is process n + 1.
 Python is called from here: while a snapshot is built, per reaped process, per scrape.
 
 Safety: size_for() of the same three figures is checked against the buffer, and slots lie at multiples of their size in it.
@@ -41,6 +42,7 @@ cdef enum:
     USES = 1                    # the second kind of cells; before it: in flight
     UPSTREAM_CELLS = 4
     ENDPOINT_CELLS = 2
+    LOOKED_AT = 8               # places, for each new endpoint: while more than one in eight is forgotten, no other is begun
 
 cdef uint64_t MAGIC = 0x3153505557435243        # "CRCWUPS1", little-endian
 LOCK_PATIENCE = 0.25            # seconds; a holder needs microseconds, unless it was stopped or killed
@@ -101,6 +103,8 @@ cdef class UpstreamTable:
     cdef char* endpoint_slots
     cdef size_t upstream_bytes, endpoint_bytes, stride
     cdef readonly int workers, upstreams_max, endpoints_max
+    cdef public int64_t remembered_us       # how long an endpoint that nobody uses has its place for itself
+    cdef Py_ssize_t hand                    # the place of an endpoint that is looked at next
 
     def __cinit__(self, buffer, Py_ssize_t offset, int workers, int upstreams, int endpoints):
         cdef uint64_t cells = <uint64_t>workers + 1
@@ -111,6 +115,7 @@ cdef class UpstreamTable:
         if (<uintptr_t>self.view.buf + <uintptr_t>offset) % 64:
             raise ValueError("the table of upstreams must start at a multiple of 64 bytes")
         self.workers, self.upstreams_max, self.endpoints_max = workers, upstreams, endpoints
+        self.remembered_us = 600_000_000
         self.stride = lines(<size_t>cells * sizeof(uint32_t))
         self.upstream_bytes = sizeof(UpstreamSlot) + UPSTREAM_CELLS * self.stride + <size_t>(cells + 1) * sizeof(UpstreamBlock)
         self.endpoint_bytes = sizeof(EndpointSlot) + ENDPOINT_CELLS * self.stride + <size_t>(cells + 1) * sizeof(EndpointBlock)
@@ -208,7 +213,9 @@ cdef class UpstreamTable:
         try:
             at = self.find_endpoint(key, name, text)
             if at < 0:
-                at = self.free_place(self.endpoint_keys, self.endpoints_max, False)
+                at = self.forgotten_place()
+                if at < 0:
+                    at = self.free_place(self.endpoint_keys, self.endpoints_max, False)
                 if at < 0:
                     return None
                 self.endpoint_places(at, worker, &places)
@@ -221,7 +228,7 @@ cdef class UpstreamTable:
             self.endpoint_places(at, worker, &places)
             slot = <EndpointSlot*>places.slot
             relabel(slot, <bytes>labels[2], <bytes>labels[3], weight)
-            slot.touched = <uint64_t>monotonic_us()
+            sw_store(&slot.touched, <uint64_t>monotonic_us())
             state = endpoint_at(self, address, &places, True)
             sw_store(&self.endpoint_keys[at], key)
             return state
@@ -277,6 +284,24 @@ cdef class UpstreamTable:
                 if same_text((<EndpointSlot*>places.slot).upstream, name) and same_text(
                         (<EndpointSlot*>places.slot).address, address):
                     return at
+        return -1
+
+    cdef Py_ssize_t forgotten_place(self) noexcept:
+        """The place of an endpoint that nobody has used for a while, among the next few; -1: of none of them."""
+        cdef int64_t long_ago = monotonic_us() - self.remembered_us
+        cdef Py_ssize_t at
+        cdef Places places
+        cdef int i
+        for i in range(LOOKED_AT):
+            if self.hand >= self.endpoints_max or sw_look(&self.endpoint_keys[self.hand]) == 0:
+                self.hand = 0               # places are taken from the first on: what lies beyond was never used
+            at = self.hand
+            self.hand += 1
+            if sw_look(&self.endpoint_keys[at]) == 0:
+                return -1
+            self.endpoint_places(at, 0, &places)
+            if self.users(&places) == 0 and <int64_t>sw_load(&(<EndpointSlot*>places.slot).touched) < long_ago:
+                return at
         return -1
 
     cdef Py_ssize_t free_place(self, const uint64_t* keys, int count, bint upstream) noexcept:

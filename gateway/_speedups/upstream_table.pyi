@@ -14,6 +14,7 @@ class UpstreamTable:
     workers: int
     upstreams_max: int
     endpoints_max: int
+    remembered_us: int
     def __init__(self, buffer: Buffer, offset: int, workers: int, upstreams: int, endpoints: int) -> None: ...
     @staticmethod
     def size_for(workers: int, upstreams: int, endpoints: int) -> int: ...

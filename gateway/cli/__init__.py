@@ -52,8 +52,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+class Lines(argparse.HelpFormatter):
+    """Help as wide as the terminal. argparse would ask `shutil` for that at every option, which brings zlib, bz2 and lzma into a sidecar's memory."""
+
+    def __init__(self, prog: str, **more: Any) -> None:
+        super().__init__(prog, **{"width": _columns() - 2, **more})
+
+
+def _columns() -> int:
+    """Columns of the terminal: $COLUMNS, what the terminal says, or 80."""
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdecimal() and int(columns) > 0:
+        return int(columns)
+    try:
+        return os.get_terminal_size(sys.__stdout__.fileno()).columns or 80  # type: ignore[union-attr]  # None: closed, as below
+    except (AttributeError, ValueError, OSError):
+        return 80
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of a command; those of its subcommands are of this class too."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": Lines, **options})
+
+
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="crossway", description="API gateway and service mesh for payment traffic.")
+    parser = Parser(prog="crossway", description="API gateway and service mesh for payment traffic.")
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     parser.set_defaults(run=lambda parsed: _no_command(parser, parsed))
     subparsers = parser.add_subparsers(metavar="COMMAND", title="commands", prog="crossway")

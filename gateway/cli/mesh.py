@@ -28,7 +28,7 @@ COMMANDS = {
 
 def register(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("mesh", help="the service mesh: control plane, sidecars, interception")
-    commands = parser.add_subparsers(metavar="COMMAND", title="commands", required=True)
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands", required=True, prog="crossway mesh")
     words = [word for word in sys.argv[1:] if not word.startswith("-")]
     chosen = words[1] if len(words) > 1 else None
     for name, (text, module) in COMMANDS.items():

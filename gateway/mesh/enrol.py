@@ -7,19 +7,16 @@ it is in the bundle. A key is new every time, and the old pair stays until the n
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import http.client
 import json
-import re
 import socket
 import ssl
 import sys
 import time
-from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
+from gateway.mesh.contact import EnrolError, address_of, check_control, control_context, read_token
 from gateway.mesh.pod import BadPod
 from gateway.mesh.pod import read_token as read_pod
 from gateway.mesh.state import BUNDLE, SVID, State, StateError
@@ -27,45 +24,6 @@ from gateway.workload.admission import identity_of
 
 TIMEOUT = 10.0  # seconds, each of connecting, writing and reading
 MOST = 1 << 20  # bytes of an answer
-
-
-class EnrolError(Exception):
-    """It did not work; `lasting` when trying again will not help without somebody's doing."""
-
-    def __init__(self, text: str, lasting: bool = False) -> None:
-        super().__init__(text)
-        self.lasting = lasting
-
-
-@dataclass(frozen=True)
-class Token:
-    """What `crossway mesh token` wrote."""
-
-    text: str
-    service: str
-    control_ca: str  # SHA-256 of the root's DER, hexadecimal
-    expires: float
-
-
-def read_token(text: str) -> Token:
-    """Parse the line of a token file. Raises EnrolError."""
-    line = text.strip()
-    try:
-        data = json.loads(base64.urlsafe_b64decode(line + "=" * (-len(line) % 4)))
-        token = Token(line, str(data["service"]), str(data["control_ca"]).lower(), float(data["expires"]))
-    except (ValueError, KeyError, TypeError):
-        raise EnrolError("the token is none: one line as `crossway mesh token SERVICE` prints it", True) from None
-    if not re.fullmatch("[0-9a-f]{64}", token.control_ca):
-        raise EnrolError("the token does not name the control plane's root", True)
-    return token
-
-
-def address_of(control: str) -> tuple[str, int]:
-    """Return host and port of the control plane's URL. Raises EnrolError."""
-    parts = urlsplit(control)
-    if parts.scheme != "https" or not parts.hostname or parts.path.strip("/") or parts.query:
-        raise EnrolError(f"{control} is not the control plane's address: write https://host:port", True)
-    return parts.hostname, parts.port or 443
 
 
 def pinned_root(host: str, port: int, digest: str) -> str:
@@ -87,23 +45,6 @@ def _chain(secure: ssl.SSLSocket) -> list[bytes]:
         return [each if isinstance(each, bytes) else each.public_bytes(2) for each in secure.get_unverified_chain() or ()]
     shown = secure._sslobj.get_unverified_chain()  # type: ignore[attr-defined]
     return [ssl.PEM_cert_to_DER_cert(each.public_bytes(1)) for each in shown or ()]
-
-
-def control_context(roots: str) -> ssl.SSLContext:
-    """TLS 1.3 towards the control plane, verified by the mesh's roots; its name is checked by check_control()."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.check_hostname = False  # it is found by any address; who it is says its certificate's URI
-    context.load_verify_locations(cadata=roots)
-    return context
-
-
-def check_control(secure: Any, domain: str | None = None) -> None:
-    """Raise EnrolError when the verified server is not the control plane, of a trust domain if that is known. `secure` has getpeercert()."""
-    uris = [value for kind, value in (secure.getpeercert() or {}).get("subjectAltName", ()) if kind == "URI"]
-    who = re.fullmatch(r"spiffe://([a-z0-9._-]+)/control", uris[0]) if len(uris) == 1 else None
-    if who is None or domain not in (None, who[1]):
-        raise EnrolError(f"who answers at the control plane's address is {', '.join(uris) or 'nobody of a mesh'}", True)
 
 
 def ask(host: str, port: int, path: str, context: ssl.SSLContext, body: dict[str, Any]) -> dict[str, Any]:

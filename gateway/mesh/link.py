@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import random
+import ssl
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -19,9 +20,10 @@ from urllib.parse import urlencode
 
 from gateway._speedups.certificates import parse_certificates
 from gateway.mesh.assignment import Assignment, OtherBase, Refused, take
-from gateway.mesh.enrol import EnrolError, address_of, check_control, control_context
+from gateway.mesh.contact import EnrolError, address_of, check_control, control_context
 from gateway.mesh.identity import Svid
 from gateway.mesh.state import ASSIGNMENT, State
+from gateway.mesh.websocket import WebSocket, WebSocketError, begin
 
 log = logging.getLogger("crossway.mesh")
 
@@ -29,6 +31,7 @@ HEARTBEAT = 5.0  # seconds
 FIRST, LONGEST = 0.2, 15.0  # seconds between two attempts to connect, at most; the pause is anything below
 MESSAGE_MAX = 16 << 20  # bytes
 OPEN, CLOSE = 10.0, 2.0  # seconds
+SILENCE = 4 * HEARTBEAT  # seconds without an answer to a ping, after which the control plane is taken for gone
 KEPT = 30 * 86400  # seconds that an assignment on the disk is believed, where the signer's certificate does not say so
 SERVICE_RESTART = 1012  # close code of RFC 6455's registry: we are back in a moment
 
@@ -82,7 +85,7 @@ class Link:
         self.place: dict[str, Any] = {}  # where this instance is (inbound, labels, zone): said with every heartbeat
         self.keep_roots = False  # beside the assignment, since they may be gone before it
         self._whole = False  # ask for the whole assignment next time
-        self._socket: Any = None
+        self._socket: WebSocket | None = None
 
     async def run(self) -> None:
         """Connect, follow, and connect again, for ever."""
@@ -120,7 +123,7 @@ class Link:
         """End the stream in good order."""
         if self._socket is not None:
             with contextlib.suppress(Exception):
-                await asyncio.wait_for(self._socket.close(), CLOSE)
+                await self._socket.close()
 
     def renewed(self) -> None:
         """The certificate is another: connect anew with it, so that the control plane sees the identity that is in use."""
@@ -129,40 +132,40 @@ class Link:
             self.closing = asyncio.get_running_loop().create_task(socket.close(SERVICE_RESTART))
 
     async def _follow(self) -> None:
-        from websockets.asyncio.client import connect
-
         host, port = address_of(self.control)
         svid = self.svid()
         context = control_context("".join(each.pem for each in svid.roots))
         context.load_cert_chain(self.state.svid)
         query = urlencode({"instance": self.instance, "version": 0 if self._whole or self.current is None else self.current.version})
-        name = f"[{host}]" if ":" in host else host
-        async with connect(
-            f"wss://{name}:{port}/v1/stream?{query}", ssl=context, server_hostname=host, max_size=MESSAGE_MAX, compression=None,
-            open_timeout=OPEN, close_timeout=CLOSE, ping_interval=HEARTBEAT, ping_timeout=3 * HEARTBEAT, proxy=None,
-        ) as socket:
-            check_control(socket.transport.get_extra_info("ssl_object"), svid.domain)
-            self.connected, self._socket = True, socket
-            self.connects += 1
-            self.heard = time.time()
-            log.info("stream of the control plane open", extra={"control": self.control})
-            beating = asyncio.create_task(self._beats(socket))
-            try:
-                async for text in socket:
-                    self.heard = time.time()
-                    await self._heard(socket, text)
-            finally:
-                beating.cancel()
+        try:
+            async with asyncio.timeout(OPEN):
+                socket = await _open(host, port, f"/v1/stream?{query}", context, svid.domain)
+        except TimeoutError:
+            raise WebSocketError(f"no answer within {OPEN:g} s") from None
+        self.connected, self._socket = True, socket
+        self.connects += 1
+        self.heard = time.time()
+        log.info("stream of the control plane open", extra={"control": self.control})
+        beating = asyncio.create_task(self._beats(socket))
+        try:
+            async for text in socket:
+                self.heard = time.time()
+                await self._heard(socket, text)
+        finally:
+            beating.cancel()
+            await socket.close()
 
-    async def _beats(self, socket: Any) -> None:
-        while True:
-            await self._beat(socket)
-            await asyncio.sleep(HEARTBEAT)
+    async def _beats(self, socket: WebSocket) -> None:
+        with contextlib.suppress(WebSocketError, OSError):  # who reads learns of the end as well, and with the reason
+            while True:
+                await self._beat(socket)
+                socket.ping()
+                await asyncio.sleep(HEARTBEAT)
 
-    async def _beat(self, socket: Any) -> None:
+    async def _beat(self, socket: WebSocket) -> None:
         await socket.send(json.dumps({"type": "heartbeat", "healthy": self.healthy(), "draining": self.draining, **self.place}))
 
-    async def _heard(self, socket: Any, text: str | bytes) -> None:
+    async def _heard(self, socket: WebSocket, text: str) -> None:
         try:
             message = json.loads(text)
             kind = message["type"]
@@ -209,8 +212,20 @@ class Link:
         return over if over > 0 else None
 
 
+async def _open(host: str, port: int, target: str, context: ssl.SSLContext, domain: str) -> WebSocket:
+    """Connect; nothing is said before the control plane is proved to be it."""
+    reader, writer = await asyncio.open_connection(host, port, ssl=context, server_hostname=host)
+    try:
+        check_control(writer.get_extra_info("ssl_object"), domain)
+        name = f"[{host}]" if ":" in host else host if host.isascii() else host.encode("idna").decode()
+        return await begin(reader, writer, f"{name}:{port}", target, MESSAGE_MAX, SILENCE)
+    except BaseException:
+        writer.transport.abort()
+        raise
+
+
 def _words(error: Exception) -> str:
-    if isinstance(error, (EnrolError, Refused)):
+    if isinstance(error, (EnrolError, Refused, WebSocketError)):
         return str(error)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror

@@ -21,7 +21,6 @@ from gateway._speedups.journal import Journal
 from gateway._speedups.pool import SHARED_WINDOW, Endpoint, Upstream
 from gateway._speedups.route_trie import RouteTrie
 from gateway._speedups.shaping import Chooser, Conditions, Shaper
-from gateway._speedups.steps import AuditStep
 from gateway._speedups.tcp_listener import TcpListener
 from gateway._speedups.tls import TlsListener, TlsUpstream
 from gateway._speedups.token_cache import Principal, TokenCache
@@ -208,7 +207,11 @@ def _ways_out(body: Mapping[str, Any], svid: Svid, around: Surroundings, parts: 
         ))  # fmt: skip
 
     said, version = body.get("external") or {}, int(body["authorization"]["version"])
-    audits = () if around.journal is None else (AuditStep("egress-audit", around.journal),)
+    audits: tuple[Step, ...] = ()
+    if around.journal is not None:
+        from gateway._speedups.steps import AuditStep  # loaded for those who audit: a quarter MiB of policies' steps
+
+        audits = (AuditStep("egress-audit", around.journal),)
     return ways(Leaving(said, version, svid.identity, around.external_certs), around.denials, (heard,), audits, parts.get, upstream, around.memory.names.add)
 
 

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from gateway.config.mesh_member import ENDPOINTS, REVOKED, TRAFFIC
 from gateway.mesh import metrics
 from gateway.mesh.assignment import Assignment, Refused
-from gateway.mesh.enrol import EnrolError, join
+from gateway.mesh.contact import EnrolError
+from gateway.mesh.enrol import join
 from gateway.mesh.identity import Identity, Svid, load
 from gateway.mesh.link import Link, read_assignment
 from gateway.mesh.networks import LABEL

@@ -22,7 +22,9 @@ from gateway.mesh.identity import Svid
 from gateway.mesh.networks import LABEL
 from gateway.mesh.passage import ITSELF, PASSAGE, Post, build_passage
 from gateway.mesh.proxy import INBOUND
-from gateway.server.sidecar import CHECK, Sidecar, run_member
+from gateway.server.sidecar import Sidecar, run_member
+from gateway.server.sidecar_drain import Drain
+from gateway.server.sidecar_pages import Answers
 from gateway.server.sidecar_setup import Setup, address
 
 log = logging.getLogger("crossway.mesh")
@@ -40,10 +42,46 @@ class GatewaySetup(Setup):
     connections: int = 10_000
 
 
+class GatewayAnswers(Answers):
+    """The pages of a mesh gateway: a sidecar's, with other metrics."""
+
+    def metrics(self) -> tuple[int, str, bytes]:
+        sidecar = self.sidecar
+        if not sidecar.listening:
+            return 503, "text/plain", b"no assignment yet\n"
+        rows = [
+            *metrics.membership(sidecar.identity, sidecar.link),
+            ("process_cpu_seconds_total", "counter", "Processor time.", time.process_time()),
+        ]
+        text = [*metrics.numbers(rows), *self._passed()]
+        return 200, metrics.MEDIA_TYPE, ("\n".join(text) + "\n").encode()
+
+    def _passed(self) -> Iterator[str]:
+        """What passed, by service, and what did not, by why."""
+        opened, closed, refused, passed = [], [], [], []
+        mark = f"{PASSAGE}>"
+        for metric, began, ends, bytes_in, bytes_out, _failures, _duration, over in self.sidecar.memory.total().tcp_series():
+            name = self.sidecar.memory.route_name(metric)
+            service = name.removeprefix(mark) if name.startswith(mark) else ""
+            if service:
+                opened.append(metrics.line("crossway_mesh_gateway_connections_opened_total", {"service": service}, began))
+                closed.append(metrics.line("crossway_mesh_gateway_connections_closed_total", {"service": service}, over))
+                for way, number in (("in", bytes_in), ("out", bytes_out)):
+                    passed.append(metrics.line("crossway_mesh_gateway_bytes_total", {"service": service, "direction": way}, number))
+            for reason, number in zip(TCP_ENDS, ends, strict=True):
+                if number and reason in ("unreachable", "full", "unknown-name", "bad-hello", "handshake"):
+                    refused.append(metrics.line("crossway_mesh_gateway_refused_total", {"service": service, "reason": reason}, number))
+        yield from metrics.family("crossway_mesh_gateway_connections_opened_total", "counter", "Connections that reached an instance.", opened)
+        yield from metrics.family("crossway_mesh_gateway_connections_closed_total", "counter", "Those of them that ended.", closed)
+        yield from metrics.family("crossway_mesh_gateway_bytes_total", "counter", "Bytes that passed: in from other networks, out to them.", passed)
+        yield from metrics.family("crossway_mesh_gateway_refused_total", "counter", "Connections that reached nobody, by why.", refused)
+
+
 class MeshGateway(Sidecar):
     """The life of one mesh gateway."""
 
     setup: GatewaySetup
+    answers = GatewayAnswers
 
     def _wanted(self) -> dict[str, tuple[str, int]]:
         return {INBOUND: self.setup.inbound, ITSELF: NO_APP}
@@ -63,7 +101,7 @@ class MeshGateway(Sidecar):
     def _announce(self) -> None:
         host, port = self.sockets[INBOUND].getsockname()[:2]
         with contextlib.suppress(OSError):
-            print(f"gateway   tcp://{address(host, port)}\nnetwork   {self.setup.network}\nidentity  {self._svid().identity}", flush=True)
+            print(f"gateway   tcp://{address(host, port)}\nnetwork   {self.setup.network}\nidentity  {self.svid().identity}", flush=True)
 
     async def _watch_app(self) -> None:
         self.app_there = True  # who is behind it says so himself
@@ -71,54 +109,10 @@ class MeshGateway(Sidecar):
         await asyncio.Event().wait()
 
     async def _drain(self) -> None:
-        setup, began = self.setup, self.loop.time()
-        log.info("stopping", extra={"delay": setup.drain_delay, "deadline": setup.drain_deadline})
-        self.gauges.set_gauge("ready", 0)
-        self.gauges.set_gauge("draining", 1)
-        await self.link.drain()
-        await self._pause(setup.drain_delay)
-        self.engine.leave(INBOUND)
-        self.sockets[INBOUND].close()
-        log.info("inbound closed")
-        end = began + setup.drain_delay + setup.drain_deadline
-        while not self.hurry.is_set() and self.loop.time() < end and self.engine.serving(INBOUND):
-            await asyncio.sleep(CHECK)
-        for each in self.engine.unfinished():
-            log.warning("connection cut off at the end of the drain", extra={"connection": each})
-        await self.link.close()
-        log.info("stopped", extra={"forced": self.hurry.is_set()})
-        if not self.ended.done():
-            self.ended.set_result(None)
-
-    def _metrics(self) -> tuple[int, str, bytes]:
-        if not self.listening:
-            return 503, "text/plain", b"no assignment yet\n"
-        rows = [
-            *metrics.membership(self.identity, self.link),
-            ("process_cpu_seconds_total", "counter", "Processor time.", time.process_time()),
-        ]
-        text = [*metrics.numbers(rows), *self._passed()]
-        return 200, metrics.MEDIA_TYPE, ("\n".join(text) + "\n").encode()
-
-    def _passed(self) -> Iterator[str]:
-        """What passed, by service, and what did not, by why."""
-        opened, closed, refused, passed = [], [], [], []
-        mark = f"{PASSAGE}>"
-        for metric, began, ends, bytes_in, bytes_out, _failures, _duration, over in self.memory.total().tcp_series():
-            name = self.memory.route_name(metric)
-            service = name.removeprefix(mark) if name.startswith(mark) else ""
-            if service:
-                opened.append(metrics.line("crossway_mesh_gateway_connections_opened_total", {"service": service}, began))
-                closed.append(metrics.line("crossway_mesh_gateway_connections_closed_total", {"service": service}, over))
-                for way, number in (("in", bytes_in), ("out", bytes_out)):
-                    passed.append(metrics.line("crossway_mesh_gateway_bytes_total", {"service": service, "direction": way}, number))
-            for reason, number in zip(TCP_ENDS, ends, strict=True):
-                if number and reason in ("unreachable", "full", "unknown-name", "bad-hello", "handshake"):
-                    refused.append(metrics.line("crossway_mesh_gateway_refused_total", {"service": service, "reason": reason}, number))
-        yield from metrics.family("crossway_mesh_gateway_connections_opened_total", "counter", "Connections that reached an instance.", opened)
-        yield from metrics.family("crossway_mesh_gateway_connections_closed_total", "counter", "Those of them that ended.", closed)
-        yield from metrics.family("crossway_mesh_gateway_bytes_total", "counter", "Bytes that passed: in from other networks, out to them.", passed)
-        yield from metrics.family("crossway_mesh_gateway_refused_total", "counter", "Connections that reached nobody, by why.", refused)
+        way = Drain(self)
+        await way.leave()
+        await way.close_inbound()
+        await way.finish("connection")
 
 
 def run(setup: GatewaySetup) -> int:

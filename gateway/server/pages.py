@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import Awaitable, Callable, Mapping
 
 HEAD = 8192  # bytes
@@ -17,6 +18,23 @@ REASONS = {200: "OK", 400: "Bad Request", 404: "Not Found", 405: "Method Not All
 
 Answer = tuple[int, str, bytes]  # status, media type, body
 Page = Callable[[], Answer | Awaitable[Answer]]
+
+
+def bound(host: str, port: int, only_v6: bool = False) -> socket.socket:
+    """Bind a socket to a numeric address; a loop that is given a host starts threads to look it up. Raises OSError.
+
+    An IPv6 address takes IPv4 as well where it can, unless `only_v6`.
+    """
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if only_v6 and sock.family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind((host, port))
+    except OSError:
+        sock.close()
+        raise
+    return sock
 
 
 class Pages:
@@ -29,8 +47,9 @@ class Pages:
 
     async def start(self, host: str, port: int) -> tuple[str, int]:
         """Listen; return the address that it became. Raises OSError."""
-        self._server = await asyncio.start_server(self._serve, host, port, limit=HEAD)
-        name = self._server.sockets[0].getsockname()
+        sock = bound(host, port, only_v6=True)
+        self._server = await asyncio.start_server(self._serve, sock=sock, limit=HEAD)
+        name = sock.getsockname()
         return name[0], name[1]
 
     def close(self) -> None:

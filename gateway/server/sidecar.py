@@ -11,21 +11,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import json
 import logging
 import os
 import signal
 import socket
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gateway._speedups.certificates import ClientCertificate
 from gateway._speedups.engine import Engine
-from gateway._speedups.exchange import Snapshot
-from gateway.mesh import metrics
+from gateway._speedups.exchange import Snapshot, return_free_memory
 from gateway.mesh.assignment import Assignment, Refused
-from gateway.mesh.egress import Outside
 from gateway.mesh.identity import Identity, Svid, load, pause
 from gateway.mesh.link import Link, read_assignment
 from gateway.mesh.pod import BadPod
@@ -33,11 +30,16 @@ from gateway.mesh.pod import read_token as read_pod
 from gateway.mesh.proxy import INBOUND, OUTBOUND, TCP, Surroundings, build
 from gateway.mesh.state import BUNDLE, State, StateError
 from gateway.server import log as logs
-from gateway.server.pages import Page, Pages
+from gateway.server.pages import Pages, bound
+from gateway.server.sidecar_drain import Drain
+from gateway.server.sidecar_pages import Answers
 from gateway.server.sidecar_setup import CannotStart, Setup, address, journal_of, lasting_proof, proof_of
 from gateway.server.systemd import Notifier
 from gateway.telemetry.shared import SharedState
 from gateway.workload.admission import Revoked
+
+if TYPE_CHECKING:
+    from gateway.mesh.outside import Outside
 
 log = logging.getLogger("crossway.mesh")
 
@@ -45,11 +47,13 @@ LOOK = 2.0  # seconds between two looks whether the app is there
 CONNECT = 1.0  # seconds for one of them
 BACKLOG = 1024
 NOBODY = ("127.0.0.1", 9)  # stands for the app where there is none; such a member is no endpoint
-CHECK = 0.02  # seconds between two looks while draining
+TIDY = 2.0  # seconds after a change until what it left behind is given back; several changes are one
 
 
 class Sidecar:
     """The life of one sidecar, from its certificate to its last connection."""
+
+    answers: type[Answers] = Answers
 
     def __init__(self, setup: Setup, loop: asyncio.AbstractEventLoop) -> None:
         self.setup = setup
@@ -63,7 +67,7 @@ class Sidecar:
             address(*(setup.app or NOBODY)), {name: f"{OUTBOUND}:{name}" for name in setup.ports}, self.memory, setup.intercept, setup.zone,
             setup.app_protocol, external_certs=setup.external_certs, journal=journal_of(setup.egress_audit),
         )
-        self.outside = Outside()
+        self.outside: Outside | None = None  # made for the first assignment with an external host
         self.sockets: dict[str, socket.socket] = {}
         self.pages_at: dict[str, tuple[str, int]] = {}
         self.listening = False
@@ -76,14 +80,12 @@ class Sidecar:
         self.cut = 0  # connections of revoked members
         self.ended: asyncio.Future[None] = loop.create_future()
         self.hurry = asyncio.Event()
+        self.tidying: asyncio.TimerHandle | None = None
         self.tasks: set[asyncio.Task[Any]] = set()
         self.notifier = Notifier.from_environment()
-        probes: dict[str, Page] = {
-            "/livez": lambda: (200, "application/json", b'{"status":"alive"}\n'), "/startz": self._startz, "/readyz": self._readyz,
-            "/metrics": self._metrics,
-        }  # fmt: skip
-        self.pages = Pages({**probes, "/status": self._status})
-        self.probes = Pages({**probes, **{f"/app/{name}": probe for name, probe in setup.app_probes.items()}})
+        said = self.answers(self)
+        self.pages = Pages({**said.probes(), "/status": said.status})
+        self.probes = Pages({**said.probes(), **{f"/app/{name}": probe for name, probe in setup.app_probes.items()}})
 
     # -- start
 
@@ -91,12 +93,9 @@ class Sidecar:
         """Bind every socket; nothing is listened on yet. Raises CannotStart."""
         for name, (host, port) in self._wanted().items():
             try:
-                sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                sock.bind((host, port))
+                self.sockets[name] = bound(host, port)
             except OSError as error:
                 raise CannotStart(f"cannot bind {name} to {address(host, port)}: {error.strerror}") from None
-            self.sockets[name] = sock
 
     def _wanted(self) -> dict[str, tuple[str, int]]:
         """The listeners, and where."""
@@ -145,7 +144,7 @@ class Sidecar:
             self.identity = SpireIdentity(self.state, job, self._renewed, agent=self.setup.agent)
         await self._become_member()
         assert self.identity.svid is not None
-        self.link = Link(self.state, self.setup.control, job["instance"], self._svid, self.apply)
+        self.link = Link(self.state, self.setup.control, job["instance"], self.svid, self.apply)
         self.link.healthy = lambda: self.app_there
         self.link.place = self.identity.place
         self.link.keep_roots = self.identity.bundle_is_ours
@@ -191,7 +190,7 @@ class Sidecar:
                 await asyncio.wait_for(self.hurry.wait(), min(10.0, pause(self.identity.failures, self.identity.draw())))
 
     def _from_disk(self) -> None:
-        svid = self._svid()
+        svid = self.svid()
         kept = read_assignment(self.state, svid, self.identity.bundle_is_ours)
         if kept is None:
             return
@@ -203,7 +202,7 @@ class Sidecar:
         self.link.current = kept
         log.info("serving from the assignment on disk", extra={"version": kept.version, "issued": kept.body.get("issued")})
 
-    def _svid(self) -> Svid:
+    def svid(self) -> Svid:
         assert self.identity.svid is not None
         return self.identity.svid
 
@@ -211,7 +210,7 @@ class Sidecar:
 
     async def apply(self, assignment: Assignment) -> None:
         """Make an assignment take effect. Raises Refused, and then nothing has changed."""
-        svid = self._svid()
+        svid = self.svid()
         if not self.identity.bundle_is_ours and assignment.bundle != self.state.read(BUNDLE):
             try:
                 self.state.write(BUNDLE, assignment.bundle)
@@ -234,7 +233,8 @@ class Sidecar:
         if self.draining:
             snapshot.listeners[INBOUND].leaving = True
         self.engine.apply(snapshot)
-        self.outside.follow(self.around.outside, self.loop)
+        self._tidy()
+        self._follow_outside()
         self.raw = frozenset(name for name, listener in snapshot.listeners.items() if listener.tcp is not None)
         self._declared(assignment.body.get("own") or {})
         revoked = Revoked(assignment.body.get("revoked") or {})
@@ -245,6 +245,25 @@ class Sidecar:
             log.warning("connections that the policy no longer allows are closed", extra={"connections": closed})
         if not self.listening:
             self._listen()
+
+    def _tidy(self) -> None:
+        """Give free memory back, in a moment: the snapshot before has connections still."""
+
+        def now() -> None:
+            self.tidying = None
+            return_free_memory()
+
+        if self.tidying is None:
+            self.tidying = self.loop.call_later(TIDY, now)
+
+    def _follow_outside(self) -> None:
+        """Look for the external hosts of the snapshot that has just taken effect."""
+        if self.outside is None and self.around.outside:
+            from gateway.mesh.outside import Outside  # the resolver: most services call nobody outside
+
+            self.outside = Outside()
+        if self.outside is not None:
+            self.outside.follow(self.around.outside, self.loop)
 
     def _declared(self, own: dict[str, Any]) -> None:
         """Tell, once, that the command line and the mesh's file do not mean the same."""
@@ -286,7 +305,7 @@ class Sidecar:
             log.info("nothing to reload: the control plane says what there is to do")
             return
         try:
-            self._take_effect(self.link.current, self._svid())
+            self._take_effect(self.link.current, self.svid())
         except Exception as error:  # noqa: BLE001 - whatever it is, the old snapshot goes on
             log.error("the certificates towards external hosts cannot be used; the old ones go on", extra={"reason": str(error)})
         else:
@@ -312,7 +331,7 @@ class Sidecar:
         self.gauges.set_gauge("started", int(time.time()))
         self.gauges.set_gauge("ready", 1)
         self._announce()
-        self.notifier.ready(f"{self._svid().identity}, assignment {self.engine_version()}")
+        self.notifier.ready(f"{self.svid().identity}, assignment {self.engine_version()}")
 
     def engine_version(self) -> int:
         return self.around.versions
@@ -322,7 +341,7 @@ class Sidecar:
         rows = [(name, f"{schemes[name]}://{address(*sock.getsockname()[:2])}") for name, sock in self.sockets.items()]
         rows += [(name, f"http://{address(*where)}") for name, where in self.pages_at.items()]
         app = f"{'tcp' if self.around.raw else 'http'}://{address(*self.setup.app)}" if self.setup.app else "none"
-        rows += [("app", app), ("identity", self._svid().identity)]
+        rows += [("app", app), ("identity", self.svid().identity)]
         with contextlib.suppress(OSError):
             print("\n".join(f"{name:<{max(len(each) for each, _ in rows)}}  {text}" for name, text in rows), flush=True)
 
@@ -346,7 +365,7 @@ class Sidecar:
 
     # -- the app
 
-    async def _app_answers(self) -> bool:
+    async def app_answers(self) -> bool:
         """Whether the app takes connections now."""
         if self.setup.app is None:
             return False
@@ -360,7 +379,7 @@ class Sidecar:
 
     async def _watch_app(self) -> None:
         while True:
-            there = await self._app_answers()
+            there = await self.app_answers()
             if there != self.app_there:
                 self.app_there = there
                 log.log(logging.INFO if there else logging.WARNING, "the app takes connections" if there else "the app takes no connections")
@@ -388,96 +407,12 @@ class Sidecar:
         self.notifier.stopping("Draining")
         self._task(self._drain())
 
-    async def _pause(self, seconds: float) -> None:
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.hurry.wait(), seconds)
-
     async def _drain(self) -> None:
-        setup, began = self.setup, self.loop.time()
-        log.info("stopping", extra={"delay": setup.drain_delay, "deadline": setup.drain_deadline})
-        self.gauges.set_gauge("ready", 0)
-        self.gauges.set_gauge("draining", 1)
-        await self.link.drain()
-        await self._pause(setup.drain_delay if self.left is None else max(0.0, self.left + setup.drain_delay - self.loop.time()))
-
-        def in_time() -> bool:
-            return not self.hurry.is_set() and self.loop.time() < began + setup.drain_delay + setup.drain_deadline
-
-        self.engine.leave(INBOUND)
-        self.sockets[INBOUND].close()
-        log.info("inbound closed")
-        while in_time() and self.engine.serving(INBOUND):
-            await asyncio.sleep(CHECK)
-        while in_time() and await self._app_answers():
-            await self._pause(10 * CHECK)
-        self.engine.drain()
-        for sock in self.sockets.values():
-            sock.close()
-        log.info("outbound closed")
-        while in_time() and self.engine.active():
-            await asyncio.sleep(CHECK)
-        for exchange in self.engine.unfinished():
-            log.warning("exchange cut off at the end of the drain", extra={"exchange": exchange})
-        await self.link.close()
-        log.info("stopped", extra={"forced": self.hurry.is_set()})
-        if not self.ended.done():
-            self.ended.set_result(None)
-
-    # -- pages
-
-    def _ready(self) -> tuple[bool, str]:
-        if self.draining or self.left is not None:
-            return False, "draining"
-        if not self.listening:
-            return False, "no assignment yet"
-        return (True, "serving") if self.app_there or self.setup.app is None else (False, "the app takes no connections")
-
-    def _startz(self) -> tuple[int, str, bytes]:
-        """Whether the app may begin: its calls would be served."""
-        body = b'{"status":"started"}\n' if self.listening else b'{"status":"starting"}\n'
-        return 200 if self.listening else 503, "application/json", body
-
-    def _readyz(self) -> tuple[int, str, bytes]:
-        ready, detail = self._ready()
-        body = json.dumps({"status": "ready" if ready else "not ready", "detail": detail}) + "\n"
-        return 200 if ready else 503, "application/json", body.encode()
-
-    def _status(self) -> tuple[int, str, bytes]:
-        ready, detail = self._ready()
-        svid = getattr(self, "identity", None) and self.identity.svid
-        link = getattr(self, "link", None)
-        shown = {
-            "ready": ready, "detail": detail, "service": self.setup.service, "identity": svid and svid.identity,
-            "certificate": svid and {"serial": svid.leaf.serial, "not_after": svid.leaf.not_after, "renewals": self.identity.renewals,
-                                     "failures": self.identity.failures, "error": self.identity.error},
-            "assignment": link and link.current and {"version": link.current.version, "issued": link.current.body.get("issued"),
-                                                     "services": sorted(link.current.body["services"]),
-                                                     "external": sorted(link.current.body.get("external") or {}), "overdue": link.age()},
-            "control": link and {"address": self.setup.control, "connected": link.connected, "connects": link.connects,
-                                 "applied": link.applied, "refused": link.refused},
-            "revoked_connections_closed": self.cut,
-            "live": self.engine.live(),
-        }  # fmt: skip
-        return 200, "application/json", (json.dumps(shown) + "\n").encode()
-
-    def _metrics(self) -> tuple[int, str, bytes]:
-        if not self.listening:
-            return 503, "text/plain", b"no assignment yet\n"
-        rows = [
-            *metrics.membership(self.identity, self.link),
-            ("crossway_mesh_revoked_connections_closed_total", "counter", "Connections of members that were revoked.", self.cut),
-            ("crossway_http2_connections_total", "counter", "HTTP/2 connections of members and of the app.", self.gauges.counter("h2_connections")),
-            ("crossway_mesh_app_up", "gauge", "1 while the app takes connections.", self.app_there),
-            ("process_cpu_seconds_total", "counter", "Processor time.", time.process_time()),
-        ]  # fmt: skip
-        domain, version = self._svid().domain, self.setup.labels.get("version", "")
-
-        def hop(route: str) -> dict[str, str] | None:
-            return metrics.hop(route, self.setup.service, domain, version)
-
-        hops = [*metrics.istio(self.memory, hop), *metrics.istio_tcp(self.memory, hop)]
-        text = [*metrics.numbers(rows), *metrics.denied(self.around.denials), *hops]
-        return 200, metrics.MEDIA_TYPE, ("\n".join(text) + "\n").encode()
+        way = Drain(self)
+        await way.leave()
+        await way.close_inbound()
+        await way.close_outbound()
+        await way.finish("exchange")
 
 
 def run(setup: Setup) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gateway._speedups.journal import Journal
-from gateway.mesh.enrol import EnrolError, address_of, read_token
+from gateway.mesh.contact import EnrolError, address_of, read_token
 from gateway.mesh.identity import Svid
 from gateway.server.app_probe import AppProbe
 

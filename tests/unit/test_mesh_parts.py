@@ -17,7 +17,7 @@ from gateway._speedups.tls import TlsUpstream
 from gateway.mesh import identity as life
 from gateway.mesh.assignment import Assignment, OtherBase, Refused, take
 from gateway.mesh.authorization import Denials, conditions, make_rule
-from gateway.mesh.enrol import EnrolError, address_of, read_token
+from gateway.mesh.contact import EnrolError, address_of, read_token
 from gateway.mesh.identity import Identity, due_at, pause
 from gateway.mesh.metrics import hop, line
 from gateway.mesh.proxy import Surroundings, destinations, endpoints_of, upstream_of

@@ -11,8 +11,8 @@ from gateway.config.mesh_load import load_mesh, mesh_findings
 from gateway.errors import ConfigError
 from gateway.mesh.assign import World, content_of
 from gateway.mesh.decide import Call, decide
-from gateway.mesh.egress import allowed
 from gateway.mesh.metrics import hop
+from gateway.mesh.outside import allowed
 from gateway.mesh.revocation import DenyList
 from tests.integration.pki import Authority
 

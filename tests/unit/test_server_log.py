@@ -59,3 +59,19 @@ def test_a_file_and_a_stream_without_a_descriptor_get_every_line(tmp_path: Path)
     log.setStream(io.StringIO())
     log.emit(record("said"))
     assert json.loads(log.stream.getvalue())["event"] == "said"      # type: ignore[attr-defined]
+
+
+def test_a_line_says_when_in_utc_with_microseconds() -> None:
+    assert json.loads(JsonLines().format(record("said", created=1_800_000_000.25)))["ts"] == "2027-01-15T08:00:00.250000Z"
+    assert json.loads(JsonLines().format(record("said", created=0.9999999)))["ts"] == "1970-01-01T00:00:01.000000Z"
+
+
+def test_whatever_is_said_becomes_a_line_of_json(tmp_path: Path) -> None:
+    log = handler(tmp_path / "log")
+    log.emit(record("said", path=tmp_path, raw=b"\xff", text="ü\n\x1f\u2028", half="\udc80", many=(1, 2), big=1 << 70, nothing=None))
+    log.emit(record("said", endless=float("inf"), none=float("nan"), number=1.5))
+    log.close()
+    first, second = (json.loads(line) for line in (tmp_path / "log").read_bytes().split(b"\n")[:2])
+    assert (first["path"], first["raw"], first["text"], first["half"]) == (str(tmp_path), "b'\\xff'", "ü\n\x1f\u2028", "\udc80")
+    assert (first["many"], first["big"], first["nothing"]) == ([1, 2], 1 << 70, None)
+    assert (second["endless"], second["none"], second["number"]) == ("inf", "nan", 1.5)

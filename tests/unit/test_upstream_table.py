@@ -67,6 +67,30 @@ def test_a_slot_that_nobody_uses_is_given_to_another() -> None:
     assert upstream.shared and shared.full_count == 0
 
 
+def test_a_long_life_of_changes_takes_no_more_places_than_it_needs() -> None:
+    memory = mmap.mmap(-1, UpstreamTable.size_for(1, 4, 200))
+    shared = UpstreamTable(memory, 0, 1, 4, 200)
+    shared.remembered_us = -1  # forgotten at once
+    held = [shared.endpoint(0, "pay", f"10.0.0.{number}:80") for number in range(20)]
+    for number in range(2000):
+        held[number % 20] = shared.endpoint(0, "pay", f"10.1.{number // 250}.{number % 250}:80")
+        assert held[number % 20].shared
+    rows = shared.endpoints(START)
+    assert sorted(row["address"] for row in rows) == sorted(each.address for each in held) and shared.full_count == 0
+    last = (len(memory) - UpstreamTable.size_for(1, 4, 100)) // 100 * 160  # bytes of the places behind the fortieth
+    assert not any(memory[-last:]), "a place was begun although others were free to take"
+
+
+def test_what_was_in_use_a_moment_ago_is_not_given_to_another() -> None:
+    shared = table()
+    upstream, (endpoint,) = seen_by(shared, 0)
+    endpoint.checked(False, START, 60 * SECOND, unhealthy=1)
+    del upstream, endpoint
+    kept = [shared.endpoint(0, "other", address) for address in (f"10.2.0.{number}:80" for number in range(12))]
+    _, (endpoint,) = seen_by(shared, 0)
+    assert endpoint.availability(START) == UNHEALTHY and len(kept) == 12
+
+
 def test_a_full_table_serves_without_sharing() -> None:
     shared = table(upstreams=1, endpoints=1)
     kept = seen_by(shared, 0)
