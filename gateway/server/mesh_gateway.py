@@ -76,7 +76,7 @@ class MeshGateway(Sidecar):
         self.gauges.set_gauge("ready", 0)
         self.gauges.set_gauge("draining", 1)
         await self.link.drain()
-        await self._pause(setup.drain_delay)
+        await self._callers_learn()
         self.engine.leave(INBOUND)
         self.sockets[INBOUND].close()
         log.info("inbound closed")

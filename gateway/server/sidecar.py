@@ -33,6 +33,7 @@ from gateway.mesh.pod import read_token as read_pod
 from gateway.mesh.proxy import INBOUND, OUTBOUND, TCP, Surroundings, build
 from gateway.mesh.state import BUNDLE, State, StateError
 from gateway.server import log as logs
+from gateway.server.exchanged import follow
 from gateway.server.pages import Page, Pages
 from gateway.server.sidecar_setup import CannotStart, Setup, address, journal_of, lasting_proof, proof_of
 from gateway.server.systemd import Notifier
@@ -153,6 +154,8 @@ class Sidecar:
         self._from_disk()
         if self.setup.app is not None:
             self._task(self._watch_app())
+        if own := [each for files in self.setup.external_certs.values() for each in files]:
+            self._task(follow(own, self._again))
         self._task(self.identity.keep())
         self._task(self.link.run())
         self._tick()
@@ -281,7 +284,7 @@ class Sidecar:
         self.link.renewed()
 
     def _again(self) -> None:
-        """SIGHUP: read again what is not the control plane's to say, the certificates towards external hosts."""
+        """SIGHUP, or an exchanged file: read again what is not the control plane's to say, the certificates towards external hosts."""
         if not self.setup.external_certs or not self.listening or self.link.current is None:
             log.info("nothing to reload: the control plane says what there is to do")
             return
@@ -392,13 +395,18 @@ class Sidecar:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.hurry.wait(), seconds)
 
+    async def _callers_learn(self) -> None:
+        """Wait until whoever was told that this instance leaves has heard it."""
+        delay = self.setup.drain_delay
+        await self._pause(delay if self.left is None else max(0.0, self.left + delay - self.loop.time()))
+
     async def _drain(self) -> None:
         setup, began = self.setup, self.loop.time()
         log.info("stopping", extra={"delay": setup.drain_delay, "deadline": setup.drain_deadline})
         self.gauges.set_gauge("ready", 0)
         self.gauges.set_gauge("draining", 1)
         await self.link.drain()
-        await self._pause(setup.drain_delay if self.left is None else max(0.0, self.left + setup.drain_delay - self.loop.time()))
+        await self._callers_learn()
 
         def in_time() -> bool:
             return not self.hurry.is_set() and self.loop.time() < began + setup.drain_delay + setup.drain_deadline
