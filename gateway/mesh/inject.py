@@ -11,7 +11,7 @@ import io
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -31,7 +31,6 @@ TEMPLATES = {
     "ReplicaSet": ("apps/", ("spec", "template")), "ReplicationController": ("v1", ("spec", "template")), "Job": ("batch/", ("spec", "template")),
     "CronJob": ("batch/", ("spec", "jobTemplate", "spec", "template")), "Pod": ("v1", ()),
 }  # fmt: skip
-DEFAULTS = {each.name: each.default for each in fields(Options) if each.default is not MISSING and each.compare}
 ONCE = ("Job", "CronJob")  # nobody calls them for long, and they end by themselves
 _SEPARATOR = re.compile(r"^---(?=\s|$)[^\n]*\n?", re.MULTILINE)
 
@@ -135,7 +134,7 @@ class Injection:
         wanted = json.loads(json.dumps(options.said()))
         if not ours or not isinstance(kept, dict):
             self.report(at.of(annotations, DONE), f"the annotation and the containers ({', '.join(sorted(ours)) or 'none'}) do not belong together", "inject the manifest as it was before")
-        elif (kept := json.loads(json.dumps(DEFAULTS)) | kept) != wanted:  # one of before knows fewer options
+        elif (kept := {name: value for name, value in kept.items() if value not in (None, [])}) != wanted:
             differ = sorted(name for name in {*kept, *wanted} if kept.get(name) != wanted.get(name))
             self.report(at.of(annotations, DONE), f"injected already, with another {', '.join(differ)}", "inject the manifest as it was before")
         return True

@@ -55,11 +55,8 @@ class Options:
     app_headers: tuple[tuple[str, str, str], ...] = field(default=(), compare=False)
 
     def said(self) -> dict[str, Any]:
-        """Return the options as they are kept in the pod's annotation."""
-        kept = asdict(self)
-        for name in ("app_probes", "app_headers"):
-            del kept[name]
-        return kept
+        """Return the options as they are kept in the pod's annotation: those that say something."""
+        return {name: value for name, value in asdict(self).items() if value not in (None, ()) and name not in ("app_probes", "app_headers")}
 
 
 def _confined(user: int, *capabilities: str) -> dict[str, Any]:

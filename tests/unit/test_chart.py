@@ -226,6 +226,20 @@ def test_mesh_yaml_is_a_meshs_file(tmp_path: Path, values: dict[str, Any]) -> No
     assert mesh.control.state == ("postgresql://crossway:secret@db/mesh" if values is POSTGRES else str(tmp_path / "mesh.db"))
 
 
+def test_the_authority_of_a_host_outside_is_mounted_in_the_control_plane(tmp_path: Path) -> None:
+    from tests.integration.pki import Authority
+
+    external = {"cards": {"hosts": ["api.cards.example"], "tls": {"ca": "/etc/partners/cards.pem"}}}
+    control = {"mesh": {"external": external}, "extraVolumes": [{"name": "partners", "configMap": {"name": "partners"}}], "extraVolumeMounts": [{"name": "partners", "mountPath": "/etc/partners"}]}
+    made = documents({"control": control})
+    (each,) = made["StatefulSet", "crossway-control"]["spec"]["template"]["spec"]["containers"]
+    assert {"name": "partners", "mountPath": "/etc/partners"} in each["volumeMounts"]
+    for name in ("ca.crt", "cards.pem"):
+        (tmp_path / name).write_bytes(Authority("cards").pem)
+    (tmp_path / "mesh.yaml").write_text(placed(made["ConfigMap", "crossway-control"]["data"]["mesh.yaml"], tmp_path))
+    assert load_mesh(tmp_path / "mesh.yaml").external["cards"].tls.ca == tmp_path / "cards.pem"
+
+
 def test_edge_yaml_is_a_gateways_file(tmp_path: Path) -> None:
     (tmp_path / "token").write_text("x" * 40)
     (tmp_path / "root.crt").write_text("")
