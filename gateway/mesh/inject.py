@@ -23,6 +23,7 @@ from gateway.errors import ConfigError, Problem
 from gateway.mesh.inject_app import found_in, probes_moved
 from gateway.mesh.inject_pod import INTERCEPT, JOIN, SIDECAR, STATE, Options, intercept, pause, sidecar, volumes
 from gateway.mesh.inject_read import PREFIX, Place
+from gateway.mesh.inject_shape import POD, misshapen
 
 DONE = PREFIX + "injected"
 MOST = 32 << 20  # bytes of all manifests
@@ -102,6 +103,10 @@ class Injection:
             if not isinstance(template, CommentedMap):
                 self.report(place, "a pod template is expected here")
                 return
+        if wrong := list(misshapen(template, POD, place)):
+            for where, expected in wrong:
+                self.report(where, f"{expected} is expected here")
+            return
         spec = template.get("spec")
         if not isinstance(spec, CommentedMap) or not isinstance(spec.get("containers"), CommentedSeq) or not spec["containers"]:
             self.report(place.of(template, "spec"), "a pod with containers is expected here")

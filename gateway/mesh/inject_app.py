@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ruamel.yaml.comments import CommentedMap
 
+from gateway.mesh.asked import PATH, good_header
 from gateway.mesh.inject_pod import INTERCEPT, SIDECAR, Options
 from gateway.mesh.inject_read import LEVELS, NAME, OBJECT, PREFIX, PROTOCOLS, QUANTITY, UNPRIVILEGED, Place, Reader
 
@@ -178,14 +179,26 @@ def probes_moved(injection: Injection, spec: Any, options: Options, at: Place) -
                 injection.report(place.of(probe, "httpGet"), "the app has to speak clear text to its sidecar: an HTTPS probe cannot be asked")
                 continue
             if http is not None:
-                asked.append((name, f"http:{options.app_port}{http.get('path') or '/'}"))
-                headers += [(name, str(each.get("name")), str(each.get("value"))) for each in http.get("httpHeaders") or ()]
+                path = f"/{str(http.get('path') or '').removeprefix('/')}"
+                if not PATH.fullmatch(path):
+                    injection.report(place.of(probe, "httpGet").of(http, "path"), f"{path!r} cannot be asked", "write it percent-encoded")
+                asked.append((name, f"http:{options.app_port}{path}"))
+                headers += _headers(injection, name, http, place.of(probe, "httpGet"))
             else:
                 asked.append((name, f"tcp:{options.app_port}"))
             position = list(probe).index("httpGet" if http is not None else "tcpSocket")
             del probe["httpGet" if http is not None else "tcpSocket"]
             probe.insert(position, "httpGet", {"path": f"/app/{name}", "port": options.ports[3]})
     return tuple(asked), tuple(headers)
+
+
+def _headers(injection: Injection, name: str, http: Any, at: Place) -> Iterator[tuple[str, str, str]]:
+    """Yield the headers of a probe."""
+    for number, each in enumerate(http.get("httpHeaders") or ()):
+        header, value = str(each.get("name") or ""), str(each.get("value") or "").strip()
+        if not good_header(header, value):
+            injection.report(at.of(http, "httpHeaders").of(http["httpHeaders"], number), f"a probe cannot have this header: {header}", "remove it")
+        yield name, header, value
 
 
 def _leads(probe: Any, named: Mapping[Any, Any]) -> Any:

@@ -11,12 +11,11 @@ import contextlib
 import re
 from dataclasses import dataclass, field
 
+from gateway.mesh.asked import NAME, PATH, good_header
+
 HEAD = 16 << 10  # bytes of the app's answer
 PATIENCE = 5.0  # seconds; who asks usually has less
-NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,126}[a-z0-9])?")
-PATH = re.compile(r"/[\x21-\x7e]*")
-HEADER = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
-OURS = ("connection", "content-length", "transfer-encoding", "x-crossway-caller", "crossway-user")
+
 
 
 @dataclass
@@ -69,6 +68,6 @@ def parse_header(text: str) -> tuple[str, str, str]:
     probe, _, line = text.partition("=")
     name, colon, value = line.partition(":")
     value = value.strip()
-    if not NAME.fullmatch(probe) or not colon or not HEADER.fullmatch(name) or not value.isprintable() or not value.isascii() or name.lower() in OURS:
+    if not NAME.fullmatch(probe) or not colon or not good_header(name, value):
         raise ValueError
     return probe, name, value

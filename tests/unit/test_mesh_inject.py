@@ -146,6 +146,11 @@ def test_the_apps_probes_go_through_the_sidecar() -> None:
     assert container(inject(DEPLOYMENT, mode="explicit"), "app")["livenessProbe"] == {"tcpSocket": {"port": 8080}}
 
 
+def test_a_probes_path_may_lack_its_slash_as_it_may_for_a_kubelet() -> None:
+    assert "app-ready=http:8080/health" in container(inject(replaced("path: /health, ", "path: health, ")), "crossway-sidecar")["args"]
+    assert "app-ready=http:8080/" in container(inject(replaced("path: /health, ", "")), "crossway-sidecar")["args"]
+
+
 def test_injecting_twice_changes_nothing() -> None:
     made = inject(DEPLOYMENT + "---\n" + SERVICE)
     assert inject(made) == made
@@ -300,6 +305,11 @@ def annotated(**said: str) -> str:
         (annotated(spire='"agent.sock"'), "13:9: Deployment payments, spec.template.metadata.annotations.crossway.dev/spire", "not csi, csi/NAME.sock or the path"),
         (annotated(join_cert='"bank"', spire='"csi"'), "14:9: Deployment payments, spec.template.metadata.annotations.crossway.dev/spire", "one way to join is enough"),
         (annotated(cpu_limit='"much"'), "13:9: Deployment payments, spec.template.metadata.annotations.crossway.dev/cpu-limit", "not a quantity"),
+        (replaced("path: /health, ", 'path: "/a b", '), "25:23: Deployment payments, spec.template.spec.containers[0].readinessProbe.httpGet.path", "cannot be asked"),
+        (replaced("name: X-Probe, ", "name: Content-Length, "), "25:64: Deployment payments, spec.template.spec.containers[0].readinessProbe.httpGet.httpHeaders[0]", "this header: Content-Length"),
+        (replaced("    metadata:\n      labels", "    metadata:\n      annotations: [a]\n      labels"), "12:7: Deployment payments, spec.template.metadata.annotations", "a mapping is expected here"),
+        (replaced("          ports:\n", "          args: [a]\n          ports:\n            - 8080\n"), "24:15: Deployment payments, spec.template.spec.containers[0].ports[0]", "a mapping is expected here"),
+        (replaced("runAsUser: 1000", 'runAsUser: "1000"'), "16:9: Deployment payments, spec.template.spec.securityContext.runAsUser", "a number is expected here"),
         (replaced("      containers:", "      os: {name: windows}\n      containers:"), "17:7: Deployment payments, spec.template.spec.os", "no sidecar for Windows"),
         (replaced("      containers:", "      containerz:"), "13:5: Deployment payments, spec.template.spec", "a pod with containers"),
         (replaced("replicas: 2", "replicas: 2\n  replicas: 3"), "9:3", "not YAML: found duplicate key"),
