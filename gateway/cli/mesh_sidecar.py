@@ -28,7 +28,7 @@ def register(subparsers: Subparsers) -> None:
     parser.add_argument("--local", action="append", default=[], type=_local, metavar="SERVICE=HOST:PORT", help="a port of its own for one service; may be repeated")
     parser.add_argument("--admin", type=parse_loopback, metavar="HOST:PORT", help="/livez, /readyz, /metrics and /status, on loopback")
     parser.add_argument("--probes", type=parse_address, metavar="HOST:PORT", help="/livez, /startz, /readyz and /metrics for an orchestrator, on any address")
-    parser.add_argument("--app-probe", action="append", default=[], type=_probe, metavar="NAME=http:PORT/PATH", help="/app/NAME of --probes asks the app this, or NAME=tcp:PORT; may be repeated")
+    parser.add_argument("--app-probe", action="append", default=[], type=_probe, metavar="NAME=http:PORT/PATH", help="/app/NAME of --probes asks the app this, NAME=grpc:PORT/SERVICE or NAME=tcp:PORT; may be repeated")
     parser.add_argument("--app-probe-header", action="append", default=[], type=_probe_header, metavar="NAME=HEADER:VALUE", help="a header of such a probe; may be repeated")
     parser.add_argument("--advertise", type=parse_address, metavar="HOST:PORT", help="how others reach --inbound, when that is another address")
     parser.add_argument("--zone", type=parse_name, metavar="NAME", help="where this instance is; endpoints of the same zone are preferred")
@@ -71,7 +71,7 @@ def _probe(text: str) -> tuple[str, AppProbe]:
     try:
         return parse_probe(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=http:PORT/PATH or NAME=tcp:PORT") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=http:PORT/PATH, NAME=grpc:PORT/SERVICE or NAME=tcp:PORT") from None
 
 
 def _probe_header(text: str) -> tuple[str, str, str]:

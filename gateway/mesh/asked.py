@@ -10,6 +10,7 @@ import re
 
 NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,126}[a-z0-9])?")
 PATH = re.compile(r"/[\x21-\x7e]*")
+SERVICE = re.compile(r"[\x21-\x7e]{0,255}")  # of a gRPC health check; empty: the whole server
 HEADER = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 OURS = ("connection", "content-length", "transfer-encoding", "x-crossway-caller", "crossway-user")
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ruamel.yaml.comments import CommentedMap
 
-from gateway.mesh.asked import PATH, good_header
+from gateway.mesh.asked import PATH, SERVICE, good_header
 from gateway.mesh.inject_pod import INTERCEPT, SIDECAR, Options
 from gateway.mesh.inject_read import LEVELS, NAME, OBJECT, PREFIX, PROTOCOLS, QUANTITY, UNPRIVILEGED, Place, Reader
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gateway.mesh.inject import Injection
 
 PROBES = {"startupProbe": "start", "livenessProbe": "live", "readinessProbe": "ready"}
+CALLS = ("httpGet", "tcpSocket", "grpc")
 SPOKEN = (("grpc", "grpc"), ("http2", "http2"), ("h2c", "http2"), ("tcp", "tcp"))  # by how a port's name begins
 
 
@@ -171,25 +172,34 @@ def probes_moved(injection: Injection, spec: Any, options: Options, at: Place) -
             if not isinstance(probe, CommentedMap) or _leads(probe, named) != options.app_port:
                 continue
             place, name = where.of(container, key), f"{container.get('name')}-{short}"
-            http = probe.get("httpGet")
-            if "grpc" in probe:
-                injection.report(place, "the kubelet cannot call the app's port, which takes members only", "use exec, httpGet or tcpSocket")
+            kind = next(each for each in CALLS if each in probe)
+            what = _asked(injection, probe[kind], kind, place.of(probe, kind), options.app_port)
+            if what is None:
                 continue
-            if http is not None and str(http.get("scheme", "HTTP")).upper() != "HTTP":
-                injection.report(place.of(probe, "httpGet"), "the app has to speak clear text to its sidecar: an HTTPS probe cannot be asked")
-                continue
-            if http is not None:
-                path = f"/{str(http.get('path') or '').removeprefix('/')}"
-                if not PATH.fullmatch(path):
-                    injection.report(place.of(probe, "httpGet").of(http, "path"), f"{path!r} cannot be asked", "write it percent-encoded")
-                asked.append((name, f"http:{options.app_port}{path}"))
-                headers += _headers(injection, name, http, place.of(probe, "httpGet"))
-            else:
-                asked.append((name, f"tcp:{options.app_port}"))
-            position = list(probe).index("httpGet" if http is not None else "tcpSocket")
-            del probe["httpGet" if http is not None else "tcpSocket"]
+            asked.append((name, what))
+            headers += _headers(injection, name, probe[kind], place.of(probe, kind))
+            position = list(probe).index(kind)
+            del probe[kind]
             probe.insert(position, "httpGet", {"path": f"/app/{name}", "port": options.ports[3]})
     return tuple(asked), tuple(headers)
+
+
+def _asked(injection: Injection, call: Any, kind: str, at: Place, port: Any) -> str | None:
+    """Return what the sidecar has to ask; None for what it cannot, which is reported."""
+    if kind == "tcpSocket":
+        return f"tcp:{port}"
+    if kind == "grpc":
+        service = str(call.get("service") or "")
+        if not SERVICE.fullmatch(service):
+            injection.report(at.of(call, "service"), f"{service!r} cannot be asked")
+        return f"grpc:{port}{'/' if service else ''}{service}"
+    if str(call.get("scheme", "HTTP")).upper() != "HTTP":
+        injection.report(at, "the app has to speak clear text to its sidecar: an HTTPS probe cannot be asked")
+        return None
+    path = f"/{str(call.get('path') or '').removeprefix('/')}"
+    if not PATH.fullmatch(path):
+        injection.report(at.of(call, "path"), f"{path!r} cannot be asked", "write it percent-encoded")
+    return f"http:{port}{path}"
 
 
 def _headers(injection: Injection, name: str, http: Any, at: Place) -> Iterator[tuple[str, str, str]]:
@@ -203,7 +213,7 @@ def _headers(injection: Injection, name: str, http: Any, at: Place) -> Iterator[
 
 def _leads(probe: Any, named: Mapping[Any, Any]) -> Any:
     """The port that a probe or a hook goes to, of the pod itself."""
-    for key in ("httpGet", "tcpSocket", "grpc"):
+    for key in CALLS:
         what = probe.get(key)
         if isinstance(what, dict):
             if what.get("host"):

@@ -13,7 +13,7 @@ from gateway.mesh.inject_read import Place
 
 ANY: Any = object()
 _CALL = {"httpGet": {"path": str, "port": (int, str), "host": str, "scheme": str, "httpHeaders": [{"name": str, "value": ANY}]},
-         "tcpSocket": {"port": (int, str), "host": str}, "grpc": {"port": int}}  # fmt: skip
+         "tcpSocket": {"port": (int, str), "host": str}, "grpc": {"port": int, "service": str}}  # fmt: skip
 _CONTAINER = {
     "name": str, "restartPolicy": str, "securityContext": {"runAsUser": int}, "ports": [{"name": str, "containerPort": int, "protocol": str}],
     "lifecycle": {"preStop": _CALL, "postStart": _CALL}, "startupProbe": _CALL, "livenessProbe": _CALL, "readinessProbe": _CALL,

@@ -146,6 +146,15 @@ def test_the_apps_probes_go_through_the_sidecar() -> None:
     assert container(inject(DEPLOYMENT, mode="explicit"), "app")["livenessProbe"] == {"tcpSocket": {"port": 8080}}
 
 
+def test_a_grpc_probe_is_asked_by_the_sidecar_too() -> None:
+    for said, asked in (("{port: 8080}", "grpc:8080"), ("{port: 8080, service: bank.Ledger}", "grpc:8080/bank.Ledger")):
+        made = inject(replaced("          readinessProbe:", f"          startupProbe: {{grpc: {said}, failureThreshold: 9}}\n          readinessProbe:"))
+        valid(made)
+        assert container(made, "app")["startupProbe"] == {"httpGet": {"path": "/app/app-start", "port": 9104}, "failureThreshold": 9}
+        args = container(made, "crossway-sidecar")["args"]
+        assert f"app-start={asked}" in args and parsed(args).app_probe[0][1].port == 8080
+
+
 def test_a_probes_path_may_lack_its_slash_as_it_may_for_a_kubelet() -> None:
     assert "app-ready=http:8080/health" in container(inject(replaced("path: /health, ", "path: health, ")), "crossway-sidecar")["args"]
     assert "app-ready=http:8080/" in container(inject(replaced("path: /health, ", "")), "crossway-sidecar")["args"]
@@ -280,7 +289,7 @@ def annotated(**said: str) -> str:
         (replaced("runAsUser: 1000", "runAsGroup: 1000"), "19:11: Deployment payments, spec.template.spec.containers[0]", "which user it runs as is not known"),
         (replaced("runAsUser: 1000", "runAsUser: 65101"), "19:11: Deployment payments, spec.template.spec.containers[0]", "as the sidecar does"),
         (replaced("containerPort: 8080", "containerPort: 9104"), "19:11: Deployment payments, spec.template.spec.containers[0]", "port 9104 is the sidecar's"),
-        (replaced("          readinessProbe:", "          startupProbe: {grpc: {port: 8080}}\n          readinessProbe:"), "24:11: Deployment payments, spec.template.spec.containers[0].startupProbe", "takes members only"),
+        (replaced("          readinessProbe:", "          startupProbe: {grpc: {port: 8080, service: a b}}\n          readinessProbe:"), "24:45: Deployment payments, spec.template.spec.containers[0].startupProbe.grpc.service", "cannot be asked"),
         (replaced("path: /health, ", "path: /health, scheme: HTTPS, "), "25:13: Deployment payments, spec.template.spec.containers[0].readinessProbe.httpGet", "HTTPS"),
         (replaced("          livenessProbe:", "          lifecycle: {preStop: {httpGet: {port: 8080}}}\n          livenessProbe:"), "27:23: Deployment payments, spec.template.spec.containers[0].lifecycle.preStop", "use exec"),
         (annotated(app_prot='"grpc"'), "13:9: Deployment payments, spec.template.metadata.annotations.crossway.dev/app-prot", "not known"),
