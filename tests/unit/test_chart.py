@@ -189,6 +189,20 @@ def test_the_control_plane_of_a_gateways_release_lets_it_join_and_looks_at_it(tm
     assert {"ipBlock": {"cidr": "2001:db8::7/128"}} in [to for each in six["NetworkPolicy", "crossway-control"]["spec"]["egress"] for to in each.get("to", [])]
 
 
+@pytest.mark.parametrize("listed", [True, False])
+def test_further_clusters_join_beside_the_charts_own(tmp_path: Path, listed: bool) -> None:
+    from tests.integration.pki import Authority
+
+    (tmp_path / "ca.crt").write_bytes(Authority("api").pem)
+    (tmp_path / "east.json").write_text('{"keys": []}')
+    east: dict[str, Any] = {"issuer": "https://east.bank.test", "keys": "/etc/east/east.json", "services": {"gateway": ["crossway/crossway-gateway"]}}
+    mesh = merged(NETWORKS, {"control": {"join": {"kubernetes": [east] if listed else east}}})
+    text = documents(merged(GATEWAY, {"control": {"mesh": mesh}}))["ConfigMap", "crossway-control"]["data"]["mesh.yaml"]
+    (tmp_path / "mesh.yaml").write_text(placed(text, tmp_path))
+    join = load_mesh(tmp_path / "mesh.yaml").control.join
+    assert join is not None and [each.services["gateway"] for each in join.kubernetes] == [("mesh/crossway-gateway",), ("crossway/crossway-gateway",)]
+
+
 def test_a_gateway_waits_for_its_address() -> None:
     values = {"control": {"mesh": NETWORKS}, "gateway": {"enabled": True, "mesh": {"network": "west"}}}
     made = documents(values)

@@ -138,7 +138,8 @@ affinity:
 {{- $_ := set $cluster "keys_token" "/var/run/secrets/crossway-api/token" -}}
 {{- end -}}
 {{- $join := deepCopy (default (dict) $control.join) -}}
-{{- $_ := set $join "kubernetes" (list $cluster) -}}
+{{- $others := $join.kubernetes | default list -}}
+{{- $_ := set $join "kubernetes" (concat (list $cluster) (ternary (list $others) $others (kindIs "map" $others))) -}}
 {{- $_ := set $control "join" $join -}}
 {{- end -}}
 {{- $_ := set $said "version" 1 -}}
