@@ -340,7 +340,7 @@ def test_mistakes_of_the_command_line(options: list[str], said: str, capsys: pyt
 
 
 def test_who_moves_to_another_network_is_told_what_is_there(tmp_path: Path) -> None:
-    with plane(tmp_path) as control:
+    with plane(tmp_path, control="heartbeat: 10m") as control:  # members made by hand speak once
         ledger, door, payments = (Member(control, name, number) for number, name in enumerate(("ledger", "gateway", "payments"), 1))
         for each, network in ((ledger, "west"), (door, "west"), (payments, "east")):
             assert each.join(labels={"network": network})[0] == 200

@@ -292,6 +292,8 @@ def test_routes_and_explain_show_the_meshs_choice(estate: Estate, capsys: pytest
         assert "mesh      service ledger, all instances alike" in explain("/v1/x")
         split = [{**V1, "weight": 19}, {**V2, "weight": 1}]
         estate.tell(["one", "bare"], split=split, sticky="header:x-tenant", canary=[{"labels": {"tier": "gold"}, **ASKED}])
+        # The edge joins by one stream and goes on by another one: between the two it hears nothing.
+        eventually(lambda: any("version=v1 95%" in line for line in explain("/v1/x")), "the word of the split")
         table = shown(capsys, monkeypatch, "routes", "-c", str(file))
         assert "ledger in the mesh: version=v1 95%, version=v2 5% (sticky by header:x-tenant)" in table
         assert "ledger in the mesh: tier=gold if header x-canary = always" in table and "not known" not in table
@@ -306,6 +308,7 @@ def test_routes_and_explain_show_the_meshs_choice(estate: Estate, capsys: pytest
         assert [line.split()[0] for line in both if line.startswith(("split", "mesh"))] == ["split", "split", "mesh", "mesh", "mesh"]
         # Who sticks is told where, and comes there.
         estate.tell(["one", "two"], split=[{**V1, "weight": 1}, {**V2, "weight": 1}], sticky="header:x-tenant")
+        eventually(lambda: any("version=v1 50%" in line for line in explain("/v1/x")), "the word of the new weights")
         for tenant in ("a", "b", "c", "d", "e"):
             (line,) = [line for line in explain("/v1/x", "-H", f"x-tenant: {tenant}") if line.startswith("mesh")]
             part = re.fullmatch(r"mesh      ledger: (version=v[12]), sticky by header:x-tenant   \(.*\)", line)
