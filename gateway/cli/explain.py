@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
-from gateway.cli.routes import PROTOCOLS, conditions_of, policies_of, shares
+from gateway.cli.mesh_ways import decided, explained, share_texts, targets
+from gateway.cli.routes import PROTOCOLS, conditions_of, policies_of
 from gateway.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ def _way(config: Config, route: Route, request: Request, client: str | None, sou
             facts["sticky"] = route.sticky
         elif route.split is not None:
             facts["split"] = [
-                {"upstream": split.upstream, "weight": split.weight, "targets": _targets(config, split.upstream),
+                {"upstream": split.upstream, "weight": split.weight, "targets": targets(config, split.upstream),
                  "protocol": config.upstreams[split.upstream].protocol}
                 for split in route.split
             ]
@@ -188,21 +189,15 @@ def _way(config: Config, route: Route, request: Request, client: str | None, sou
                 facts["without"] = route.sticky
     facts["upstream"] = name
     if name is not None:
-        facts["targets"] = _targets(config, name)
+        facts["targets"] = targets(config, name)
         facts["protocol"] = config.upstreams[name].protocol
+    found = {each: decided(config, each, request.headers, client, source) for each in ([name] if name is not None else [split.upstream for split in route.split or ()])}
+    facts["mesh"] = {each: said for each, said in found.items() if said is not None}
     if route.mirror is not None:
         facts["mirror"] = {"upstream": route.mirror.upstream, "percent": route.mirror.percent}
     if route.websocket is not None:
         facts["websocket"] = {"idle": route.websocket.idle, "tunnels": route.websocket.tunnels}
     return facts
-
-
-def _targets(config: Config, upstream: str) -> list[str]:
-    settings = config.upstreams[upstream]
-    found = settings.discovery
-    if found.srv is not None:
-        return [f"SRV {found.srv}"]
-    return [str(target.address) for target in settings.targets or found.endpoints]
 
 
 def _loser(verdict: Verdict, route: Route) -> dict[str, str]:
@@ -263,8 +258,10 @@ def _way_lines(answer: dict[str, Any]) -> list[str]:
         spoken = "" if answer["protocol"] == "http1" else f", {PROTOCOLS[answer['protocol']]}"
         lines.append(f"upstream  {answer['upstream']}   ({', '.join(answer['targets'])}{spoken})")
     else:
-        for text, each in zip(shares(answer["split"]), answer["split"], strict=True):
+        for text, each in zip(share_texts(answer["split"]), answer["split"], strict=True):
             lines.append(f"split     {text}   ({', '.join(each['targets'])})")
+    for name, each in answer["mesh"].items():
+        lines += explained(name, each)
     if "mirror" in answer:
         lines.append(f"mirror    {answer['mirror']['upstream']}, {answer['mirror']['percent']:g}% of the methods that it copies")
     if "websocket" in answer:

@@ -9,32 +9,30 @@ import argparse
 import sys
 
 from gateway.cli import Subparsers
-from gateway.cli.mesh_sidecar import _address, _loopback, _name, _seconds
+from gateway.cli.mesh_member import add_ways, parse_address, parse_loopback, parse_name, parse_seconds, way_of
 
 
 def register(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("gateway", help="let members of other networks reach the services of this one")
-    parser.add_argument("--network", required=True, type=_name, metavar="NAME", help="the network whose services it leads to")
-    parser.add_argument("--bind", required=True, type=_address, metavar="HOST:PORT", help="where members of other networks come in (their mutual TLS is not ended here)")
-    parser.add_argument("--service", default="gateway", type=_name, metavar="NAME", help="the service that the mesh's file names as the network's gateway (gateway)")
+    parser.add_argument("--network", required=True, type=parse_name, metavar="NAME", help="the network whose services it leads to")
+    parser.add_argument("--bind", required=True, type=parse_address, metavar="HOST:PORT", help="where members of other networks come in (their mutual TLS is not ended here)")
+    parser.add_argument("--service", default="gateway", type=parse_name, metavar="NAME", help="the service that the mesh's file names as the network's gateway (gateway)")
     parser.add_argument("--connections", default=10_000, type=int, metavar="NUMBER", help="that may pass at once (10000)")
-    parser.add_argument("--advertise", type=_address, metavar="HOST:PORT", help="how other networks reach --bind, when that is another address")
+    parser.add_argument("--advertise", type=parse_address, metavar="HOST:PORT", help="how other networks reach --bind, when that is another address")
     parser.add_argument("--control", required=True, metavar="URL", help="the control plane, https://host:port")
     parser.add_argument("--state", required=True, metavar="FOLDER", help="certificate, key and last assignment; made when it is not there")
-    parser.add_argument("--token", metavar="FILE", help="a token of `crossway mesh token`, needed the first time")
-    parser.add_argument("--join-cert", metavar="FILE", help="instead of a token: a certificate of the bank's PKI that may join as this service")
-    parser.add_argument("--join-key", metavar="FILE", help="its key; default: in the file of --join-cert")
-    parser.add_argument("--control-ca", metavar="FILE", help="the root of the mesh, for --join-cert")
-    parser.add_argument("--admin", type=_loopback, metavar="HOST:PORT", help="/livez, /readyz, /metrics and /status, on loopback")
-    parser.add_argument("--drain-delay", default=2.0, type=_seconds, metavar="SECONDS", help="from leaving the registry to taking no more connections (2)")
-    parser.add_argument("--drain-deadline", default=30.0, type=_seconds, metavar="SECONDS", help="for connections that are open (30)")
+    add_ways(parser)
+    parser.add_argument("--admin", type=parse_loopback, metavar="HOST:PORT", help="/livez, /readyz, /metrics and /status, on loopback")
+    parser.add_argument("--probes", type=parse_address, metavar="HOST:PORT", help="/livez, /startz, /readyz and /metrics for an orchestrator, on any address")
+    parser.add_argument("--drain-delay", default=2.0, type=parse_seconds, metavar="SECONDS", help="from leaving the registry to taking no more connections (2)")
+    parser.add_argument("--drain-deadline", default=30.0, type=parse_seconds, metavar="SECONDS", help="for connections that are open (30)")
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"], help="least severe line of the log (info)")
     parser.set_defaults(run=run)
 
 
 def run(parsed: argparse.Namespace) -> int:
-    if (parsed.join_cert is None) != (parsed.control_ca is None) or (parsed.join_key is not None and parsed.join_cert is None):
-        print("crossway: --join-cert and --control-ca belong together: who we are, and who the control plane is", file=sys.stderr)
+    way = way_of(parsed)
+    if way is None:
         return 2
     if not 1 <= parsed.connections <= 1_000_000:
         print("crossway: --connections is a number from 1 to 1000000", file=sys.stderr)
@@ -42,15 +40,14 @@ def run(parsed: argparse.Namespace) -> int:
     from gateway.server import log as logs
     from gateway.server.mesh_gateway import GatewaySetup
     from gateway.server.mesh_gateway import run as be_gateway
-    from gateway.server.sidecar_setup import address
+    from gateway.server.sidecar_setup import address as address_text
 
     logs.set_up(level=parsed.log_level)
     return be_gateway(
         GatewaySetup(
             service=parsed.service, inbound=parsed.bind, network=parsed.network, connections=parsed.connections, control=parsed.control,
-            state=parsed.state, token=parsed.token, admin=parsed.admin, control_ca=parsed.control_ca,
-            pair=None if parsed.join_cert is None else (parsed.join_cert, parsed.join_key or parsed.join_cert),
-            advertise=None if parsed.advertise is None else address(*parsed.advertise),
-            drain_delay=parsed.drain_delay, drain_deadline=parsed.drain_deadline,
+            state=parsed.state, admin=parsed.admin, probes=parsed.probes,
+            advertise=None if parsed.advertise is None else address_text(*parsed.advertise),
+            drain_delay=parsed.drain_delay, drain_deadline=parsed.drain_deadline, **way,
         )
     )  # fmt: skip

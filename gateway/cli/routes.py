@@ -9,9 +9,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from gateway.cli.mesh_ways import cell_lines, divided, notes, share_texts
 from gateway.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
         print()
     if raw:
         _print_raw(raw)
+    if not_known := notes(fact["mesh"] for fact in facts):
+        print("\n" + "\n".join(not_known))
     return OK
 
 
@@ -109,6 +112,7 @@ def describe(config: Config, route: Route) -> dict[str, Any]:
         "canary": [{"when": conditions_of(canary.when), "upstream": canary.upstream} for canary in route.canary],
         "mirror": None if route.mirror is None else {"upstream": route.mirror.upstream, "percent": route.mirror.percent},
         "websocket": None if route.websocket is None else {"idle": route.websocket.idle, "tunnels": route.websocket.tunnels},
+        "mesh": divided(config, route.upstreams),
         "protocols": {name: config.upstreams[name].protocol for name in route.upstreams},
         "listeners": list(route.listeners or config.http_listeners),
     }
@@ -120,20 +124,15 @@ def conditions_of(when: When) -> list[str]:
     return found + [f"cookie {name} {condition_text(each)}" for name, each in when.cookies.items()]
 
 
-def shares(split: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return each split as `upstream 12.5%`."""
-    total = sum(each["weight"] for each in split)
-    return [f"{each['upstream']} {100 * each['weight'] / total:.3g}%" for each in split]
-
-
 def _upstream_cell(fact: Mapping[str, Any]) -> str:
-    lines = shares(fact["split"]) if fact["split"] else [fact["upstream"]]
+    lines = share_texts(fact["split"]) if fact["split"] else [fact["upstream"]]
     spoken = {each for each in fact["protocols"].values() if each != "http1"}
     if spoken:
         lines[-1] += f" ({' and '.join(sorted(PROTOCOLS[each] for each in spoken))})"
     if fact["sticky"]:
         lines[-1] += f" (sticky by {fact['sticky']})"
     lines += [f"{each['upstream']} if {' and '.join(each['when'])}" for each in fact["canary"]]
+    lines += cell_lines(fact["mesh"])
     if fact["mirror"] is not None:
         lines.append(f"{fact['mirror']['upstream']} gets copies, {fact['mirror']['percent']:g}%")
     if fact["websocket"] is not None:

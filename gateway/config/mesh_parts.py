@@ -47,8 +47,8 @@ class ServiceTraffic:
 
 def add_parts(config: Config) -> list[Problem]:
     """Give the configuration an upstream for each part of its services; return what is wrong with the mesh's word."""
-    if config.mesh is None:
-        return []
+    if config.mesh is None or config.mesh.joined is None:
+        return []  # who has not joined, or may not read what another one holds, has no services
     path = config.mesh.traffic
     try:
         content = path.read_bytes()
@@ -60,7 +60,7 @@ def add_parts(config: Config) -> list[Problem]:
     try:
         said: dict[str, Any] = json.loads(content)
         for name, upstream in list(config.upstreams.items()):
-            if upstream.service in said and upstream.discovery.file is not None:  # else it has not joined
+            if upstream.service in said and upstream.discovery.file is not None:  # else it joined this moment
                 _divide(config, name, upstream, said[upstream.service])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return [Problem(str(path), 0, 0, f"cannot be used: {error!r}", "it is written by this gateway itself; remove it, and it is written anew")]

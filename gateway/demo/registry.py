@@ -17,6 +17,7 @@ from typing import Any
 from gateway.config.mesh_load import load_mesh
 from gateway.mesh import tokens
 from gateway.mesh.ca import Ca
+from gateway.mesh.keys import keys_of
 from gateway.mesh.report import report
 from gateway.mesh.store import open_store
 
@@ -35,7 +36,7 @@ class Registry:
 
         async def make() -> None:
             mesh = load_mesh(str(self.file))
-            authority = Ca(mesh.control.ca, mesh.trust_domain).open(make=False)
+            authority = Ca(mesh.control.ca, mesh.trust_domain, keys_of(mesh)).open(make=False)
             store = await open_store(mesh.control.state)
             try:
                 for name, service in wanted.items():

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import h2.config
 import h2.connection
 import h2.events
 import h2.exceptions
 
-from gateway.config.health import HttpCheck
+if TYPE_CHECKING:  # a sidecar asks by this, and does not hold the schema
+    from gateway.config.health import HttpCheck
 
 PIECE = 16 << 10  # bytes of one read
 MAX_BODY = 64 << 10  # bytes of a body that are searched

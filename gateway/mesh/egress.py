@@ -68,7 +68,7 @@ class Leaving:
     said: Mapping[str, Any]
     version: int
     identity: str
-    certificates: Mapping[str, str]
+    certificates: Mapping[str, tuple[str, ...]]
 
 
 def ways(
@@ -87,7 +87,7 @@ def ways(
         policy = Authorization(leaving.version, partial(denials.record, to=name))
         port = int(each["port"])
         judge = AuthorizationStep("egress", policy, Caller(leaving.identity, [make_rule(rule, port) for rule in each["rules"]]))
-        tls = _tls(each["ca"], leaving.certificates.get(name), PROTOCOLS[each.get("protocol", "http")][1], keep)
+        tls = _tls(each["ca"], leaving.certificates.get(name, ()), PROTOCOLS[each.get("protocol", "http")][1], keep)
         for host in each["hosts"]:
             up = upstream(name, each, tls, host if port == 443 else f"{host}:{port}")
             if not up.endpoints:
@@ -101,7 +101,7 @@ def ways(
 
 
 def _tls(
-    authorities: str | None, certificate: str | None, alpn: tuple[str, ...], keep: Callable[[Any, Callable[[], TlsUpstream]], TlsUpstream]
+    authorities: str | None, files: tuple[str, ...], alpn: tuple[str, ...], keep: Callable[[Any, Callable[[], TlsUpstream]], TlsUpstream]
 ) -> TlsUpstream:
     """TLS 1.2 or later, the chain and the host's own name verified. The machine's authorities are 140: parsed again only when they change."""
     if authorities is None:
@@ -111,13 +111,13 @@ def _tls(
         trusted = path.read_bytes()
     else:
         trusted = authorities.encode("ascii")
-    own = b"" if certificate is None else Path(certificate).read_bytes()
+    own = b"\n".join(Path(each).read_bytes() for each in files)
     digest = hashlib.sha256(b"".join(hashlib.sha256(each).digest() for each in (trusted, own, " ".join(alpn).encode()))).digest()
 
     def make() -> TlsUpstream:
         chain, key = (parse_certificates(own), parse_key(own)) if own else (None, None)
         if chain and key and not key.matches(chain[0]):
-            raise ValueError(f"{certificate}: the key does not belong to the certificate")
+            raise ValueError(f"{' and '.join(files)}: the key does not belong to the certificate")
         return TlsUpstream(
             digest=digest, authorities=parse_certificates(trusted, strict=authorities is not None), alpn=alpn, chain=chain, key=key
         )

@@ -20,15 +20,16 @@ from ruamel.yaml.emitter import RoundTripEmitter
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from gateway.errors import ConfigError, Problem
-from gateway.mesh.inject_app import Place, found_in, probes_moved
+from gateway.mesh.inject_app import found_in, probes_moved
 from gateway.mesh.inject_pod import INTERCEPT, JOIN, SIDECAR, STATE, Options, intercept, pause, sidecar, volumes
+from gateway.mesh.inject_read import PREFIX, Place
+from gateway.mesh.inject_shape import POD, misshapen
 
-PREFIX = "crossway.dev/"
 DONE = PREFIX + "injected"
 MOST = 32 << 20  # bytes of all manifests
 TEMPLATES = {
     "Deployment": ("apps/", ("spec", "template")), "StatefulSet": ("apps/", ("spec", "template")), "DaemonSet": ("apps/", ("spec", "template")),
-    "ReplicaSet": ("apps/", ("spec", "template")), "Job": ("batch/", ("spec", "template")),
+    "ReplicaSet": ("apps/", ("spec", "template")), "ReplicationController": ("v1", ("spec", "template")), "Job": ("batch/", ("spec", "template")),
     "CronJob": ("batch/", ("spec", "jobTemplate", "spec", "template")), "Pod": ("v1", ()),
 }  # fmt: skip
 ONCE = ("Job", "CronJob")  # nobody calls them for long, and they end by themselves
@@ -53,9 +54,10 @@ class Injection:
     workloads: int = 0
 
     def report(self, place: Place, message: str, hint: str = "", *, warning: bool = False) -> None:
-        self.problems.append(
-            Problem(self.file, place.line, place.column, f"{place.field}: {message}" if place.field else message, hint, severity="warning" if warning else "error")
-        )
+        text = f"{place.said}: {message}" if place.said else message
+        found = Problem(self.file, place.line, place.column, text, hint, severity="warning" if warning else "error")
+        if found not in self.problems:
+            self.problems.append(found)
 
     def run(self, text: str) -> str:
         """Return the manifests with the mesh in them. Raises ConfigError with every error; warnings stay in `problems`."""
@@ -92,13 +94,19 @@ class Injection:
 
     def _workload(self, data: CommentedMap, at: Place) -> None:
         kind = data.get("kind")
-        template, place = data, at
+        metadata = data.get("metadata")
+        name = metadata.get("name") or metadata.get("generateName") if isinstance(metadata, CommentedMap) else None
+        template, place = data, replace(at, document=f"{kind} {name}" if isinstance(name, str) else str(kind))
         for key in TEMPLATES[kind][1]:
             place = place.of(template, key)
             template = template.get(key)
             if not isinstance(template, CommentedMap):
                 self.report(place, "a pod template is expected here")
                 return
+        if wrong := list(misshapen(template, POD, place)):
+            for where, expected in wrong:
+                self.report(where, f"{expected} is expected here")
+            return
         spec = template.get("spec")
         if not isinstance(spec, CommentedMap) or not isinstance(spec.get("containers"), CommentedSeq) or not spec["containers"]:
             self.report(place.of(template, "spec"), "a pod with containers is expected here")
@@ -131,7 +139,7 @@ class Injection:
         wanted = json.loads(json.dumps(options.said()))
         if not ours or not isinstance(kept, dict):
             self.report(at.of(annotations, DONE), f"the annotation and the containers ({', '.join(sorted(ours)) or 'none'}) do not belong together", "inject the manifest as it was before")
-        elif kept != wanted:
+        elif (kept := {name: value for name, value in kept.items() if value not in (None, [])}) != wanted:
             differ = sorted(name for name in {*kept, *wanted} if kept.get(name) != wanted.get(name))
             self.report(at.of(annotations, DONE), f"injected already, with another {', '.join(differ)}", "inject the manifest as it was before")
         return True
@@ -147,6 +155,7 @@ class Injection:
             for position, each in enumerate(ours):
                 spec["initContainers"].insert(position, each)
         else:
+            spec.pop("initContainers", None)  # there, and empty
             spec.insert(list(spec).index("containers"), "initContainers", ours)
         if isinstance(spec.get("volumes"), CommentedSeq):
             spec["volumes"].extend(volumes(options))

@@ -6,121 +6,35 @@ the message says in which.
 
 from __future__ import annotations
 
-import ipaddress
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ruamel.yaml.comments import CommentedMap
 
+from gateway.mesh.asked import PATH, SERVICE, good_header
 from gateway.mesh.inject_pod import INTERCEPT, SIDECAR, Options
+from gateway.mesh.inject_read import LEVELS, NAME, OBJECT, PREFIX, PROTOCOLS, QUANTITY, UNPRIVILEGED, Place, Reader
 
 if TYPE_CHECKING:
     from gateway.mesh.inject import Injection
 
-PREFIX = "crossway.dev/"
-NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
-LABEL = re.compile(r"[A-Za-z0-9._/-]{1,63}=[A-Za-z0-9._-]{0,63}")
-KNOWN = (
-    "inject", "injected", "service", "mode", "app-port", "app-protocol", "app-uid", "sidecar-uid", "control", "image", "audience", "root",
-    "exclude-ports", "exclude-networks", "local", "labels", "zone", "inbound-port", "outbound-port", "admin-port", "probes-port", "cpu-request",
-    "memory-request", "memory-limit", "drain-delay", "drain-deadline", "log-level",
-)  # fmt: skip
-PROTOCOLS = ("http1", "http2", "grpc")
-LEVELS = ("debug", "info", "warning", "error")
 PROBES = {"startupProbe": "start", "livenessProbe": "live", "readinessProbe": "ready"}
-
-
-@dataclass(frozen=True)
-class Place:
-    """A line, a column, and the field there as kubectl would write it."""
-
-    line: int
-    column: int
-    field: str
-    offset: int = 0  # lines before the document
-
-    def of(self, data: Any, key: Any) -> Place:
-        """Return the place of a key or an item; that of its holder when the document has no such thing."""
-        name = f"{self.field}[{key}]" if isinstance(key, int) else f"{self.field}.{key}".lstrip(".")
-        try:
-            line, column = data.lc.item(key) if isinstance(key, int) else data.lc.key(key)
-        except (AttributeError, KeyError, TypeError, IndexError):
-            return Place(self.line, self.column, name, self.offset)
-        return Place(line + 1 + self.offset, column + 1, name, self.offset)
-
-
-class _Reader:
-    """The options of one pod, from its annotations and the command line; what is wrong is reported where it stands."""
-
-    def __init__(self, injection: Injection, annotations: Mapping[str, Any], at: Place) -> None:
-        self.injection, self.annotations, self.at = injection, annotations, at
-        for name in annotations:
-            if str(name).startswith(PREFIX) and str(name).removeprefix(PREFIX) not in KNOWN:
-                injection.report(at.of(annotations, name), "this annotation is not known", f"there are: {', '.join(KNOWN)}")
-
-    def place(self, name: str) -> Place:
-        return self.at.of(self.annotations, PREFIX + name) if PREFIX + name in self.annotations else Place(0, 0, f"--{name}")
-
-    def text(self, name: str, default: str | None = None) -> str | None:
-        value = self.annotations.get(PREFIX + name, self.injection.given.get(name))
-        if value is None:
-            return default
-        if not isinstance(value, str):
-            self.injection.report(self.place(name), "the value of an annotation is text", f'write it in quotes: "{value}"')
-        return str(value).strip()
-
-    def words(self, name: str) -> tuple[str, ...]:
-        return tuple(each.strip() for each in (self.text(name) or "").split(",") if each.strip())
-
-    def number(self, name: str, low: int, high: int, default: int | None = None) -> int | None:
-        text = self.text(name)
-        if text is None:
-            return default
-        if not text.isascii() or not text.isdecimal() or not low <= int(text) <= high:
-            self.injection.report(self.place(name), f"{text!r} is not a number from {low} to {high}")
-            return default
-        return int(text)
-
-    def seconds(self, name: str, default: float) -> float:
-        text = self.text(name)
-        if text is None:
-            return default
-        if not re.fullmatch(r"[0-9]{1,4}(\.[0-9]+)?", text) or float(text) > 3600:
-            self.injection.report(self.place(name), f"{text!r} is not a number of seconds up to 3600")
-            return default
-        return float(text)
-
-    def choice(self, name: str, among: tuple[str, ...], default: str) -> str:
-        text = self.text(name) or default
-        if text not in among:
-            self.injection.report(self.place(name), f"{text!r} is none of {', '.join(among)}")
-            return default
-        return text
-
-    def matching(self, name: str, pattern: str, what: str, default: str) -> str:
-        text = self.text(name) or default
-        if not re.fullmatch(pattern, text):
-            self.injection.report(self.place(name), f"{text!r} is not {what}")
-        return text
+CALLS = ("httpGet", "tcpSocket", "grpc")
+SPOKEN = (("grpc", "grpc"), ("http2", "http2"), ("h2c", "http2"), ("tcp", "tcp"))  # by how a port's name begins
 
 
 def found_in(injection: Injection, workload: Any, template: Any, place: Place, spec: Any) -> Options | None:
     """Return the options of a pod; None when something essential is missing, which is reported."""
     annotations = ((template.get("metadata") or {}).get("annotations")) or {}
-    read = _Reader(injection, annotations, place.of(template, "metadata").of(template.get("metadata"), "annotations"))
+    read = Reader(injection, annotations, place.of(template, "metadata").of(template.get("metadata"), "annotations"))
     at = place.of(template, "spec")
-    if spec.get("hostNetwork"):
-        injection.report(at.of(spec, "hostNetwork"), "a pod in the host's network cannot have a sidecar: it would redirect the host's connections", "remove it, or set crossway.dev/inject: disabled")
+    _possible(injection, spec, at)
     name = read.text("service") or _named(workload, template)
-    if not isinstance(name, str) or not NAME.fullmatch(name):
+    if not isinstance(name, str) or not re.fullmatch(NAME, name):
         injection.report(read.place("service") if PREFIX + "service" in annotations else place.of(template, "metadata"), f"{name!r} is not the name of a service", 'set crossway.dev/service: "..."')
         return None
-    ports = tuple(
-        read.number(f"{each}-port", 1024, 65535, default) or default
-        for each, default in (("inbound", 9101), ("outbound", 9102), ("admin", 9103), ("probes", 9104))
-    )
+    ports = (_port(read, "inbound", 9101), _port(read, "outbound", 9102), _port(read, "admin", 9103), _port(read, "probes", 9104))
     app_port, protocol = _app_port(injection, read, spec, at)
     uid = read.number("sidecar-uid", 1, 2**31 - 1, 65101) or 65101
     explicit = read.choice("mode", ("intercept", "explicit"), "intercept") == "explicit"
@@ -129,17 +43,36 @@ def found_in(injection: Injection, workload: Any, template: Any, place: Place, s
     if not control or not re.fullmatch(r"https://[A-Za-z0-9.\[\]:-]+", control):
         injection.report(read.place("control"), "the control plane's address is missing or none", "https://host:port")
         return None
-    _collisions(injection, spec, at, ports)
+    taken = _taken(injection, spec, at, ports, app_port)
+    join_cert, spire = read.joining()
     return Options(
         service=name, control=control, image=read.matching("image", r"[A-Za-z0-9][\w./:@-]*", "an image", "crossway:0.1.0"), app_port=app_port,
-        app_protocol=read.choice("app-protocol", PROTOCOLS, protocol), app_uid=None if explicit else app_uid, sidecar_uid=uid,
-        ports=(ports[0], ports[1], ports[2], ports[3]), audience=read.matching("audience", r"[\x21-\x7e]{1,253}", "an audience", "crossway"),
-        root=read.matching("root", r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", "the name of a ConfigMap", "crossway-root"),
-        exclude_ports=_ports(injection, read), exclude=_networks(injection, read), local=_local(injection, read), labels=_labels(injection, read, template),
-        zone=read.text("zone"), requests=(_quantity(read, "cpu-request", "50m"), _quantity(read, "memory-request", "64Mi")),
-        memory=_quantity(read, "memory-limit", "256Mi"), drain_delay=read.seconds("drain-delay", 2.0),
+        app_protocol=read.choice("app-protocol", PROTOCOLS, protocol), app_uid=None if explicit else app_uid, sidecar_uid=uid, ports=ports,
+        audience=read.matching("audience", r"[\x21-\x7e]{1,253}", "an audience", "crossway"), root=read.matching("root", OBJECT, "the name of a ConfigMap", "crossway-root"),
+        join_cert=join_cert, spire=spire, exclude_ports=read.ports("exclude-ports"), exclude=read.networks("exclude-networks"), local=read.local(taken),
+        labels=read.labels(template), zone=read.optional("zone", NAME, "the name of a zone"), network=read.optional("network", NAME, "the name of a network"),
+        advertise=read.advertise(), external_certs=tuple(read.pairs("external-certs", OBJECT, "HOST=SECRET, with the name that the mesh's file has for the host")),
+        authorities=read.optional("authorities", rf"{OBJECT}(/[A-Za-z0-9._-]+)?", "CONFIGMAP or CONFIGMAP/KEY"), egress_audit=read.audit(spec),
+        requests=(_quantity(read, "cpu-request", "50m"), _quantity(read, "memory-request", "64Mi")), memory=_quantity(read, "memory-limit", "256Mi"),
+        cpu_limit=read.optional("cpu-limit", QUANTITY, "a quantity such as 500m"), drain_delay=read.seconds("drain-delay", 2.0),
         drain_deadline=read.seconds("drain-deadline", 30.0), log_level=read.choice("log-level", LEVELS, "info"),
     )  # fmt: skip
+
+
+def _possible(injection: Injection, spec: Any, at: Place) -> None:
+    """Whether such a pod can have a sidecar at all."""
+    if spec.get("hostNetwork"):
+        injection.report(at.of(spec, "hostNetwork"), "a pod in the host's network cannot have a sidecar: it would redirect the host's connections", "remove it, or set crossway.dev/inject: disabled")
+    if ((spec.get("os") or {}).get("name")) == "windows":
+        injection.report(at.of(spec, "os"), "there is no sidecar for Windows", "set crossway.dev/inject: disabled")
+
+
+def _port(read: Reader, which: str, default: int) -> int:
+    return read.number(f"{which}-port", UNPRIVILEGED, 65535, default) or default
+
+
+def _quantity(read: Reader, name: str, default: str) -> str:
+    return read.matching(name, QUANTITY, "a quantity such as 64Mi or 50m", default)
 
 
 def _named(workload: Any, template: Any) -> Any:
@@ -148,15 +81,20 @@ def _named(workload: Any, template: Any) -> Any:
     return labels.get("app.kubernetes.io/name") or labels.get("app") or (workload.get("metadata") or {}).get("name")
 
 
-def _apps(spec: Any) -> list[tuple[int, Any]]:
-    return [(number, each) for number, each in enumerate(spec["containers"]) if isinstance(each, dict) and each.get("name") not in (SIDECAR, INTERCEPT)]
+def _apps(spec: Any, at: Place) -> Iterator[tuple[Place, Any]]:
+    """The containers that run as long as the app does: its own, and its native sidecars."""
+    for key in ("containers", "initContainers"):
+        for number, each in enumerate(spec.get(key) or ()):
+            ours = isinstance(each, dict) and each.get("name") in (SIDECAR, INTERCEPT)
+            if isinstance(each, dict) and not ours and (key == "containers" or each.get("restartPolicy") == "Always"):
+                yield at.of(spec, key).of(spec[key], number), each
 
 
-def _app_port(injection: Injection, read: _Reader, spec: Any, at: Place) -> tuple[int | None, str]:
+def _app_port(injection: Injection, read: Reader, spec: Any, at: Place) -> tuple[int | None, str]:
     """The port that the mesh leads to, and what the port's name says it speaks."""
     declared = [
-        (each.get("containerPort"), str(each.get("name") or ""), at.of(spec, "containers").of(spec["containers"], number))
-        for number, container in _apps(spec)
+        (each.get("containerPort"), str(each.get("name") or ""), where)
+        for where, container in _apps(spec, at)
         for each in container.get("ports") or ()
         if isinstance(each, dict) and each.get("protocol", "TCP") == "TCP"
     ]
@@ -176,16 +114,15 @@ def _app_port(injection: Injection, read: _Reader, spec: Any, at: Place) -> tupl
     for number, _, where in declared:
         if number != port:
             injection.report(where, f"port {number} stays reachable from outside the mesh", "a NetworkPolicy can close it", warning=True)
-    return port, "grpc" if name.startswith("grpc") else "http2" if name.startswith(("http2", "h2c")) else "http1"
+    return port, next((protocol for start, protocol in SPOKEN if name.startswith(start)), "http1")
 
 
-def _app_uid(injection: Injection, read: _Reader, spec: Any, at: Place, sidecar_uid: int, explicit: bool) -> int | None:
+def _app_uid(injection: Injection, read: Reader, spec: Any, at: Place, sidecar_uid: int, explicit: bool) -> int | None:
     """The user that every container of the app runs as; interception goes by it."""
     said = read.number("app-uid", 0, 2**31 - 1)
     pod = spec.get("securityContext") or {}
     found: dict[int, str] = {}
-    for number, container in _apps(spec):
-        where = at.of(spec, "containers").of(spec["containers"], number)
+    for where, container in _apps(spec, at):
         own = (container.get("securityContext") or {}).get("runAsUser", pod.get("runAsUser"))
         uid = said if own is None else own
         if own is not None and said is not None and own != said:
@@ -204,69 +141,28 @@ def _app_uid(injection: Injection, read: _Reader, spec: Any, at: Place, sidecar_
     return next(iter(found), None)
 
 
-def _collisions(injection: Injection, spec: Any, at: Place, ours: tuple[int, ...]) -> None:
+def _taken(injection: Injection, spec: Any, at: Place, ours: tuple[int, ...], app_port: int | None) -> dict[int, str]:
+    """Return whose each port of the pod is; what two would have is reported."""
     if len(set(ours)) != len(ours):
         injection.report(at, f"the sidecar's ports are not different: {', '.join(map(str, ours))}")
-    for number, container in _apps(spec):
+    taken = {port: f"the sidecar ({name}-port)" for port, name in zip(ours, ("inbound", "outbound", "admin", "probes"), strict=True)}
+    for where, container in _apps(spec, at):
         for each in container.get("ports") or ():
-            if isinstance(each, dict) and each.get("containerPort") in ours:
-                injection.report(at.of(spec, "containers").of(spec["containers"], number), f"port {each['containerPort']} is the sidecar's", "set crossway.dev/inbound-port, outbound-port, admin-port or probes-port to another")
-
-
-def _ports(injection: Injection, read: _Reader) -> tuple[int, ...]:
-    found = read.words("exclude-ports")
-    for each in found:
-        if not each.isascii() or not each.isdecimal() or not 1 <= int(each) <= 65535:
-            injection.report(read.place("exclude-ports"), f"{each!r} is not a port")
-            return ()
-    return tuple(sorted({int(each) for each in found}))
-
-
-def _networks(injection: Injection, read: _Reader) -> tuple[str, ...]:
-    found = []
-    for each in read.words("exclude-networks"):
-        try:
-            found.append(str(ipaddress.ip_network(each)))
-        except ValueError:
-            injection.report(read.place("exclude-networks"), f"{each!r} is not a network such as 10.0.0.0/8")
-    return tuple(found)
-
-
-def _local(injection: Injection, read: _Reader) -> tuple[tuple[str, int], ...]:
-    found = []
-    for each in read.words("local"):
-        name, _, port = each.partition("=")
-        if not NAME.fullmatch(name) or not port.isascii() or not port.isdecimal() or not 1 <= int(port) <= 65535:
-            injection.report(read.place("local"), f"{each!r} is not SERVICE=PORT")
-            continue
-        found.append((name, int(port)))
-    return tuple(found)
-
-
-def _labels(injection: Injection, read: _Reader, template: Any) -> tuple[tuple[str, str], ...]:
-    """For splits and canaries: what the annotation says, else the pod's version."""
-    found = read.words("labels")
-    for each in found:
-        if not LABEL.fullmatch(each):
-            injection.report(read.place("labels"), f"{each!r} is not KEY=VALUE")
-            return ()
-    if not found:
-        labels = ((template.get("metadata") or {}).get("labels")) or {}
-        version = labels.get("app.kubernetes.io/version") or labels.get("version")
-        found = (f"version={version}",) if version and LABEL.fullmatch(f"version={version}") else ()
-    return tuple((each.partition("=")[0], each.partition("=")[2]) for each in found)
-
-
-def _quantity(read: _Reader, name: str, default: str) -> str:
-    return read.matching(name, r"[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi)?", "a quantity such as 64Mi or 50m", default)
+            port = each.get("containerPort") if isinstance(each, dict) else None
+            if port in ours:
+                injection.report(where, f"port {port} is the sidecar's", "set crossway.dev/inbound-port, outbound-port, admin-port or probes-port to another")
+            elif isinstance(port, int):
+                taken[port] = f"container {container.get('name')}"
+    if app_port is not None and app_port not in taken:
+        taken[app_port] = "the app"
+    return taken
 
 
 def probes_moved(injection: Injection, spec: Any, options: Options, at: Place) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str, str], ...]]:
     """Have the kubelet's probes of the app's port asked by the sidecar: the port itself takes members only. Returns what to ask."""
     asked: list[tuple[str, str]] = []
     headers: list[tuple[str, str, str]] = []
-    for number, container in _apps(spec):
-        where = at.of(spec, "containers").of(spec["containers"], number)
+    for where, container in _apps(spec, at):
         named = {each.get("name"): each.get("containerPort") for each in container.get("ports") or () if isinstance(each, dict)}
         for hook, does in (container.get("lifecycle") or {}).items():
             if isinstance(does, dict) and _leads(does, named) == options.app_port:
@@ -276,27 +172,48 @@ def probes_moved(injection: Injection, spec: Any, options: Options, at: Place) -
             if not isinstance(probe, CommentedMap) or _leads(probe, named) != options.app_port:
                 continue
             place, name = where.of(container, key), f"{container.get('name')}-{short}"
-            http = probe.get("httpGet")
-            if "grpc" in probe:
-                injection.report(place, "the kubelet cannot call the app's port, which takes members only", "use exec, httpGet or tcpSocket")
+            kind = next(each for each in CALLS if each in probe)
+            what = _asked(injection, probe[kind], kind, place.of(probe, kind), options.app_port)
+            if what is None:
                 continue
-            if http is not None and str(http.get("scheme", "HTTP")).upper() != "HTTP":
-                injection.report(place.of(probe, "httpGet"), "the app has to speak clear text to its sidecar: an HTTPS probe cannot be asked")
-                continue
-            if http is not None:
-                asked.append((name, f"http:{options.app_port}{http.get('path') or '/'}"))
-                headers += [(name, str(each.get("name")), str(each.get("value"))) for each in http.get("httpHeaders") or ()]
-            else:
-                asked.append((name, f"tcp:{options.app_port}"))
-            position = list(probe).index("httpGet" if http is not None else "tcpSocket")
-            del probe["httpGet" if http is not None else "tcpSocket"]
+            asked.append((name, what))
+            headers += _headers(injection, name, probe[kind], place.of(probe, kind))
+            position = list(probe).index(kind)
+            del probe[kind]
             probe.insert(position, "httpGet", {"path": f"/app/{name}", "port": options.ports[3]})
     return tuple(asked), tuple(headers)
 
 
+def _asked(injection: Injection, call: Any, kind: str, at: Place, port: Any) -> str | None:
+    """Return what the sidecar has to ask; None for what it cannot, which is reported."""
+    if kind == "tcpSocket":
+        return f"tcp:{port}"
+    if kind == "grpc":
+        service = str(call.get("service") or "")
+        if not SERVICE.fullmatch(service):
+            injection.report(at.of(call, "service"), f"{service!r} cannot be asked")
+        return f"grpc:{port}{'/' if service else ''}{service}"
+    if str(call.get("scheme", "HTTP")).upper() != "HTTP":
+        injection.report(at, "the app has to speak clear text to its sidecar: an HTTPS probe cannot be asked")
+        return None
+    path = f"/{str(call.get('path') or '').removeprefix('/')}"
+    if not PATH.fullmatch(path):
+        injection.report(at.of(call, "path"), f"{path!r} cannot be asked", "write it percent-encoded")
+    return f"http:{port}{path}"
+
+
+def _headers(injection: Injection, name: str, http: Any, at: Place) -> Iterator[tuple[str, str, str]]:
+    """Yield the headers of a probe."""
+    for number, each in enumerate(http.get("httpHeaders") or ()):
+        header, value = str(each.get("name") or ""), str(each.get("value") or "").strip()
+        if not good_header(header, value):
+            injection.report(at.of(http, "httpHeaders").of(http["httpHeaders"], number), f"a probe cannot have this header: {header}", "remove it")
+        yield name, header, value
+
+
 def _leads(probe: Any, named: Mapping[Any, Any]) -> Any:
     """The port that a probe or a hook goes to, of the pod itself."""
-    for key in ("httpGet", "tcpSocket", "grpc"):
+    for key in CALLS:
         what = probe.get(key)
         if isinstance(what, dict):
             if what.get("host"):

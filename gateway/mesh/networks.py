@@ -51,9 +51,9 @@ def all_gateways(mesh: MeshFile) -> frozenset[str]:
 
 
 def ways(mesh: MeshFile, endpoints: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[str]]:
-    """Return the addresses of each network's gateways that are up."""
+    """Return the addresses of each network's gateways that are up; several behind one load balancer have one."""
     return {
-        network: [each["address"] for each in endpoints.get(settings.gateway, ()) if network_of(each["labels"]) == network]
+        network: list(dict.fromkeys(each["address"] for each in endpoints.get(settings.gateway, ()) if network_of(each["labels"]) == network))
         for network, settings in mesh.networks.items()
     }
 

@@ -82,7 +82,7 @@ class Surroundings:
     versions: int = 0
     callers: set[str] = field(default_factory=set)
     split: Dealer = field(default_factory=Dealer)
-    external_certs: Mapping[str, str] = field(default_factory=dict)  # external host -> file of our certificate towards it, with its key
+    external_certs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # external host -> files of our certificate towards it and its key
     journal: Journal | None = None  # of calls to external hosts
     outside: list[Destination] = field(default_factory=list)  # external hosts of the last snapshot
     kept: dict[Any, Any] = field(default_factory=dict)  # parts of the last snapshot, by all that they were made of

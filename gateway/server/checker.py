@@ -15,7 +15,7 @@ import uvloop
 from gateway._speedups.upstream_table import CHECKER, UpstreamTable
 from gateway.discovery.book import book_of
 from gateway.discovery.found import Found
-from gateway.health import Checks, Verdict
+from gateway.health.runner import Checks, Verdict
 from gateway.server import log as logs
 from gateway.server.channel import ChannelClosed
 from gateway.server.launch import CheckerLaunch

@@ -30,6 +30,7 @@ from gateway.mesh.pod import read_token as read_pod
 from gateway.mesh.proxy import INBOUND, OUTBOUND, TCP, Surroundings, build
 from gateway.mesh.state import BUNDLE, State, StateError
 from gateway.server import log as logs
+from gateway.server.exchanged import follow
 from gateway.server.pages import Pages, bound
 from gateway.server.sidecar_drain import Drain
 from gateway.server.sidecar_pages import Answers
@@ -152,6 +153,8 @@ class Sidecar:
         self._from_disk()
         if self.setup.app is not None:
             self._task(self._watch_app())
+        if own := [each for files in self.setup.external_certs.values() for each in files]:
+            self._task(follow(own, self._again))
         self._task(self.identity.keep())
         self._task(self.link.run())
         self._tick()
@@ -300,7 +303,7 @@ class Sidecar:
         self.link.renewed()
 
     def _again(self) -> None:
-        """SIGHUP: read again what is not the control plane's to say, the certificates towards external hosts."""
+        """SIGHUP, or an exchanged file: read again what is not the control plane's to say, the certificates towards external hosts."""
         if not self.setup.external_certs or not self.listening or self.link.current is None:
             log.info("nothing to reload: the control plane says what there is to do")
             return

@@ -46,7 +46,7 @@ class Setup:
     advertise: str | None = None  # host:port by which others reach inbound, when it is not what is bound
     intercept: bool = False
     app_protocol: str = "http1"
-    external_certs: dict[str, str] = field(default_factory=dict)  # external host -> file of our certificate and key
+    external_certs: dict[str, tuple[str, ...]] = field(default_factory=dict)  # external host -> files of our certificate and key, one or two
     egress_audit: str | None = None  # a file, stdout or stderr
     drain_delay: float = 2.0  # seconds
     drain_deadline: float = 30.0

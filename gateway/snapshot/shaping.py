@@ -15,6 +15,7 @@ from gateway._speedups.shaping import Chooser, Conditions, Mirror, Shaper
 from gateway.config import Config, schema
 from gateway.config.client_tls import ClientTls
 from gateway.config.conditions import triples
+from gateway.config.mesh_parts import ServiceTraffic
 from gateway.config.policies import HeaderEdits
 from gateway.config.shaping import Mirror as MirrorSettings
 from gateway.policies import RouteParts, Workshop
@@ -76,14 +77,16 @@ def service_shape(
     traffic = config.upstreams[way.upstream.name].traffic
     if traffic is None:
         return None
-    chooser = Chooser(
-        [Conditions(part.headers, part.cookies) for part in traffic.canaries], [(part.label, part.weight) for part in traffic.splits],
-        traffic.sticky,
-    )  # fmt: skip
     entries = tuple(
         entry(replace(way, upstream=upstreams[part.name], metric=add(choice_name(route.name, part.name)))) for part in traffic.parts
     )
-    return Shaper(chooser, entries, spare=True)
+    return Shaper(service_chooser(traffic), entries, spare=True)
+
+
+def service_chooser(traffic: ServiceTraffic) -> Chooser:
+    """Return what chooses among the parts of a service."""
+    canaries = [Conditions(part.headers, part.cookies) for part in traffic.canaries]
+    return Chooser(canaries, [(part.label, part.weight) for part in traffic.splits], traffic.sticky)
 
 
 def edits(remove: list[bytes], add: list[bytes], more: HeaderEdits = NO_EDITS) -> Edits | None:

@@ -216,6 +216,39 @@ def test_our_certificate_is_shown_where_it_is_asked_for_and_every_call_is_record
     assert sum(line["status"] == 200 for line in lines) >= 3
 
 
+def secret(folder: Path, version: str, issued: Issued) -> None:
+    """A Secret of the type kubernetes.io/tls as a kubelet mounts it, and exchanges it: two links to a folder that is replaced at once."""
+    made = folder / f"..{version}"
+    made.mkdir(parents=True)
+    (made / "cards.crt").write_bytes(issued.pem)
+    (made / "cards.key").write_bytes(issued.key_pem)
+    (folder / "..fresh").symlink_to(made.name)
+    (folder / "..fresh").rename(folder / "..data")
+    for name in ("cards.crt", "cards.key"):
+        if not (folder / name).is_symlink():
+            (folder / name).symlink_to(f"..data/{name}")
+
+
+def test_certificate_and_key_of_a_secret_are_read_again_when_they_are_exchanged(control: Control, origin: Origin, names: NameServer, tmp_path: Path) -> None:
+    ours, folder = Authority("issuer of ours", number=3), tmp_path / "secret"
+    secret(folder, "1", ours.issue("payments.bank.test", number=1))
+    with Partner(tmp_path) as partner:
+        partner.context.load_verify_locations(cadata=ours.pem.decode())
+        partner.context.verify_mode = ssl.CERT_REQUIRED
+        control.external["payments"] = {"cards": cards(partner.port, names)}
+        files = ("--external-cert", f"cards={folder}/cards.crt", "--external-key", f"cards={folder}/cards.key")
+        with Sidecar(control, "payments", origin.port, *files) as payments:
+            eventually(lambda: call(payments)[0] == 200, "the way out")
+            assert ("commonName", "payments.bank.test") in partner.shown[-1]["subject"][0]
+            secret(folder, "2", ours.issue("next.bank.test", number=2))
+            eventually(lambda: call(payments)[0] == 200 and ("commonName", "next.bank.test") in partner.shown[-1]["subject"][0], "the next certificate")
+            # A key that is another's changes nothing.
+            wrong, other = ours.issue("wrong.bank.test", number=4), ours.issue("other.bank.test", number=5)
+            secret(folder, "3", Issued(wrong.certificate, other.key))
+            eventually(lambda: payments.logged("the certificates towards external hosts cannot be used; the old ones go on"), "the log line")
+            assert call(payments)[0] == 200 and ("commonName", "next.bank.test") in partner.shown[-1]["subject"][0]
+
+
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion.TLSv1_1")
 @pytest.mark.parametrize("fault", ["another name", "another authority", "expired", "an old version"])
 def test_a_server_that_is_not_proved_gets_no_request(control: Control, payments: Sidecar, names: NameServer, tmp_path: Path, fault: str) -> None:

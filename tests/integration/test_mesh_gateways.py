@@ -18,11 +18,14 @@ from typing import Any
 
 import pytest
 
+from gateway.cli import main
 from tests.integration.control_kit import ControlProcess, Member, metric
 from tests.integration.faults import ScriptedOrigin, connect
-from tests.integration.mesh_kit import Sidecar, free_port
-from tests.integration.processes import PATIENCE, Gateway, eventually
+from tests.integration.mesh_kit import Ca, Sidecar, free_port
+from tests.integration.processes import PATIENCE, Gateway, environment, eventually
+from tests.integration.spire_kit import Agent
 from tests.integration.test_mesh_intercept import SERVER, Net, networks
+from tests.integration.test_mesh_kubernetes import ISSUER, Cluster, pod_options
 from tests.integration.test_mesh_tcp import connects
 from tests.integration.test_tcp_streams import echo
 
@@ -59,15 +62,15 @@ class Passage(Sidecar):
         self.arguments = [
             *wrapper, sys.executable, "-m", "gateway", "mesh", "gateway", "--network", network, "--bind", f"{host}:{self.inbound}",
             "--admin", f"127.0.0.1:{self.admin}", "--control", control.url, "--state", str(self.state),
-            "--token", str(control.token("gateway")), *more,
+            *(() if {"--join-kubernetes", "--spire"}.intersection(more) else ("--token", str(control.token("gateway")))), *more,
         ]  # fmt: skip
         self.start()
         if wait:
             self.ready()
 
 
-def plane(folder: Path, protocol: str = "http", host: str = "127.0.0.1") -> ControlProcess:
-    (folder / "mesh.yaml").write_text(FILE.format(protocol=protocol, host=host))
+def plane(folder: Path, protocol: str = "http", host: str = "127.0.0.1", control: str = "heartbeat: 5s") -> ControlProcess:
+    (folder / "mesh.yaml").write_text(FILE.format(protocol=protocol, host=host).replace("heartbeat: 5s", control))
     return ControlProcess(folder)
 
 
@@ -256,8 +259,88 @@ def test_several_gateways_and_one_that_the_file_does_not_name(tmp_path: Path, ap
         assert "does not name gateway as the gateway of the network north" in lost.logged("an assignment is refused, the old one goes on")[0]["reason"]
 
 
+JOIN = "control: {{join: {{kubernetes: {{issuer: " + ISSUER + ", keys: jwks.json, services: {{gateway: mesh/gateway}}}}}}, bind"
+
+
+def test_a_gateway_joins_as_a_pod_and_is_asked_by_its_kubelet(tmp_path: Path, apps: tuple[App, App]) -> None:
+    cluster, probes = Cluster(tmp_path), free_port()
+    cluster.publish()
+    (tmp_path / "mesh.yaml").write_text(FILE.replace("control: {{bind", JOIN).format(protocol="http", host="127.0.0.1"))
+    token = cluster.file("mesh/gateway", pod="gateway-5c-1", uid="eeeeeeee-0000-4000-8000-000000000005")
+    with ControlProcess(tmp_path) as control:
+        options = (*pod_options(control, token), "--probes", f"127.0.0.1:{probes}", "--drain-delay", "60")
+        with (
+            Passage(control, "west", *options) as passage,
+            member(control, "ledger", apps[0].port, "west"),
+            member(control, "payments", apps[1].port, "east") as payments,
+        ):
+            eventually(lambda: call(payments)[0] == 200, "the call through it")
+            assert "gateway-5c-1-eeeeeeee" in {each["instance"] for each in control.status()["instances"]}
+            for page in ("/livez", "/startz", "/readyz"):
+                assert asked(probes, page)[0] == 200
+            assert "crossway_mesh_gateway_connections_opened_total" in asked(probes, "/metrics")[1]
+            assert asked(probes, "/status")[0] == 404, "that is the operator's, on loopback"
+            # It leaves as a pod does: first by its preStop, then by the signal; a second one means now.
+            words = ["mesh", "leave", "--state", str(passage.state)]
+            assert subprocess.run([sys.executable, "-m", "gateway", *words], env=environment(), check=False, timeout=PATIENCE).returncode == 0
+            eventually(lambda: asked(probes, "/readyz")[0] == 503, "that it is not ready")
+            eventually(lambda: not told(control, payments, "ledger"), "the word that there is no way")
+            passage.process.send_signal(signal.SIGTERM)
+            eventually(lambda: passage.logged("stopping"), "the beginning of its end")
+            passage.process.send_signal(signal.SIGTERM)
+            assert passage.process.wait(PATIENCE) == 0
+
+
+def asked(port: int, path: str) -> tuple[int, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+    finally:
+        connection.close()
+
+
+def test_a_gateway_is_a_member_by_spire(tmp_path: Path, apps: tuple[App, App]) -> None:
+    authority = Ca()
+    agents = {name: Agent(tmp_path, name, f"spiffe://bank.test/{path}", ca=authority) for name, path in (
+        ("control", "control"), ("gateway", "service/gateway"), ("ledger", "service/ledger"), ("payments", "service/payments"))}  # fmt: skip
+    here = FILE.replace("control: {{bind", f"control: {{{{spire: {agents['control'].address}, bind")
+    (tmp_path / "mesh.yaml").write_text(here.format(protocol="http", host="127.0.0.1"))
+    try:
+        with (
+            ControlProcess(tmp_path) as control,
+            Passage(control, "west", "--spire", agents["gateway"].address) as passage,
+            member(control, "ledger", apps[0].port, "west", "--spire", agents["ledger"].address),
+            member(control, "payments", apps[1].port, "east", "--spire", agents["payments"].address) as payments,
+        ):
+            eventually(lambda: call(payments)[0] == 200, "the call through it")
+            before = passage.status()["certificate"]["serial"]
+            agents["gateway"].rotate()
+            eventually(lambda: passage.status()["certificate"]["serial"] != before, "the agent's new certificate")
+            assert call(payments)[0] == 200
+    finally:
+        for each in agents.values():
+            each.stop()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--join-kubernetes", "x"], "--control-ca belongs to"),
+        (["--spire", "unix:/a", "--token", "y"], "one way to join is enough"),
+        (["--spire", "/a"], "is not the address of a SPIFFE agent"),
+        (["--connections", "0"], "--connections is a number"),
+    ],
+)
+def test_mistakes_of_the_command_line(options: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    line = "mesh gateway --network west --bind 127.0.0.1:1 --control https://127.0.0.1:4 --state s"
+    monkeypatch.setattr("sys.argv", ["crossway", *line.split(), *options])
+    assert main() == 2 and said in capsys.readouterr().err
+
+
 def test_who_moves_to_another_network_is_told_what_is_there(tmp_path: Path) -> None:
-    with plane(tmp_path) as control:
+    with plane(tmp_path, control="heartbeat: 10m") as control:  # members made by hand speak once
         ledger, door, payments = (Member(control, name, number) for number, name in enumerate(("ledger", "gateway", "payments"), 1))
         for each, network in ((ledger, "west"), (door, "west"), (payments, "east")):
             assert each.join(labels={"network": network})[0] == 200
@@ -279,8 +362,9 @@ def test_who_moves_to_another_network_is_told_what_is_there(tmp_path: Path) -> N
 
 
 def test_the_control_plane_looks_at_gateways_and_not_behind_them(tmp_path: Path) -> None:
-    with plane(tmp_path) as control, Passage(control, "west") as one, Passage(control, "west", number=2) as two:
-        control.edit("heartbeat: 5s", "heartbeat: 60s, health: {interval: 300ms, timeout: 300ms, failures: 2}")
+    # Members made by hand speak once, and a control plane keeps the heartbeat that it started with.
+    settings = "heartbeat: 10m, health: {interval: 300ms, timeout: 300ms, failures: 2}"
+    with plane(tmp_path, control=settings) as control, Passage(control, "west") as one, Passage(control, "west", number=2) as two:
         # Two ledgers behind the gateway, where nobody listens that the control plane could reach; one such in its own network.
         members = [Member(control, name, number) for number, name in enumerate(("ledger", "ledger", "payments", "payments"), 1)]
         for each, network in zip(members, ("west", "west", "default", "default"), strict=True):

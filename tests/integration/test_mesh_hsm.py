@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from gateway.config.mesh_file import Pkcs11
+from gateway.demo.registry import Registry
 from gateway.mesh.ca import Ca
 from gateway.mesh.keys import CaError, Keys
 from tests.integration.control_kit import ControlProcess, Member, make_request
@@ -85,6 +86,14 @@ def test_a_mesh_lives_by_keys_that_never_leave_the_token(token: Hsm, tmp_path: P
         assert member.renew()[0] == 200
         assert member.bundle.startswith(before) and member.bundle.count("BEGIN") == 2
         assert PIN.encode() not in everything(tmp_path), "neither log nor file nor state tells the PIN"
+
+
+def test_the_demos_tokens_are_made_where_the_keys_are(token: Hsm, tmp_path: Path) -> None:
+    with ControlProcess(tmp_path, control=token.yaml) as control:
+        Registry(control.path).tokens({"first": "payments"})
+        made = tmp_path / "first.token"
+        assert made.stat().st_mode & 0o777 == 0o600
+        assert Member(control, "payments").join(made.read_text())[0] == 200
 
 
 def test_without_the_hsm_members_go_on_and_wait_for_certificates(token: Hsm, tmp_path: Path) -> None:

@@ -241,6 +241,7 @@ def test_a_certificate_that_ended_is_replaced_by_joining_again(tmp_path: Path, c
         (["--join-kubernetes", "x"], "--control-ca belongs to"),
         (["--control-ca", "x"], "--control-ca belongs to"),
         (["--join-kubernetes", "x", "--control-ca", "x", "--token", "y"], "one way to join is enough"),
+        (["--external-key", "cards=k"], "--external-key belongs to an --external-cert"),
     ],
 )
 def test_contradicting_ways_to_join_are_told(tmp_path: Path, control: ControlProcess, options: list[str], said: str) -> None:

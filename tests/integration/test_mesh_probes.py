@@ -9,9 +9,11 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import grpc
 import pytest
 
 from tests.integration.control_kit import ControlProcess
@@ -119,6 +121,34 @@ def test_the_apps_own_probes_are_asked_on_its_behalf(control: ControlProcess, he
         assert ask(probes, "/app/dead")[0] == 503 and ask(probes, "/app/deaf")[0] == 503
         assert ask(probes, "/app/other")[0] == 404
         assert ask(probes, "/app/main-live", "POST")[0] == 405
+
+
+def test_a_grpc_app_is_asked_by_its_health_protocol(control: ControlProcess) -> None:
+    """The service is grpcio's, the messages are written here by hand."""
+    serving, probes = {"": 1, "bank.Ledger": 1}, free_port()
+
+    def check(request: bytes, context: grpc.ServicerContext) -> bytes:
+        name = request[2:].decode()
+        if name not in serving:
+            context.abort(grpc.StatusCode.NOT_FOUND, "no such service")
+        return bytes([0x08, serving[name]])
+
+    server = grpc.server(ThreadPoolExecutor(4))
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Check": grpc.unary_unary_rpc_method_handler(check)})])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    asked = {"whole": f"grpc:{port}", "one": f"grpc:{port}/bank.Ledger", "other": f"grpc:{port}/bank.Other"}
+    options = [word for name, what in asked.items() for word in ("--app-probe", f"{name}={what}")]
+    try:
+        with Sidecar(control, "payments", port, "--app-protocol", "grpc", "--probes", f"127.0.0.1:{probes}", *options):  # type: ignore[arg-type]
+            assert [ask(probes, f"/app/{name}")[0] for name in asked] == [200, 200, 503]
+            assert "NOT_FOUND" in ask(probes, "/app/other")[1]
+            serving["bank.Ledger"] = 2
+            assert ask(probes, "/app/one") == (503, "the app answers NOT_SERVING\n") and ask(probes, "/app/whole")[0] == 200
+            server.stop(0).wait(PATIENCE)
+            assert ask(probes, "/app/whole")[0] == 503
+    finally:
+        server.stop(0).wait(PATIENCE)
 
 
 def test_who_leaves_is_no_endpoint_and_still_answers(control: ControlProcess, app: int) -> None:

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import http.client
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
+from ruamel.yaml import YAML
 
+from gateway.mesh.inject import Injection
 from tests.integration.control_kit import FILE, ControlProcess
-from tests.integration.mesh_kit import Ca, Sidecar
-from tests.integration.processes import PATIENCE, Gateway, Origin, eventually
+from tests.integration.faults import ScriptedOrigin, connect
+from tests.integration.mesh_kit import Ca, Sidecar, free_port
+from tests.integration.processes import PATIENCE, Gateway, Origin, environment, eventually
 from tests.integration.spire_kit import Agent, wait_for_call
+from tests.integration.test_mesh_tcp import connects
 from tests.integration.test_mesh_whole import call
+from tests.integration.test_tcp_streams import echo
 
 ID = "spiffe://bank.test/service/"
 EDGE = """version: 1
@@ -238,6 +246,54 @@ def test_an_edge_is_a_member_by_spire(estate: Estate, tmp_path: Path) -> None:
     agent.stop()
     with Gateway(tmp_path / "edge.yaml") as edge:
         eventually(lambda: edge.get("/v1/x")[0] == 200, "a call through the edge")
+
+
+BATCH = """apiVersion: batch/v1
+kind: Job
+metadata: {name: payments}
+spec:
+  template:
+    metadata:
+      annotations:
+        crossway.dev/mode: explicit
+        crossway.dev/app-port: none
+        crossway.dev/spire: %s
+        crossway.dev/local: "db=%d"
+        crossway.dev/inbound-port: "%d"
+        crossway.dev/outbound-port: "%d"
+        crossway.dev/admin-port: "%d"
+        crossway.dev/probes-port: "%d"
+    spec:
+      restartPolicy: Never
+      containers: [{name: run, image: batch}]
+"""
+
+
+def test_an_injected_job_joins_by_the_agent_and_reaches_a_service_that_speaks_tcp(estate: Estate, tmp_path: Path) -> None:
+    """The sidecar of an injected manifest, with its own words; only the places of its files are others."""
+    estate.control.edit("  accounts: {}", "  accounts: {}\n  db: {protocol: tcp}")
+    estate.control.edit("  rules:\n", "  rules:\n    - {name: payments-to-db, from: [payments], to: db}\n")
+    origin, agent, local = ScriptedOrigin(echo), estate.agent("payments"), free_port()
+    database = Sidecar(estate.control, "db", origin.port, "--spire", estate.agent("db").address, "--app-protocol", "tcp")  # type: ignore[arg-type]
+    estate.sidecars.append(database)
+    made = Injection("job.yaml", {"control": estate.control.url}).run(BATCH % (agent.socket, local, *(free_port() for _ in range(4))))
+    (job,) = YAML(typ="safe").load_all(made)
+    (side,) = job["spec"]["template"]["spec"]["initContainers"]
+    places = {"/run/crossway-agent": str(agent.socket.parent), "/var/run/crossway/member": str(tmp_path / "run/member"), "[$(POD_IP)]": "127.0.0.1"}
+    words = [reduce(lambda word, place: word.replace(*place), places.items(), each) for each in side["args"]]
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "side.log").open("wb") as errors, subprocess.Popen(
+        [sys.executable, "-m", "gateway", *words], env=environment(), stdout=subprocess.DEVNULL, stderr=errors
+    ) as process:  # fmt: skip
+        try:
+            eventually(lambda: connects(local), "a connection to db")
+            with connect(local) as client:
+                client.send(b"by a local port")
+                assert client.exactly(15) == b"by a local port"
+            assert database.metric('istio_tcp_connections_opened_total{reporter="destination",source_workload="payments"') >= 1
+        finally:
+            process.kill()
+    origin.close()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import re
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from gateway.cli import main
 from tests.integration.control_kit import ControlProcess
 from tests.integration.mesh_kit import Control, Sidecar, free_port
 from tests.integration.processes import PATIENCE, Gateway, QuietServer, eventually
@@ -266,6 +268,55 @@ def test_an_edge_deals_out_as_the_mesh_says(estate: Estate) -> None:
             eventually(lambda: many(port, 30) == {"two": 30}, "v2 alone")
         with Gateway(path) as edge:  # it begins with what it knew
             assert many(urlsplit(edge.addresses["public"]).port or 0, 20) == {"two": 20}
+
+
+def shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
+    """What a command prints."""
+    monkeypatch.setattr("sys.argv", ["crossway", *words])
+    capsys.readouterr()
+    assert main() == 0
+    return capsys.readouterr().out
+
+
+def test_routes_and_explain_show_the_meshs_choice(estate: Estate, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    control, file = estate.control, estate.control.folder / "edge.yaml"
+    file.write_text(EDGE.format(control=control.url, token=control.token("edge"), other=1))
+
+    def explain(path: str, *more: str) -> list[str]:
+        return shown(capsys, monkeypatch, "explain", "GET", path, "-c", str(file), *more).splitlines()
+
+    # Before it has joined, and wherever its state is not, nobody can know.
+    assert "how it divides ledger is not known here: " in "\n".join(explain("/v1/x")) and "edge.state holds no certificate" in shown(capsys, monkeypatch, "routes", "-c", str(file))
+    with Gateway(file):
+        eventually(lambda: control.acked("edge") == control.version, "the edge's acknowledgement")
+        assert "mesh      service ledger, all instances alike" in explain("/v1/x")
+        split = [{**V1, "weight": 19}, {**V2, "weight": 1}]
+        estate.tell(["one", "bare"], split=split, sticky="header:x-tenant", canary=[{"labels": {"tier": "gold"}, **ASKED}])
+        # The edge joins by one stream and goes on by another one: between the two it hears nothing.
+        eventually(lambda: any("version=v1 95%" in line for line in explain("/v1/x")), "the word of the split")
+        table = shown(capsys, monkeypatch, "routes", "-c", str(file))
+        assert "ledger in the mesh: version=v1 95%, version=v2 5% (sticky by header:x-tenant)" in table
+        assert "ledger in the mesh: tier=gold if header x-canary = always" in table and "not known" not in table
+        one = f"127.0.0.1:{estate.ledgers['one'].inbound}"
+        drawn = explain("/v1/x")
+        assert f"mesh      ledger: version=v1 95%   ({one})" in drawn
+        assert "mesh      ledger: version=v2 5%   (no instance: what would go there goes to the other parts)" in drawn
+        assert "mesh      ledger: sticky by header:x-tenant, which this request does not say: it is drawn" in drawn
+        assert "mesh      ledger: tier=gold, header x-canary = always   (no instance: what would go there goes to the other parts)" in explain("/v1/x", "-H", "x-canary: always")
+        # Of two upstreams of the route's own split, one is divided by the mesh; the other is none of its business.
+        both = explain("/v2/x")
+        assert [line.split()[0] for line in both if line.startswith(("split", "mesh"))] == ["split", "split", "mesh", "mesh", "mesh"]
+        # Who sticks is told where, and comes there.
+        estate.tell(["one", "two"], split=[{**V1, "weight": 1}, {**V2, "weight": 1}], sticky="header:x-tenant")
+        eventually(lambda: any("version=v1 50%" in line for line in explain("/v1/x")), "the word of the new weights")
+        for tenant in ("a", "b", "c", "d", "e"):
+            (line,) = [line for line in explain("/v1/x", "-H", f"x-tenant: {tenant}") if line.startswith("mesh")]
+            part = re.fullmatch(r"mesh      ledger: (version=v[12]), sticky by header:x-tenant   \(.*\)", line)
+            assert part is not None, line
+            eventually(lambda: set(many(estate.payments.outbound, 5, x_tenant=tenant)) == {{"version=v1": "one", "version=v2": "two"}[part[1]]}, "the same part")  # noqa: B023
+        facts = json.loads(shown(capsys, monkeypatch, "routes", "--json", "-c", str(file)))
+        said = next(each for each in facts if each["name"] == "both")["mesh"]
+        assert set(said) == {"ledger"} and [each["labels"] for each in said["ledger"]["split"]] == ["version=v1", "version=v2"]
 
 
 def test_the_control_plane_says_what_its_file_says(tmp_path: Path) -> None:

@@ -26,6 +26,21 @@ class ChartError(Exception):
     """Helm refuses the values or the templates."""
 
 
+# What values have to say when there is an edge; nothing of it is loaded.
+EDGE = {"upstreams": {"payments": {"service": "payments"}}, "routes": [{"name": "pay", "match": {"prefix": "/"}, "upstream": "payments"}]}
+
+
+def merged(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """Return values as Helm merges them."""
+    both = {key: merged(base[key], more[key]) for key in base.keys() & more.keys() if isinstance(base[key], dict) and isinstance(more[key], dict)}
+    return {**base, **more, **both}
+
+
+def sensible(values: dict[str, Any] | None) -> dict[str, Any]:
+    """Return values with which there is something behind the edge."""
+    return merged({"edge": {"config": EDGE}}, values or {})
+
+
 def render(values: dict[str, Any] | None = None, *, name: str = "crossway", namespace: str = "mesh") -> dict[str, str]:
     """Return what each template makes, by its file's name. Raises ChartError."""
     asked = json.dumps({"values": values or {}, "name": name, "namespace": namespace}, sort_keys=True)
@@ -72,9 +87,9 @@ def _by_program(asked: str) -> str:
 
 
 def documents(values: dict[str, Any] | None = None) -> dict[tuple[str, str], dict[str, Any]]:
-    """Return the manifests by (kind, name). Raises ChartError."""
+    """Return the manifests by (kind, name), for values that have something behind the edge. Raises ChartError."""
     found = {}
-    for file, text in render(values).items():
+    for file, text in render(sensible(values)).items():
         if file.endswith(".yaml"):
             for data in YAML(typ="safe").load_all(text):
                 if data is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import stat
@@ -12,10 +13,11 @@ from typing import Any
 import kubernetes_validate
 import pytest
 
+from gateway.cli.mesh_gateway import register as register_gateway
 from gateway.config import load
 from gateway.config.mesh_load import load_mesh
 from gateway.mesh.ca import Ca
-from tests.unit.chart import CHART, ChartError, documents, render
+from tests.unit.chart import CHART, ChartError, documents, merged, render, sensible
 
 POSTGRES = {"control": {"state": {"kind": "postgresql", "postgresql": {"existingSecret": "db", "cidr": "10.0.0.9/32"}}, "ca": {"existingSecret": "authority"}, "replicas": 3}}
 EVERYTHING = {
@@ -34,10 +36,22 @@ EVERYTHING = {
         "networkPolicy": {"clients": [{"ipBlock": {"cidr": "10.0.0.0/8"}}], "monitoring": [{"namespaceSelector": {}}], "egress": [{"ports": [{"port": 443}]}]},
     },
 }  # fmt: skip
+NETWORKS = {"services": {"edge": {}, "gateway": {}}, "networks": {"west": {"gateway": "gateway"}, "east": {"gateway": "gateway"}}, "control": {"network": "west"}}
+GATEWAY: dict[str, Any] = {"control": {"mesh": NETWORKS}, "gateway": {"enabled": True, "mesh": {"network": "west", "advertise": "192.0.2.10:443"}}}
+FAR: dict[str, Any] = {
+    "control": {"enabled": False}, "edge": {"enabled": False},
+    "gateway": {
+        "enabled": True, "mesh": {"network": "east", "service": "door", "control": "https://192.0.2.10:9700", "advertise": "[2001:db8::7]:9443"}, "replicas": 3, "drain": {"delay": 7, "deadline": 50},
+        "service": {"port": 443, "annotations": {"a": "b"}, "loadBalancerClass": "example.test/lb", "loadBalancerSourceRanges": ["192.0.2.0/24"]}, "podAnnotations": {"c": "d"}, "podLabels": {"e": "f"},
+        "nodeSelector": {"g": "h"}, "tolerations": [{"key": "i", "operator": "Exists"}], "affinity": {"nodeAffinity": {}}, "priorityClassName": "high", "logLevel": "debug",
+        "networkPolicy": {"clients": [{"ipBlock": {"cidr": "192.0.2.0/24"}}], "monitoring": [{"namespaceSelector": {}}], "egress": [{"ports": [{"port": 443}]}]},
+    },
+}  # fmt: skip
 ALL: dict[str, dict[str, Any]] = {
     "defaults": {}, "postgresql": POSTGRES, "everything": EVERYTHING, "no edge": {"edge": {"enabled": False}, "control": {"kubernetes": {"services": {"a": ["b/c"]}}}},
     "edge alone": {"control": {"enabled": False}, "edge": {"mesh": {"control": "https://10.0.0.1:9700"}}}, "plain edge": {"control": {"enabled": False}, "edge": {"mesh": {"enabled": False}}},
     "no policies": {"control": {"networkPolicy": {"enabled": False}, "pdb": {"enabled": False}}, "edge": {"networkPolicy": {"enabled": False}, "pdb": {"enabled": False}}},
+    "a gateway": GATEWAY, "a gateway alone": FAR,
 }  # fmt: skip
 
 
@@ -135,6 +149,77 @@ def test_a_changed_edge_is_a_new_pod_and_a_changed_mesh_is_not() -> None:
     assert before == documents({"control": {"mesh": {"authorization": {"default": "audit"}}}})["StatefulSet", "crossway-control"]
 
 
+def words(made: dict[tuple[str, str], dict[str, Any]]) -> argparse.Namespace:
+    """The gateway's command line as the product reads it."""
+    parser = argparse.ArgumentParser()
+    register_gateway(parser.add_subparsers())
+    (each,) = made["Deployment", "crossway-gateway"]["spec"]["template"]["spec"]["containers"]
+    return parser.parse_args([word.replace("$(POD_IP)", "10.1.2.3") for word in each["args"]][1:])
+
+
+def test_a_gateway_is_what_its_command_takes_and_its_service_leads_to() -> None:
+    made = documents(FAR)
+    got = words(made)
+    assert (got.network, got.service, got.control, got.advertise) == ("east", "door", "https://192.0.2.10:9700", ("2001:db8::7", 9443))
+    assert (got.join_kubernetes, got.control_ca) == ("/var/run/secrets/crossway/token", "/var/run/secrets/crossway/root.crt")
+    pod = made["Deployment", "crossway-gateway"]["spec"]["template"]["spec"]
+    ports = {each["name"]: each["containerPort"] for each in pod["containers"][0]["ports"]}
+    assert got.bind == ("10.1.2.3", ports["mesh"]) and got.probes == ("10.1.2.3", ports["probes"]) and pod["terminationGracePeriodSeconds"] == 67
+    service = made["Service", "crossway-gateway"]["spec"]
+    assert service["type"] == "LoadBalancer" and service["ports"] == [{"name": "mesh", "port": 443, "targetPort": "mesh", "protocol": "TCP"}]
+    policy = made["NetworkPolicy", "crossway-gateway"]["spec"]
+    assert policy["ingress"][0] == {"from": [{"ipBlock": {"cidr": "192.0.2.0/24"}}], "ports": [{"protocol": "TCP", "port": ports["mesh"]}]}
+    assert {"ports": [{"protocol": "TCP", "port": 9700}]} in policy["egress"] and {"to": [{"namespaceSelector": {}}], "ports": [{"protocol": "TCP", "port": 9101}]} in policy["egress"]
+    assert made["PodDisruptionBudget", "crossway-gateway"]["spec"]["maxUnavailable"] == 1
+
+
+def test_the_control_plane_of_a_gateways_release_lets_it_join_and_looks_at_it(tmp_path: Path) -> None:
+    from tests.integration.pki import Authority
+
+    made = documents(GATEWAY)
+    assert words(made).control == "https://crossway-control.mesh:9700"
+    (tmp_path / "ca.crt").write_bytes(Authority("api").pem)
+    (tmp_path / "mesh.yaml").write_text(placed(made["ConfigMap", "crossway-control"]["data"]["mesh.yaml"], tmp_path))
+    mesh = load_mesh(tmp_path / "mesh.yaml")
+    assert mesh.control.join is not None and mesh.control.join.kubernetes[0].services["gateway"] == ("mesh/crossway-gateway",)
+    egress = made["NetworkPolicy", "crossway-control"]["spec"]["egress"]
+    assert {"to": [{"ipBlock": {"cidr": "192.0.2.10/32"}}], "ports": [{"protocol": "TCP", "port": 443}]} in egress
+    assert any(each.get("ports") == [{"protocol": "TCP", "port": 9443}] for each in egress)
+    six = documents({**GATEWAY, "gateway": {"enabled": True, "mesh": {"network": "west", "advertise": "[2001:db8::7]:9443"}}})
+    assert {"ipBlock": {"cidr": "2001:db8::7/128"}} in [to for each in six["NetworkPolicy", "crossway-control"]["spec"]["egress"] for to in each.get("to", [])]
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_further_clusters_join_beside_the_charts_own(tmp_path: Path, listed: bool) -> None:
+    from tests.integration.pki import Authority
+
+    (tmp_path / "ca.crt").write_bytes(Authority("api").pem)
+    (tmp_path / "east.json").write_text('{"keys": []}')
+    east: dict[str, Any] = {"issuer": "https://east.bank.test", "keys": "/etc/east/east.json", "services": {"gateway": ["crossway/crossway-gateway"]}}
+    mesh = merged(NETWORKS, {"control": {"join": {"kubernetes": [east] if listed else east}}})
+    text = documents(merged(GATEWAY, {"control": {"mesh": mesh}}))["ConfigMap", "crossway-control"]["data"]["mesh.yaml"]
+    (tmp_path / "mesh.yaml").write_text(placed(text, tmp_path))
+    join = load_mesh(tmp_path / "mesh.yaml").control.join
+    assert join is not None and [each.services["gateway"] for each in join.kubernetes] == [("mesh/crossway-gateway",), ("crossway/crossway-gateway",)]
+
+
+def test_a_gateway_waits_for_its_address() -> None:
+    values = {"control": {"mesh": NETWORKS}, "gateway": {"enabled": True, "mesh": {"network": "west"}}}
+    made = documents(values)
+    assert ("Service", "crossway-gateway") in made and ("Deployment", "crossway-gateway") not in made
+    assert ("Service", "crossway-gateway") not in documents(), "nobody asked for one"
+    said = render(sensible(values)).get("NOTES.txt")
+    if said is not None:  # `helm template` does not show the notes; its library does
+        assert "get service crossway-gateway" in said and "gateway.mesh.advertise=ADDRESS:9443" in said
+
+
+def test_an_edge_may_reach_a_control_plane_that_is_elsewhere() -> None:
+    policy = documents(ALL["edge alone"])["NetworkPolicy", "crossway-edge"]["spec"]["egress"]
+    assert {"ports": [{"protocol": "TCP", "port": 9700}]} in policy
+    policy = documents({"control": {"enabled": False}, "edge": {"mesh": {"control": "https://mesh.bank.test"}}})["NetworkPolicy", "crossway-edge"]["spec"]["egress"]
+    assert {"ports": [{"protocol": "TCP", "port": 443}]} in policy
+
+
 def placed(text: str, folder: Path) -> str:
     """A configuration with its absolute paths below a folder of ours."""
     return re.sub(r"/(?:etc|var/run|var/lib)/[\w/.-]+", lambda match: str(folder / match[0].rpartition("/")[2]), text)
@@ -153,6 +238,20 @@ def test_mesh_yaml_is_a_meshs_file(tmp_path: Path, values: dict[str, Any]) -> No
     assert cluster.services["edge"] == ("mesh/crossway-edge",) and cluster.keys_ca == tmp_path / "ca.crt"
     assert str(mesh.control.bind) == "0.0.0.0:9700" and mesh.control.admin is not None and mesh.control.admin.loopback
     assert mesh.control.state == ("postgresql://crossway:secret@db/mesh" if values is POSTGRES else str(tmp_path / "mesh.db"))
+
+
+def test_the_authority_of_a_host_outside_is_mounted_in_the_control_plane(tmp_path: Path) -> None:
+    from tests.integration.pki import Authority
+
+    external = {"cards": {"hosts": ["api.cards.example"], "tls": {"ca": "/etc/partners/cards.pem"}}}
+    control = {"mesh": {"external": external}, "extraVolumes": [{"name": "partners", "configMap": {"name": "partners"}}], "extraVolumeMounts": [{"name": "partners", "mountPath": "/etc/partners"}]}
+    made = documents({"control": control})
+    (each,) = made["StatefulSet", "crossway-control"]["spec"]["template"]["spec"]["containers"]
+    assert {"name": "partners", "mountPath": "/etc/partners"} in each["volumeMounts"]
+    for name in ("ca.crt", "cards.pem"):
+        (tmp_path / name).write_bytes(Authority("cards").pem)
+    (tmp_path / "mesh.yaml").write_text(placed(made["ConfigMap", "crossway-control"]["data"]["mesh.yaml"], tmp_path))
+    assert load_mesh(tmp_path / "mesh.yaml").external["cards"].tls.ca == tmp_path / "cards.pem"
 
 
 def test_edge_yaml_is_a_gateways_file(tmp_path: Path) -> None:
@@ -182,6 +281,22 @@ def test_the_values_in_the_document_make_a_mesh(tmp_path: Path) -> None:
     mesh = load_mesh(tmp_path / "mesh.yaml")
     assert set(mesh.services) == {"edge", "payments", "ledger"} and [rule.name for rule in mesh.authorization.rules] == ["edge-to-payments", "payments-to-ledger"]
     assert load(tmp_path / "edge.yaml").upstreams["payments"].service == "payments"
+
+
+def test_the_networks_in_the_document_make_a_gateway(tmp_path: Path) -> None:
+    from ruamel.yaml import YAML
+
+    (tmp_path / "token").write_text("x" * 40)
+    (tmp_path / "root.crt").write_text("")
+    blocks = re.findall(r"^```yaml\n(.*?)^```", (CHART.parents[2] / "docs/kubernetes.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    first, second = (YAML(typ="safe").load(each) for each in (blocks[0], next(each for each in blocks if "gateway:\n" in each)))
+    made = documents(merged(merged(first, second), {"gateway": {"mesh": {"advertise": "192.0.2.10:9443"}}}))
+    assert words(made).network == "west"
+    for data in made.values():
+        kubernetes_validate.validate(data, "1.37", strict=True)
+    (tmp_path / "edge.yaml").write_text(placed(made["ConfigMap", "crossway-edge"]["data"]["edge.yaml"], tmp_path))
+    mesh = load(tmp_path / "edge.yaml").mesh
+    assert mesh is not None and mesh.network == "west"
 
 
 def script(values: dict[str, Any]) -> str:
@@ -236,17 +351,39 @@ def test_a_volume_whose_driver_opened_the_keys_is_put_right(tmp_path: Path) -> N
         ({"image": {"digest": "latest"}}, "digest"),
         ({"control": {"state": {"kind": "postgresql"}}}, "control.ca.existingSecret"),
         ({"control": {"state": {"kind": "postgresql"}, "ca": {"existingSecret": "x"}}}, "control.state.postgresql.existingSecret"),
+        ({"gateway": {"enabled": True}}, "gateway"),
+        ({"gateway": {"enabled": True, "mesh": {"network": "west", "advertise": "lb.bank.test:443"}}}, "advertise"),
+        ({"gateway": {"enabled": True, "mesh": {"network": "west"}}}, "control.mesh.services: gateway is missing"),
+        ({"gateway": {"enabled": True, "mesh": {"network": "west"}}, "control": {"mesh": {"services": {"gateway": {}}}}}, "{west: {gateway: gateway}}"),
+        ({"gateway": {"enabled": True, "mesh": {"network": "west"}}, "control": {"enabled": False}}, "gateway.mesh.control"),
         ({"edge": {"enabled": False}}, "which service accounts may join"),
     ],
 )
 def test_values_that_make_no_sense_are_refused(values: dict[str, Any], said: str) -> None:
     with pytest.raises(ChartError) as error:
-        render(values)
+        render(sensible(values))
     assert said in str(error.value)
 
 
+@pytest.mark.parametrize("config", [{}, {"upstreams": {"a": {"targets": ["a:1"]}}}, {"routes": [{"name": "a", "match": {"prefix": "/"}, "upstream": "a"}]}])
+def test_an_edge_that_would_not_start_is_refused(config: dict[str, Any]) -> None:
+    with pytest.raises(ChartError, match="edge.config"):
+        render({"edge": {"config": config}})
+
+
+def test_an_edge_of_raw_tcp_needs_no_routes(tmp_path: Path) -> None:
+    from ruamel.yaml import YAML
+
+    (tmp_path / "token").write_text("x" * 40)
+    listeners = {"public": {"bind": "0.0.0.0:5432", "tcp": {"upstream": "db"}}}
+    values = {"control": {"enabled": False}, "edge": {"mesh": {"enabled": False}, "config": {"listeners": listeners, "upstreams": {"db": {"targets": ["10.0.0.1:5432"]}}}}}
+    (made,) = [each for each in YAML(typ="safe").load_all(render(values)["edge-parts.yaml"]) if each and each["kind"] == "ConfigMap"]
+    (tmp_path / "edge.yaml").write_text(placed(made["data"]["edge.yaml"], tmp_path))
+    assert load(tmp_path / "edge.yaml").listeners["public"].tcp is not None
+
+
 def test_the_notes_name_what_there_is() -> None:
-    said = render().get("NOTES.txt")
+    said = render(sensible({})).get("NOTES.txt")
     if said is None:
         pytest.skip("`helm template` does not show the notes; its library does")
     for part in ("https://crossway-control.mesh:9700", "crossway-control-0", "create configmap crossway-root", "crossway mesh inject", "crossway-edge-admin"):

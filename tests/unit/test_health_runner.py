@@ -15,8 +15,9 @@ from gateway._speedups.upstream_table import CHECKER
 from gateway.config import Config, load
 from gateway.config.web import Address
 from gateway.discovery.found import Found
-from gateway.health import Checks, Verdict, runner
+from gateway.health import runner
 from gateway.health.probe import Connection
+from gateway.health.runner import Checks, Verdict
 from gateway.telemetry.shared import SharedState
 
 PATIENCE = 20.0  # seconds, used up by a failure only

@@ -54,6 +54,15 @@ def test_another_network_is_its_gateways(tmp_path: Path) -> None:
     assert "door" not in content_of("edge", world(tmp_path, "audit"))["services"], "nobody calls a gateway"
 
 
+def test_gateways_behind_one_load_balancer_are_one_way(tmp_path: Path) -> None:
+    mesh = world(tmp_path)
+    mesh.endpoints["door"] = [at("192.0.2.1:9443", "west"), at("192.0.2.1:9443", "west"), at("192.0.2.2:9443", "west")]
+    told = content_of("payments", mesh)
+    assert addresses(told, "db") == ["192.0.2.1:9443", "192.0.2.2:9443"]
+    mesh.endpoints["ledger"] *= 2
+    assert [each["weight"] for each in content_of("payments", mesh)["services"]["ledger"]["endpoints"] if "network" in each] == [2, 2]
+
+
 def test_a_gateway_leads_to_what_somebody_elsewhere_may_call(tmp_path: Path) -> None:
     told = content_of("door", world(tmp_path), "west")
     assert told["own"]["gateway"] == "west" and addresses(told, "ledger") == ["10.0.0.1:1", "10.0.0.2:1"]

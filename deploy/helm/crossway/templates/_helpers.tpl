@@ -89,6 +89,23 @@ affinity:
   ports: [{protocol: UDP, port: 53}, {protocol: TCP, port: 53}]
 {{- end -}}
 
+{{/* The control plane, as a member of the values' component reaches it: (list $ .Values.edge.mesh.control) */}}
+{{- define "crossway.control" -}}
+{{- $root := index . 0 -}}
+{{- index . 1 | default (printf "https://%s-control.%s:%d" (include "crossway.fullname" $root) $root.Release.Namespace (int $root.Values.control.service.port)) -}}
+{{- end -}}
+
+{{/* The rule of a NetworkPolicy that lets it there; one that is elsewhere is known by no selector. */}}
+{{- define "crossway.toControl" -}}
+{{- $root := index . 0 -}}
+{{- if index . 1 -}}
+- ports: [{protocol: TCP, port: {{ regexFind ":[0-9]+$" (trimSuffix "/" (index . 1)) | trimPrefix ":" | default "443" }}}]
+{{- else -}}
+- to: [{podSelector: {matchLabels: {{ include "crossway.selector" (list $root "control") | fromYaml | toJson }}}}]
+  ports: [{protocol: TCP, port: 9700}]
+{{- end -}}
+{{- end -}}
+
 {{/* mesh.yaml: what the chart decides goes before what the values say. */}}
 {{- define "crossway.mesh" -}}
 {{- $said := deepCopy .Values.control.mesh -}}
@@ -101,9 +118,15 @@ affinity:
 {{- $kubernetes := .Values.control.kubernetes -}}
 {{- if $kubernetes.enabled -}}
 {{- $services := deepCopy $kubernetes.services -}}
+{{- $own := dict -}}
 {{- if and .Values.edge.enabled .Values.edge.mesh.enabled -}}
-{{- $name := .Values.edge.mesh.service -}}
-{{- $account := printf "%s/%s-edge" .Release.Namespace (include "crossway.fullname" .) -}}
+{{- $_ := set $own "edge" .Values.edge.mesh.service -}}
+{{- end -}}
+{{- if .Values.gateway.enabled -}}
+{{- $_ := set $own "gateway" .Values.gateway.mesh.service -}}
+{{- end -}}
+{{- range $component, $name := $own -}}
+{{- $account := printf "%s/%s-%s" $.Release.Namespace (include "crossway.fullname" $) $component -}}
 {{- $_ := set $services $name (append (default (list) (get $services $name)) $account | uniq) -}}
 {{- end -}}
 {{- if not $services -}}
@@ -115,7 +138,8 @@ affinity:
 {{- $_ := set $cluster "keys_token" "/var/run/secrets/crossway-api/token" -}}
 {{- end -}}
 {{- $join := deepCopy (default (dict) $control.join) -}}
-{{- $_ := set $join "kubernetes" (list $cluster) -}}
+{{- $others := $join.kubernetes | default list -}}
+{{- $_ := set $join "kubernetes" (concat (list $cluster) (ternary (list $others) $others (kindIs "map" $others))) -}}
 {{- $_ := set $control "join" $join -}}
 {{- end -}}
 {{- $_ := set $said "version" 1 -}}
@@ -126,12 +150,19 @@ affinity:
 {{/* edge.yaml, likewise. */}}
 {{- define "crossway.edge" -}}
 {{- $said := deepCopy .Values.edge.config -}}
+{{- $ways := $said.routes -}}
+{{- range $said.listeners }}{{ $ways = or $ways .tcp }}{{ end -}}
+{{- if not (and $said.upstreams $ways) -}}
+{{- fail "edge.config: an edge needs `upstreams` and `routes` to start; say them, or set edge.enabled: false" -}}
+{{- end -}}
 {{- $_ := set $said "admin" (dict "bind" "0.0.0.0:9900" "token" "${file:/etc/crossway-admin/token}") -}}
 {{- $_ := set $said "workers" (int .Values.edge.workers) -}}
 {{- $_ := set $said "drain" (dict "delay" (printf "%ds" (int .Values.edge.drain.delay)) "deadline" (printf "%ds" (int .Values.edge.drain.deadline))) -}}
 {{- if .Values.edge.mesh.enabled -}}
-{{- $control := .Values.edge.mesh.control | default (printf "https://%s-control.%s:%d" (include "crossway.fullname" .) .Release.Namespace (int .Values.control.service.port)) -}}
-{{- $_ := set $said "mesh" (dict "service" .Values.edge.mesh.service "control" $control "kubernetes" "/var/run/secrets/crossway/token" "control_ca" "/var/run/secrets/crossway/root.crt" "state" "/var/run/crossway/member") -}}
+{{- $control := include "crossway.control" (list . .Values.edge.mesh.control) -}}
+{{- $mesh := dict "service" .Values.edge.mesh.service "control" $control "kubernetes" "/var/run/secrets/crossway/token" "control_ca" "/var/run/secrets/crossway/root.crt" "state" "/var/run/crossway/member" -}}
+{{- with .Values.edge.mesh.network }}{{ $_ := set $mesh "network" . }}{{ end -}}
+{{- $_ := set $said "mesh" $mesh -}}
 {{- end -}}
 {{- toYaml $said -}}
 {{- end -}}
