@@ -147,6 +147,9 @@ class Api:
         held = await self.plane.store.rows("SELECT instance FROM certificates WHERE serial = ?", peer.serial)
         issued = self._issue(said, service, peer.leaf.der)
         await self._keep(issued, service, held[0]["instance"] if held else "", "renewal")
+        if await revocation.inherit(self.plane.store, issued.serial, peer.serial, issued.not_after):
+            await self.plane.registry.touch()
+            raise Refusal(403, f"{peer.leaf.uris[0]} (serial {peer.serial}) is revoked", "revoked")
         return self._issued(issued)
 
     def _member(self, peer: Peer) -> str:

@@ -408,6 +408,26 @@ def test_one_certificate_can_be_revoked(control: ControlProcess, members: list[M
     assert control.command("revoke", "no-such").returncode == 2
 
 
+def test_a_stolen_key_does_not_outlive_its_revocation_by_renewing(control: ControlProcess, members: list[Member]) -> None:
+    """Whoever has the key of one certificate may have renewed before anybody noticed: its serial shuts out what came of it too."""
+    owner, other = joined(members, control, "ledger", 1), joined(members, control, "ledger", 2).open()
+    stolen, thief = serial_of(owner), Member(control, "ledger", 1)
+    thief.pair = control.folder / "stolen.pem"
+    thief.pair.write_bytes(owner.pair.read_bytes())
+    assert thief.renew()[0] == 200 and thief.renew()[0] == 200
+    owner.renew()
+    thief.open()
+    done = control.command("revoke", stolen)
+    assert done.returncode == 0 and "3 others of its instance" in done.stdout
+    assert thief.closed.wait(PATIENCE)
+    other.has(lambda held: {stolen, serial_of(thief), serial_of(owner)} <= set(held["revoked"]["serials"]), "the deny list")
+    assert thief.renew()[0] == 403 and owner.renew()[0] == 403 and other.renew()[0] == 200
+    assert owner.join()[0] == 200 and owner.renew()[0] == 200, "who joins anew is in again, under the same name"
+    assert control.command("revoke", stolen, "--undo").returncode == 0
+    other.has(lambda held: held["revoked"]["serials"] == [], "the empty deny list")
+    assert thief.renew()[0] == 200
+
+
 # -- the root
 
 
