@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import json
 import socket
+import sqlite3
 import ssl
 import stat
 import time
@@ -367,6 +368,98 @@ def test_a_second_stream_of_an_instance_replaces_the_first(control: ControlProce
     members.append(again.open())
     assert first.wait(PATIENCE)
     again.has(lambda held: held["version"], "an assignment")
+
+
+def raw_stream(control: ControlProcess, member: Member, *, instance: str = "", version: int = 0) -> ssl.SSLSocket:
+    """A member's stream by hand; what answers the handshake has been read, and says whether it is one."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.load_cert_chain(member.pair)
+    secure = context.wrap_socket(socket.create_connection(("127.0.0.1", control.port), PATIENCE))
+    head = f"GET /v1/stream?instance={instance or member.instance}&version={version} HTTP/1.1\r\nhost: x\r\nupgrade: websocket\r\nconnection: Upgrade\r\n"
+    secure.sendall(head.encode() + b"sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\nsec-websocket-version: 13\r\n\r\n")
+    answer = b""
+    while not answer.endswith(b"\r\n\r\n") and (byte := secure.recv(1)):
+        answer += byte
+    if b" 101 " not in answer:
+        secure.close()
+        raise PermissionError(answer.partition(b"\r\n")[0].decode())
+    return secure
+
+
+def frame(code: int, data: bytes, final: bool = True) -> bytes:
+    """A masked frame of at most 125 bytes."""
+    return bytes(((0x80 if final else 0) | code, 0x80 | len(data))) + bytes(4) + data
+
+
+BEAT = frame(1, b'{"type":"heartbeat","healthy":true,"draining":false}')
+
+
+def resident(control: ControlProcess) -> int:
+    """MiB of memory that the process has."""
+    text = Path(f"/proc/{control.process.pid}/status").read_text()
+    return int(text.partition("VmRSS:")[2].split()[0]) >> 10
+
+
+def test_one_instance_does_not_speak_for_another(control: ControlProcess, members: list[Member]) -> None:
+    """Each of a service's instances has the same identity; its certificate says which of them it is."""
+    victim, other = joined(members, control, "ledger", 1).open(), joined(members, control, "ledger", 2)
+    victim.has(lambda held: held["version"], "an assignment")
+    with pytest.raises(PermissionError, match="403"):
+        raw_stream(control, other, instance=victim.instance)
+    refused = eventually(lambda: control.logged("a stream is refused"), "the reason")
+    assert "issued to the instance ledger-2" in refused[0]["reason"]
+    assert not victim.closed.is_set()
+
+
+def test_a_certificate_is_one_instance_at_a_time(control: ControlProcess, members: list[Member]) -> None:
+    """Names could be invented without end otherwise, and each would be remembered for days."""
+    member = joined(members, control, "ledger", 1)
+    for number in range(5):
+        raw_stream(control, member, instance=f"renamed-{number}").close()
+        eventually(lambda: [row["state"] for row in control.status()["instances"]] in (["gone"], ["unhealthy"]), "one instance")
+        control.kill()  # of a control plane that is gone nobody is there
+        with contextlib.closing(sqlite3.connect(control.folder / "mesh.db")) as state:
+            assert [row[0] for row in state.execute("SELECT instance FROM instances")] == [f"renamed-{number}"]
+            state.execute("UPDATE instances SET connected = 0")
+            state.commit()
+        control.start()
+
+
+def test_a_version_that_nobody_drew_costs_the_others_nothing(control: ControlProcess, members: list[Member]) -> None:
+    quiet, loud = joined(members, control, "ledger", 1).open(), joined(members, control, "ledger", 2)
+    quiet.has(lambda held: held["version"], "an assignment")
+    for _ in range(10):
+        raw_stream(control, loud, version=1 << 53).close()
+    payments = joined(members, control, "payments", 1).open()
+    payments.has(lambda held: held["version"], "an assignment")
+    assert payments.held["version"] <= quiet.held["version"] + 2, "no versions were drawn for it"
+    assert len(quiet.messages) == 1
+    loud.open(version=1 << 53)
+    loud.has(lambda held: held["version"] < 100, "the whole assignment, as it is")
+
+
+def test_a_member_that_reads_nothing_costs_no_memory(control: ControlProcess, members: list[Member]) -> None:
+    member = joined(members, control, "payments")
+    secure = raw_stream(control, member)
+    before, pings = resident(control), frame(9, b"x" * 125) * 1000
+    for _ in range(400):
+        secure.sendall(pings)
+    secure.sendall(BEAT)
+    eventually(lambda: [row["state"] for row in control.status()["instances"]] == ["healthy"], "all of it read")
+    assert resident(control) < before + 24
+    secure.close()
+
+
+def test_a_message_has_not_any_number_of_fragments(control: ControlProcess, members: list[Member]) -> None:
+    secure = raw_stream(control, joined(members, control, "payments"))
+    with contextlib.suppress(OSError):
+        secure.sendall(frame(1, b"{", False) + frame(0, b"", False) * 1000)
+    with contextlib.suppress(ConnectionResetError, ssl.SSLError):
+        while secure.recv(4096):
+            pass
+    secure.close()
+    assert not control.logged("a member is silent"), "it ended for that"
 
 
 # -- revocation
