@@ -205,6 +205,14 @@ def test_the_program_that_fails_is_told(tmp_path: Path) -> None:
     assert "bundle" in outcome["error"] and outcome["lasting"]
 
 
+def test_a_program_that_cannot_be_started_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """No process to be had, or a new version is just being installed: nothing that a member should end for."""
+    monkeypatch.setattr("sys.executable", str(tmp_path / "gone"))
+    kept = Identity(State(tmp_path / "s"), {}, lambda svid: None, Held(0, 1000))  # type: ignore[arg-type]
+    assert asyncio.run(kept.join({})) is False
+    assert "cannot be started: No such file" in kept.error and not kept.lasting and kept.failures == 1
+
+
 # -- its folder
 
 
