@@ -85,6 +85,8 @@ def token_of(found: Principal) -> bytes:
         (token(author("other"), proof=token(to="other"), about=user(subject="mallory")), "more of the user"),
         (token(author("other"), proof=token(to="other"), about=user(scopes={"a", "b", "admin"})), "more of the user"),
         (token(author("other"), proof=token(to="other"), about=user(claims={})), "more of the user"),
+        (token(author("other"), proof=token(to="other"), about=user(claims={"branch": "zurich", "limit": 5.0})), "more of the user"),
+        (token(author("other"), proof=token(to="other", about=user(claims={"staff": True})), about=user(claims={"staff": 1})), "more of the user"),
         (token(author("other"), proof=token(to="other", now=NOW - LIFE - LEEWAY)), "has expired"),
     ],
 )  # fmt: skip
