@@ -20,6 +20,7 @@ from gateway.mesh.store import Row, Store, Value
 INSTANCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,62}")
 LABELS, LABEL_VALUE = 32, 128
+OTHER = "there is "  # how the reason begins when somebody else than the instance is at its address
 NOWHERE = ("0.0.0.0:0", "[::]:0")  # of a member that nobody calls, such as an edge
 COMEBACK = 30.0  # seconds that members have after a start: longer than any of their pauses
 KEPT = 7 * 86400  # seconds that an instance without a certificate is remembered
@@ -206,7 +207,8 @@ def judge(rows: list[Row], most: float | None) -> set[str]:
     """Say of each row, whose `present` is known, whether it is `offered` and in which `state`; return the services that are spared.
 
     When more than `most` of a service that is well cannot be reached, the wall is likelier around the control plane than around
-    them: then nobody of that service is taken out.
+    them: then nobody of that service is taken out. But no wall answers with another member's certificate: who is not where he says
+    he is is out, and counts for nothing.
     """
     well: dict[str, list[Row]] = {}
     for row in rows:
@@ -216,6 +218,9 @@ def judge(rows: list[Row], most: float | None) -> set[str]:
             well.setdefault(row["service"], []).append(row)
     spared = set()
     for service, each in well.items():
+        for row in [row for row in each if most is not None and (row["unreachable"] or "").startswith(OTHER)]:
+            row["state"], row["offered"] = "unreachable", False
+            each.remove(row)
         out = [row for row in each if row["unreachable"] is not None and most is not None]
         if most is not None and len(out) > most * len(each):
             spared.add(service)

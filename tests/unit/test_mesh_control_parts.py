@@ -391,6 +391,17 @@ def instances(*unreachable: bool, **more: Any) -> list[dict[str, Any]]:
     return [{**row, "unreachable": "no answer" if each else None} for each in unreachable]
 
 
+def test_who_is_not_where_he_says_is_out_however_many_they_are() -> None:
+    """A wall does not answer as somebody else: one instance that says many addresses does not make the control plane doubt itself."""
+    rows = instances(True, True, True, False, True)
+    for row in rows[:3]:
+        row["unreachable"] = "there is spiffe://bank.test/service/payments at 127.0.0.1:1"
+    assert judge(rows, 0.5) == set()
+    assert [row["offered"] for row in rows] == [False, False, False, True, False]
+    assert judge(rows[:3], 0.5) == set() and not any(row["offered"] for row in rows[:3])
+    assert judge(rows, None) == set() and all(row["offered"] for row in rows), "nobody looks"
+
+
 @pytest.mark.parametrize(
     ("rows", "most", "offered", "spared"),
     [

@@ -319,6 +319,16 @@ def test_where_an_apps_own_connections_go() -> None:
     assert found == {("10.0.0.7", 9101): "outbound:ledger", ("10.0.0.7", 9001): "outbound:ledger", ("fd00::1", 5): "outbound:ledger"}
 
 
+def test_what_two_services_say_of_one_address_leads_to_neither(caplog: pytest.LogCaptureFixture) -> None:
+    """Or whoever has one instance of a service could say that another service's app is his, and get its calls."""
+    ledger = {"address": "10.0.0.7:9101", "labels": {"app-port": "9001"}}
+    mallory = [{"address": "10.0.0.7:9199", "labels": {"app-port": "9001"}}, {"address": "10.0.0.66:9101", "labels": {"app-port": "9001"}}]
+    found = destinations({"ledger": {"endpoints": [ledger]}, "payments": {"endpoints": mallory}})
+    assert ("10.0.0.7", 9001) not in found
+    assert found[("10.0.0.7", 9101)] == "outbound:ledger" and found[("10.0.0.66", 9001)] == "outbound:payments"
+    assert [record.services for record in caplog.records] == [["ledger", "payments"]]  # type: ignore[attr-defined]
+
+
 def test_labels_of_hops() -> None:
     inbound, outbound = hop("inbound>edge", "payments", "bank.test"), hop("outbound>ledger", "payments", "bank.test")
     assert inbound is not None and (inbound["reporter"], inbound["source_workload"], inbound["destination_workload"]) == ("destination", "edge", "payments")
