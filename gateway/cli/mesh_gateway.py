@@ -9,7 +9,7 @@ import argparse
 import sys
 
 from gateway.cli import Subparsers
-from gateway.cli.mesh_sidecar import _address, _loopback, _name, _seconds
+from gateway.cli.mesh_sidecar import _address, _control, _loopback, _name, _seconds, nowhere
 
 
 def register(subparsers: Subparsers) -> None:
@@ -19,7 +19,7 @@ def register(subparsers: Subparsers) -> None:
     parser.add_argument("--service", default="gateway", type=_name, metavar="NAME", help="the service that the mesh's file names as the network's gateway (gateway)")
     parser.add_argument("--connections", default=10_000, type=int, metavar="NUMBER", help="that may pass at once (10000)")
     parser.add_argument("--advertise", type=_address, metavar="HOST:PORT", help="how other networks reach --bind, when that is another address")
-    parser.add_argument("--control", required=True, metavar="URL", help="the control plane, https://host:port")
+    parser.add_argument("--control", required=True, type=_control, metavar="URL", help="the control plane, https://host:port")
     parser.add_argument("--state", required=True, metavar="FOLDER", help="certificate, key and last assignment; made when it is not there")
     parser.add_argument("--token", metavar="FILE", help="a token of `crossway mesh token`, needed the first time")
     parser.add_argument("--join-cert", metavar="FILE", help="instead of a token: a certificate of the bank's PKI that may join as this service")
@@ -38,6 +38,8 @@ def run(parsed: argparse.Namespace) -> int:
         return 2
     if not 1 <= parsed.connections <= 1_000_000:
         print("crossway: --connections is a number from 1 to 1000000", file=sys.stderr)
+        return 2
+    if nowhere(parsed.bind, parsed.advertise, "--bind"):
         return 2
     from gateway.server import log as logs
     from gateway.server.mesh_gateway import GatewaySetup

@@ -22,7 +22,7 @@ def register(subparsers: Subparsers) -> None:
     parser.add_argument("--app-protocol", default="http1", choices=["http1", "http2", "grpc", "tcp"], help="what the app speaks, in clear text (http1)")
     parser.add_argument("--inbound", required=True, type=_address, metavar="HOST:PORT", help="where members of the mesh call it (mutual TLS)")
     parser.add_argument("--outbound", required=True, type=_loopback, metavar="HOST:PORT", help="where the app calls services, whose name is the Host")
-    parser.add_argument("--control", required=True, metavar="URL", help="the control plane, https://host:port")
+    parser.add_argument("--control", required=True, type=_control, metavar="URL", help="the control plane, https://host:port")
     parser.add_argument("--state", required=True, metavar="FOLDER", help="certificate, key and last assignment; made when it is not there")
     parser.add_argument("--token", metavar="FILE", help="a token of `crossway mesh token`, needed the first time")
     parser.add_argument("--join-cert", metavar="FILE", help="instead of a token: a certificate of the bank's PKI that may join as this service")
@@ -58,8 +58,31 @@ def _address(text: str) -> tuple[str, int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a numeric address and a port, such as 127.0.0.1:9001") from None
 
 
+def _control(text: str) -> str:
+    from gateway.mesh.enrol import EnrolError, address_of
+
+    try:
+        address_of(text)
+    except EnrolError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not the control plane's address, such as https://10.0.0.2:9700") from None
+    return text
+
+
 def _app(text: str) -> tuple[str, int] | None:
-    return None if text == "none" else _address(text)
+    if text == "none":
+        return None
+    host, port = _address(text)
+    if port == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: name the port on which the app listens")
+    return host, port
+
+
+def nowhere(bound: tuple[str, int], advertised: tuple[str, int] | None, option: str) -> bool:
+    """Tell, and say so, that what is bound is every address, and none that others could be told."""
+    if advertised is None and ipaddress.ip_address(bound[0]).is_unspecified:
+        print(f"crossway: {option} {bound[0]} is every address of this machine: name the one by which others reach it with --advertise", file=sys.stderr)
+        return True
+    return False
 
 
 def _loopback(text: str) -> tuple[str, int]:
@@ -128,6 +151,8 @@ def run(parsed: argparse.Namespace) -> int:
         return 2
     if not {each[0] for each in parsed.app_probe_header} <= set(dict(parsed.app_probe)) or (parsed.app_probe and parsed.probes is None):
         print("crossway: --app-probe-header belongs to an --app-probe, and that to --probes", file=sys.stderr)
+        return 2
+    if parsed.app is not None and nowhere(parsed.inbound, parsed.advertise, "--inbound"):
         return 2
     for name, header, value in parsed.app_probe_header:
         dict(parsed.app_probe)[name].headers[header] = value

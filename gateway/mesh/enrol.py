@@ -62,10 +62,15 @@ def read_token(text: str) -> Token:
 
 def address_of(control: str) -> tuple[str, int]:
     """Return host and port of the control plane's URL. Raises EnrolError."""
-    parts = urlsplit(control)
-    if parts.scheme != "https" or not parts.hostname or parts.path.strip("/") or parts.query:
+    try:
+        parts = urlsplit(control)
+        host, port = parts.hostname, parts.port
+        good = parts.scheme == "https" and host and port != 0 and not parts.path.strip("/") and not parts.query and parts.username is None
+    except ValueError:
+        good = False
+    if not good or host is None:
         raise EnrolError(f"{control} is not the control plane's address: write https://host:port", True)
-    return parts.hostname, parts.port or 443
+    return host, port or 443
 
 
 def pinned_root(host: str, port: int, digest: str) -> str:
@@ -160,8 +165,11 @@ def accept(state: State, answer: dict[str, Any], private: bytes, service: str) -
     if fault := chain_fault(chain, roots):
         clock = " (is this machine's clock right?)" if "yet valid" in fault or "expired" in fault else ""
         raise EnrolError(f"the certificate that was issued does not lead to the bundle: {fault}{clock}")
-    state.write(BUNDLE, bundle)
-    state.write(SVID, svid + private)
+    try:
+        state.write(BUNDLE, bundle)
+        state.write(SVID, svid + private)
+    except OSError as error:
+        raise EnrolError(f"what the control plane issued cannot be written to {state.folder}: {error.strerror}") from None
     return {"identity": chain[0].uris[0], "serial": chain[0].serial, "not_before": chain[0].not_before, "not_after": chain[0].not_after}
 
 

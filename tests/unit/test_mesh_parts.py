@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 from pathlib import Path
@@ -17,7 +18,7 @@ from gateway._speedups.tls import TlsUpstream
 from gateway.mesh import identity as life
 from gateway.mesh.assignment import Assignment, OtherBase, Refused, take
 from gateway.mesh.authorization import Denials, conditions, make_rule
-from gateway.mesh.enrol import EnrolError, address_of, read_token
+from gateway.mesh.enrol import EnrolError, accept, address_of, read_token
 from gateway.mesh.identity import Identity, due_at, pause
 from gateway.mesh.metrics import hop, line
 from gateway.mesh.proxy import Surroundings, destinations, endpoints_of, upstream_of
@@ -205,6 +206,18 @@ def test_the_program_that_fails_is_told(tmp_path: Path) -> None:
     assert "bundle" in outcome["error"] and outcome["lasting"]
 
 
+def test_a_full_disk_is_not_called_an_unreachable_control_plane(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    answer = {"svid": CA.pem(CA.issue(key.public_key(), ID)), "bundle": CA.bundle}
+
+    def full(self: State, name: str, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(State, "write", full)
+    with pytest.raises(EnrolError, match=r"cannot be written to .*: No space left on device"):
+        accept(State(tmp_path / "s"), answer, key_pem(key), "payments")
+
+
 def test_a_program_that_cannot_be_started_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """No process to be had, or a new version is just being installed: nothing that a member should end for."""
     monkeypatch.setattr("sys.executable", str(tmp_path / "gone"))
@@ -257,7 +270,7 @@ def test_what_is_no_token(text: str) -> None:
         read_token(text)
 
 
-@pytest.mark.parametrize("text", ["http://a:1", "https://", "a:1", "https://a:1/path", "https://a:1?x"])
+@pytest.mark.parametrize("text", ["http://a:1", "https://", "a:1", "https://a:1:2", "https://[::1", "https://a:99999", "https://u@a:1", "https://a:0", "https://a:1/path", "https://a:1?x"])
 def test_what_is_no_control_plane(text: str) -> None:
     with pytest.raises(EnrolError):
         address_of(text)
