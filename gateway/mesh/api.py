@@ -41,6 +41,7 @@ BODY_TIME = 10.0  # seconds
 ATTEMPTS = Rate(20, 10.0)  # to join, from one address
 CRL_LIFE = 86400.0  # seconds
 TOP_VERSION = 1 << 53
+UNAVAILABLE = "the control plane's state cannot be used now; try again"
 
 
 class Refusal(Exception):
@@ -79,7 +80,7 @@ class Api:
             except (StoreError, CaError) as error:
                 self.plane.metrics.refusals.labels("unavailable").inc()
                 log.error("a request cannot be answered", extra={"path": request.url.path, "error": str(error)})
-                return _json({"error": "the control plane's state cannot be used now; try again"}, 503, {"retry-after": "2"})
+                return _json({"error": UNAVAILABLE}, 503, {"retry-after": "2"})
 
         return answer
 
@@ -208,7 +209,11 @@ class Api:
         except (Refusal, BadInstance, StoreError) as error:
             self.plane.metrics.refusals.labels("stream").inc()
             log.warning("a stream is refused", extra={"reason": str(error), "address": peer.address})
-            await socket.close(4403)  # before accept(): 403
+            if isinstance(error, StoreError):
+                answer = _json({"error": UNAVAILABLE}, 503)
+            else:
+                answer = _json({"error": str(error)}, error.status if isinstance(error, Refusal) else 400)
+            await socket.send_denial_response(answer)
             return
         stream = Stream(self.plane.hub, socket, peer, service, instance, known, network)
         await socket.accept()

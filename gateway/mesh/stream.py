@@ -220,8 +220,9 @@ class Hub:
         self.streams[stream.key] = stream
         self._lingering.pop(stream.key, None)
         if before is not None:
-            before.code = REPLACED
-            before.peer.cut()
+            # A member that came back over a new path never reads this; one whose folder was copied to another machine is told.
+            log.warning("a member's stream is replaced by another one", extra=before.told() | {"address": before.peer.address, "by": stream.peer.address})
+            before.end(REPLACED)
         try:
             await self.registry.connected(stream.service, stream.instance, stream.peer.serial, stream.peer.leaf.not_after)
             if stream.applied is not None and await self.registry.applied(*stream.key) != stream.applied:
