@@ -439,6 +439,20 @@ def test_a_version_that_nobody_drew_costs_the_others_nothing(control: ControlPro
     loud.has(lambda held: held["version"] < 100, "the whole assignment, as it is")
 
 
+def test_a_state_that_has_lost_its_last_versions_keeps_nothing_from_members(control: ControlProcess, members: list[Member]) -> None:
+    """A database may come back a moment older than it was; a version that was used must not be used again for something else."""
+    payments = joined(members, control, "payments", 1).open()
+    payments.has(lambda held: held["version"], "an assignment")
+    for number in (2, 3, 4):
+        joined(members, control, "ledger", number).open()
+        payments.has(lambda held, n=number: len(payments.endpoints("ledger")) == n - 1, "the endpoints")
+        with contextlib.closing(sqlite3.connect(control.folder / "mesh.db", timeout=PATIENCE)) as state:
+            state.execute("UPDATE counters SET value = 0 WHERE name = 'version'")
+            state.commit()
+    versions = [message["version"] for message in payments.messages]
+    assert versions == sorted(set(versions))
+
+
 def test_a_member_that_reads_nothing_costs_no_memory(control: ControlProcess, members: list[Member]) -> None:
     member = joined(members, control, "payments")
     secure = raw_stream(control, member)
