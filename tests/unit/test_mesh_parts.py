@@ -22,8 +22,10 @@ from gateway.mesh.enrol import EnrolError, accept, address_of, read_token
 from gateway.mesh.identity import Identity, due_at, pause
 from gateway.mesh.metrics import hop, line
 from gateway.mesh.proxy import Surroundings, destinations, endpoints_of, upstream_of
+from gateway.mesh.spire import pick
 from gateway.mesh.state import State, StateError
 from gateway.mesh.units import seconds, share, size
+from gateway.mesh.workload_api import AgentError, Shown
 from gateway.telemetry.shared import SharedState
 from gateway.workload.admission import Revoked, admission, svid_fault
 from tests.integration.mesh_kit import Ca, key_pem
@@ -204,6 +206,15 @@ def test_a_late_renewal_is_told_once_at_each_mark(tmp_path: Path, caplog: pytest
 def test_the_program_that_fails_is_told(tmp_path: Path) -> None:
     outcome = asyncio.run(life.run_enrol({"kind": "renew", "state": str(tmp_path / "s"), "control": "https://127.0.0.1:1", "service": "x"}))
     assert "bundle" in outcome["error"] and outcome["lasting"]
+
+
+def test_of_several_identities_the_services_own_is_taken() -> None:
+    """An agent may hold others for this process, some of them ending alike."""
+    others = ("spiffe://bank.test/ns/shop/service/payments", "spiffe://bank.test/service/ledger", ID)
+    shown = [Shown(identity, (), b"", ()) for identity in others]
+    assert pick(shown, "payments").identity == ID
+    with pytest.raises(AgentError, match="not spiffe://TRUST_DOMAIN/service/edge"):
+        pick(shown, "edge")
 
 
 def test_a_full_disk_is_not_called_an_unreachable_control_plane(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
