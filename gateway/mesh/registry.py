@@ -1,8 +1,8 @@
 """Who is there: instances of services, how they are, and which control plane hears them.
 
 Strategy: the store holds the truth for all control planes; each one writes what it hears itself and reads the rest. Whoever is silent is out: an
-instance by its control plane's judgement, and all instances of a control plane that is silent itself, after the same time. A control plane that
-starts gives everybody time to come back before it calls them gone, so that its own restart takes no endpoint away.
+instance by its control plane's judgement, and all instances of a control plane that is silent itself, when they had time to come to another. One that
+starts, or stood still, gives everybody time to come back before it calls them gone, so that its own restart takes no endpoint away.
 """
 
 from __future__ import annotations
@@ -50,6 +50,10 @@ class Registry:
             "INSERT INTO replicas (id, started, seen) VALUES (?, ?, ?) ON CONFLICT (id) DO UPDATE SET seen = excluded.seen",
             self.replica, self.started, time.time(),
         )  # fmt: skip
+
+    def wait(self) -> None:
+        """Give everybody time to come back, as after a start."""
+        self._came = time.monotonic()
 
     async def beat(self) -> None:
         """Say that this control plane lives."""
@@ -151,12 +155,13 @@ class Registry:
 
         Judged by its signs going on, not by the time in them: clocks of several machines differ.
         """
-        now = time.monotonic()
+        # Its members notice by their pings when it goes without a word (its machine's power, a network), and then come to another: longer than a heartbeat.
+        now, patience = time.monotonic(), max(COMEBACK, self.heartbeat)
         for row in await self.store.rows("SELECT id, seen FROM replicas"):
             if self._signs.get(row["id"], (None, 0.0))[0] != row["seen"]:
                 self._signs[row["id"]] = row["seen"], now
         return {
-            name: name == self.replica or self._starting() or now - since < self.heartbeat for name, (_, since) in self._signs.items()
+            name: name == self.replica or self._starting() or now - since < patience for name, (_, since) in self._signs.items()
         }
 
     def _starting(self) -> bool:

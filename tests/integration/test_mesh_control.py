@@ -6,10 +6,12 @@ import base64
 import contextlib
 import http.client
 import json
+import signal
 import socket
 import sqlite3
 import ssl
 import stat
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -263,6 +265,42 @@ def test_who_is_silent_is_out_of_the_registry(tmp_path: Path, members: list[Memb
         payments.has(lambda held: payments.endpoints("ledger") == ["127.0.0.1:9002"], "the endpoint")
         eventually(gone, "the end of the silent one")
         assert ledger.closed.wait(PATIENCE)
+
+
+def test_members_that_nobody_heard_have_time_to_come_back(tmp_path: Path, members: list[Member]) -> None:
+    """A machine that was paused, or moved: its members' silence is its own. None of them may be taken from its callers for that."""
+    with ControlProcess(tmp_path, control="  heartbeat: 2s\n") as control:
+        payments, ledger = joined(members, control, "payments", 1), joined(members, control, "ledger", 2)
+        stopped, over = threading.Event(), threading.Event()
+
+        def beat() -> None:
+            while not over.wait(0.3):
+                payments.beat()
+                with contextlib.suppress(ConnectionClosed):
+                    if not stopped.is_set():
+                        ledger.beat()
+
+        payments.open()
+        ledger.open()
+        beating = threading.Thread(target=beat, daemon=True)
+        beating.start()
+        payments.has(lambda held: payments.endpoints("ledger") == [ledger.inbound], "the endpoint")
+        heard = len(payments.messages)
+        control.process.send_signal(signal.SIGSTOP)
+        stopped.set()
+        threading.Thread(target=ledger.close, daemon=True).start()
+        time.sleep(6)
+        control.process.send_signal(signal.SIGCONT)
+        eventually(lambda: control.logged("the control plane stood still; members have time to come back"), "the line in its log")
+        time.sleep(3)  # longer than silence lasts otherwise
+        again = Member(control, "ledger", 2)
+        again.svid, again.bundle = ledger.svid, ledger.bundle
+        members.append(again.open())
+        eventually(lambda: [row["state"] for row in control.status()["instances"]] == ["healthy", "healthy"], "its return")
+        over.set()
+        beating.join(PATIENCE)
+        empty = [message for message in payments.messages[heard:] if message.get("changes", message.get("assignment"))["services"].get("ledger", {}).get("endpoints") == []]
+        assert empty == []
 
 
 def test_a_refusal_is_shown_and_not_repeated(control: ControlProcess, members: list[Member]) -> None:
