@@ -136,7 +136,7 @@ def _parts(token: str) -> tuple[dict[str, Any], dict[str, Any], bytes, bytes]:
         if not isinstance(said.get("proof", ""), str):
             raise UserError("its proof is not what it should be")
         return header, said, f"{first}.{second}".encode("ascii"), _bytes(third)
-    except (ValueError, KeyError, TypeError, AttributeError, binascii.Error) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, binascii.Error) as error:
         raise error if isinstance(error, UserError) else UserError("it is no token") from None
 
 

@@ -95,6 +95,12 @@ def test_what_is_not_believed(text: str, why: str) -> None:
         reader("payments").check(text.encode(), NOW)
 
 
+def test_what_is_nested_too_deeply_is_no_token() -> None:
+    deep = base64.urlsafe_b64encode(b"[" * 6000).rstrip(b"=").decode()
+    with pytest.raises(UserError, match="it is no token"):
+        reader("payments").check(f"{deep}.e30.e30".encode(), NOW)
+
+
 def test_it_travels_hop_by_hop_and_not_for_ever() -> None:
     hops = [f"s{number}" for number in range(DEPTH + 1)]
     told = token(to=hops[0])
