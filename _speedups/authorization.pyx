@@ -45,7 +45,7 @@ cdef class Rule:
         if methods is not None and not methods:
             raise ValueError("a rule without a method allows nothing")
         self.prefix = None if prefix is None else prefix.encode("ascii").rstrip(b"/")
-        self.headers = Conditions(headers) if headers else None
+        self.headers = Conditions(headers, every=True) if headers else None
         self.claims = tuple((claim, frozenset((type(each), each) for each in accepted)) for claim, accepted in claims)
         self.layer7 = methods is not None or prefix is not None or bool(headers) or bool(self.claims)
 

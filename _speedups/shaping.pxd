@@ -34,10 +34,11 @@ cdef struct CookieWalk:
     const char* value                   # what was found last
     uint32_t length
 
-# All of them have to hold; a header or cookie condition holds when any field or cookie of that name does.
+# All of them have to hold; a header or cookie condition holds when any field or cookie of that name does, with `every` when all fields do.
 cdef class Conditions:
     cdef Wanted* wanted
     cdef readonly int count
+    cdef bint every                     # to allow by any would let the app read another value than the one that was judged
     cdef tuple owned
     cdef bint hold(self, Head* head) noexcept nogil
 

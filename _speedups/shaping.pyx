@@ -128,22 +128,25 @@ cdef bint cookie_holds(const Head* head, const Wanted* want) noexcept nogil:
     return want.op == OP_ABSENT
 
 
-cdef bint header_holds(const Head* head, const Wanted* want) noexcept nogil:
+cdef bint header_holds(const Head* head, const Wanted* want, bint every) noexcept nogil:
     cdef int i = head.first[want.id] if want.id != F_OTHER else head_find(head, want.name, want.name_len, 0)
     if want.op == OP_ABSENT or want.op == OP_PRESENT:
         return (i < 0) == (want.op == OP_ABSENT)
+    if i < 0:
+        return False
     while i >= 0:
-        if matches(want, head.base + head.fields[i].value, head.fields[i].value_len):
-            return True
+        if matches(want, head.base + head.fields[i].value, head.fields[i].value_len) != every:
+            return not every
         i = head_find(head, want.name, want.name_len, i + 1)
-    return False
+    return every
 
 
 cdef class Conditions:
-    """What a request's headers and cookies must be: (name, op, value) each, as in a RouteSpec."""
+    """What a request's headers and cookies must be: (name, op, value) each, as in a RouteSpec; every: in all fields of a header's name."""
 
-    def __cinit__(self, headers=(), cookies=()):
+    def __cinit__(self, headers=(), cookies=(), bint every=False):
         cdef int i = 0
+        self.every = every
         cdef bytes name, value
         rows = [(False, *each) for each in headers] + [(True, *each) for each in cookies]
         self.wanted = <Wanted*>malloc(sizeof(Wanted) * (len(rows) + 1))
@@ -167,7 +170,7 @@ cdef class Conditions:
     cdef bint hold(self, Head* head) noexcept nogil:
         cdef int i
         for i in range(self.count):
-            if not (cookie_holds(head, &self.wanted[i]) if self.wanted[i].cookie else header_holds(head, &self.wanted[i])):
+            if not (cookie_holds(head, &self.wanted[i]) if self.wanted[i].cookie else header_holds(head, &self.wanted[i], self.every)):
                 return False
         return True
 

@@ -9,7 +9,16 @@ import argparse
 import sys
 
 from gateway.cli import Subparsers
-from gateway.cli.mesh_member import add_ways, parse_address, parse_loopback, parse_name, parse_seconds, way_of
+from gateway.cli.mesh_member import (
+    add_ways,
+    nowhere,
+    parse_address,
+    parse_control,
+    parse_loopback,
+    parse_name,
+    parse_seconds,
+    way_of,
+)
 
 
 def register(subparsers: Subparsers) -> None:
@@ -19,7 +28,7 @@ def register(subparsers: Subparsers) -> None:
     parser.add_argument("--service", default="gateway", type=parse_name, metavar="NAME", help="the service that the mesh's file names as the network's gateway (gateway)")
     parser.add_argument("--connections", default=10_000, type=int, metavar="NUMBER", help="that may pass at once (10000)")
     parser.add_argument("--advertise", type=parse_address, metavar="HOST:PORT", help="how other networks reach --bind, when that is another address")
-    parser.add_argument("--control", required=True, metavar="URL", help="the control plane, https://host:port")
+    parser.add_argument("--control", required=True, type=parse_control, metavar="URL", help="the control plane, https://host:port")
     parser.add_argument("--state", required=True, metavar="FOLDER", help="certificate, key and last assignment; made when it is not there")
     add_ways(parser)
     parser.add_argument("--admin", type=parse_loopback, metavar="HOST:PORT", help="/livez, /readyz, /metrics and /status, on loopback")
@@ -36,6 +45,8 @@ def run(parsed: argparse.Namespace) -> int:
         return 2
     if not 1 <= parsed.connections <= 1_000_000:
         print("crossway: --connections is a number from 1 to 1000000", file=sys.stderr)
+        return 2
+    if nowhere(parsed.bind, parsed.advertise, "--bind"):
         return 2
     from gateway.server import log as logs
     from gateway.server.mesh_gateway import GatewaySetup

@@ -58,6 +58,24 @@ def parse_address(text: str) -> tuple[str, int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a numeric address and a port, such as 127.0.0.1:9001") from None
 
 
+def parse_control(text: str) -> str:
+    from gateway.mesh.contact import EnrolError, address_of
+
+    try:
+        address_of(text)
+    except EnrolError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not the control plane's address, such as https://10.0.0.2:9700") from None
+    return text
+
+
+def nowhere(bound: tuple[str, int], advertised: tuple[str, int] | None, option: str) -> bool:
+    """Tell, and say so, that what is bound is every address, and none that others could be told."""
+    if advertised is None and ipaddress.ip_address(bound[0]).is_unspecified:
+        print(f"crossway: {option} {bound[0]} is every address of this machine: name the one by which others reach it with --advertise", file=sys.stderr)
+        return True
+    return False
+
+
 def parse_loopback(text: str) -> tuple[str, int]:
     host, port = parse_address(text)
     if not ipaddress.ip_address(host).is_loopback:

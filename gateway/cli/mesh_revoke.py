@@ -35,8 +35,10 @@ def run(parsed: argparse.Namespace) -> int:
                 return 1
             done = "is let in again; certificates from before are good again too" if kind == revocation.SERVICE else "is good again"
         else:
-            await revocation.revoke(store, kind, value, parsed.reason)
+            others = await revocation.revoke(store, kind, value, parsed.reason)
             done = "is revoked: it gets no certificate, and its connections are cut" if kind == revocation.SERVICE else "is revoked"
+            if others:
+                done += f", and so {'is another one' if others == 1 else f'are {others} others'} of its instance"
         await store.run("UPDATE counters SET value = value + 1 WHERE name = 'changes'")
         print(f"{kind} {value} {done}")
         return 0

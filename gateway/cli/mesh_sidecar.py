@@ -11,7 +11,16 @@ import re
 import sys
 
 from gateway.cli import Subparsers
-from gateway.cli.mesh_member import add_ways, parse_address, parse_loopback, parse_name, parse_seconds, way_of
+from gateway.cli.mesh_member import (
+    add_ways,
+    nowhere,
+    parse_address,
+    parse_control,
+    parse_loopback,
+    parse_name,
+    parse_seconds,
+    way_of,
+)
 from gateway.server.app_probe import AppProbe, parse_header, parse_probe
 
 
@@ -22,7 +31,7 @@ def register(subparsers: Subparsers) -> None:
     parser.add_argument("--app-protocol", default="http1", choices=["http1", "http2", "grpc", "tcp"], help="what the app speaks, in clear text (http1)")
     parser.add_argument("--inbound", required=True, type=parse_address, metavar="HOST:PORT", help="where members of the mesh call it (mutual TLS)")
     parser.add_argument("--outbound", required=True, type=parse_loopback, metavar="HOST:PORT", help="where the app calls services, whose name is the Host")
-    parser.add_argument("--control", required=True, metavar="URL", help="the control plane, https://host:port")
+    parser.add_argument("--control", required=True, type=parse_control, metavar="URL", help="the control plane, https://host:port")
     parser.add_argument("--state", required=True, metavar="FOLDER", help="certificate, key and last assignment; made when it is not there")
     add_ways(parser)
     parser.add_argument("--local", action="append", default=[], type=_local, metavar="SERVICE=HOST:PORT", help="a port of its own for one service; may be repeated")
@@ -45,7 +54,12 @@ def register(subparsers: Subparsers) -> None:
 
 
 def _app(text: str) -> tuple[str, int] | None:
-    return None if text == "none" else parse_address(text)
+    if text == "none":
+        return None
+    host, port = parse_address(text)
+    if port == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: name the port on which the app listens")
+    return host, port
 
 
 def _local(text: str) -> tuple[str, tuple[str, int]]:
@@ -93,6 +107,8 @@ def run(parsed: argparse.Namespace) -> int:
         print("crossway: --external-key belongs to an --external-cert of the same name", file=sys.stderr)
         return 2
     certificates = {host: (file, *([keys[host]] if host in keys else [])) for host, file in parsed.external_cert}
+    if parsed.app is not None and nowhere(parsed.inbound, parsed.advertise, "--inbound"):
+        return 2
     for probe, header, value in parsed.app_probe_header:
         dict(parsed.app_probe)[probe].headers[header] = value
     from gateway.server import log as logs

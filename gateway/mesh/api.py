@@ -41,6 +41,7 @@ BODY_TIME = 10.0  # seconds
 ATTEMPTS = Rate(20, 10.0)  # to join, from one address
 CRL_LIFE = 86400.0  # seconds
 TOP_VERSION = 1 << 53
+UNAVAILABLE = "the control plane's state cannot be used now; try again"
 
 
 class Refusal(Exception):
@@ -79,7 +80,7 @@ class Api:
             except (StoreError, CaError) as error:
                 self.plane.metrics.refusals.labels("unavailable").inc()
                 log.error("a request cannot be answered", extra={"path": request.url.path, "error": str(error)})
-                return _json({"error": "the control plane's state cannot be used now; try again"}, 503, {"retry-after": "2"})
+                return _json({"error": UNAVAILABLE}, 503, {"retry-after": "2"})
 
         return answer
 
@@ -147,6 +148,9 @@ class Api:
         held = await self.plane.store.rows("SELECT instance FROM certificates WHERE serial = ?", peer.serial)
         issued = self._issue(said, service, peer.leaf.der)
         await self._keep(issued, service, held[0]["instance"] if held else "", "renewal")
+        if await revocation.inherit(self.plane.store, issued.serial, peer.serial, issued.not_after):
+            await self.plane.registry.touch()
+            raise Refusal(403, f"{peer.leaf.uris[0]} (serial {peer.serial}) is revoked", "revoked")
         return self._issued(issued)
 
     def _member(self, peer: Peer) -> str:
@@ -199,20 +203,41 @@ class Api:
             base = socket.query_params.get("version", "0")
             if not base.isascii() or not base.isdecimal() or len(base) > 16 or int(base) > TOP_VERSION:
                 raise BadInstance("version: a number is expected")
+            await self._is(peer, service, instance)
             network = await self.plane.registry.network(service, instance)
-            await self.plane.ensure(service, int(base), network)
+            known = await self.plane.ensure(service, int(base), network)
         except (Refusal, BadInstance, StoreError) as error:
             self.plane.metrics.refusals.labels("stream").inc()
             log.warning("a stream is refused", extra={"reason": str(error), "address": peer.address})
-            await socket.close(4403)  # before accept(): 403
+            if isinstance(error, StoreError):
+                answer = _json({"error": UNAVAILABLE}, 503)
+            else:
+                answer = _json({"error": str(error)}, error.status if isinstance(error, Refusal) else 400)
+            await socket.send_denial_response(answer)
             return
-        stream = Stream(self.plane.hub, socket, peer, service, instance, int(base), network)
+        stream = Stream(self.plane.hub, socket, peer, service, instance, known, network)
         await socket.accept()
         try:
             await self.plane.hub.serve(stream)
         except (WebSocketDisconnect, StoreError) as error:
             log.warning("a stream has failed", extra={"service": service, "instance": instance, "error": str(error)})
             peer.cut()
+
+    async def _is(self, peer: Peer, service: str, instance: str) -> None:
+        """Refuse a member that speaks for another instance of its service than the one that its certificate was issued to.
+
+        Under a name that is new it may go on, when nobody is there by the one of before: one certificate is one instance.
+        """
+        store = self.plane.store
+        found = await store.rows("SELECT instance FROM certificates WHERE serial = ?", peer.serial)
+        before = found[0]["instance"] if found else ""  # nobody knows: another authority's, or from before the state was lost
+        if before in ("", instance):
+            return
+        taken = "SELECT COUNT(*) AS n FROM instances WHERE service = ? AND (instance = ? OR (instance = ? AND connected = 1))"
+        if (await store.rows(taken, service, instance, before))[0]["n"]:
+            raise Refusal(403, f"{instance}: this certificate was issued to the instance {before}", "instance")
+        await store.run("UPDATE certificates SET instance = ? WHERE serial = ?", instance, peer.serial)
+        await store.run("DELETE FROM instances WHERE service = ? AND instance = ? AND connected = 0", service, before)
 
 
 class Pages:

@@ -253,8 +253,10 @@ class Ca:
         return (end - time.time()) / (end - begin)
 
     def _root_key(self, of: Generation, path: Path | None) -> Key | None:
-        path = path or self.folder / str(of.number) / "root.key"
+        named, path = path is not None, path or self.folder / str(of.number) / "root.key"
         if not path.exists():
+            if named:
+                raise CaError(f"{path}: there is no such file")
             return None
         key = self.keys.read(path)
         if _spki(key.public_key()) != _spki(of.root.public_key()):

@@ -47,10 +47,15 @@ def read_token(text: str) -> Token:
 
 def address_of(control: str) -> tuple[str, int]:
     """Return host and port of the control plane's URL. Raises EnrolError."""
-    parts = urlsplit(control)
-    if parts.scheme != "https" or not parts.hostname or parts.path.strip("/") or parts.query:
+    try:
+        parts = urlsplit(control)
+        host, port = parts.hostname, parts.port
+        good = parts.scheme == "https" and host and port != 0 and not parts.path.strip("/") and not parts.query and parts.username is None
+    except ValueError:
+        good = False
+    if not good or host is None:
         raise EnrolError(f"{control} is not the control plane's address: write https://host:port", True)
-    return parts.hostname, parts.port or 443
+    return host, port or 443
 
 
 def control_context(roots: str) -> ssl.SSLContext:

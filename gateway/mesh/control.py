@@ -69,6 +69,7 @@ class ControlPlane:
         self.prober = Prober(self.registry, ca, lambda: set(self.hub.streams), self.changed, self.metrics.probed, way=self._way)
         self._take_settings()
         self.policy = 0
+        self._version = 0  # drawn last, here
         self.deny = revocation.DenyList()
         self.store_error = ""
         self.file_error = ""
@@ -141,19 +142,32 @@ class ControlPlane:
         for service in sorted(before - self.registry.spared):
             log.info("enough of a service can be reached again", extra={"service": service})
 
-    async def ensure(self, service: str, base: int, network: str) -> None:
-        """Have an assignment for a service in a network before its first stream here, newer than what the member has from elsewhere."""
+    async def ensure(self, service: str, base: int, network: str) -> int:
+        """Have an assignment for a service in a network before its first stream here, newer than what the member has from elsewhere.
+
+        Return that version; 0 for one that nobody drew: of before a state was lost, or invented. It takes no other member's time.
+        """
         name = scope(service, network)
         async with self._making:
             # What was made for streams that have ended long ago may be old.
             now, content = self.assignments.current(name), content_of(service, await self.world(), network)
+            if now is not None and now.version < base and base > await self._drawn():
+                base = 0
             if now is None or now.version < base or self.assignments.changed(name, content):
                 self.assignments.put(name, content, await self._draw())
                 self.hub.tell([name])
+        return base
 
     async def _draw(self) -> int:
-        rows = await self.store.rows("UPDATE counters SET value = value + 1 WHERE name = 'version' RETURNING value")
-        return int(rows[0]["value"])
+        """Return the next version: also after a state that has lost its last ones, since members go by them."""
+        last = self._version
+        rows = await self.store.rows("UPDATE counters SET value = CASE WHEN value < ? THEN ? ELSE value END + 1 WHERE name = 'version' RETURNING value", last, last)
+        self._version = int(rows[0]["value"])
+        return self._version
+
+    async def _drawn(self) -> int:
+        """Return the newest version that was drawn by anybody."""
+        return max(self._version, int((await self.store.rows("SELECT value FROM counters WHERE name = 'version'"))[0]["value"]))
 
     async def _number_policy(self) -> None:
         """The policy's version grows when the rules changed, for all control planes together."""

@@ -96,7 +96,8 @@ def below(path: str, prefix: str) -> bool:
 def _holds(values: Sequence[str], kind: str, wanted: str) -> bool:
     if kind in ("present", "absent"):
         return bool(values) is (kind == "present")
-    return any(value == wanted if kind == "exact" else value.startswith(wanted) for value in values)
+    # One that holds beside one that does not would let the app read the other.
+    return bool(values) and all(value == wanted if kind == "exact" else value.startswith(wanted) for value in values)
 
 
 def _has(value: Any, accepted: Sequence[Any]) -> bool:

@@ -101,8 +101,11 @@ def accept(state: State, answer: dict[str, Any], private: bytes, service: str) -
     if fault := chain_fault(chain, roots):
         clock = " (is this machine's clock right?)" if "yet valid" in fault or "expired" in fault else ""
         raise EnrolError(f"the certificate that was issued does not lead to the bundle: {fault}{clock}")
-    state.write(BUNDLE, bundle)
-    state.write(SVID, svid + private)
+    try:
+        state.write(BUNDLE, bundle)
+        state.write(SVID, svid + private)
+    except OSError as error:
+        raise EnrolError(f"what the control plane issued cannot be written to {state.folder}: {error.strerror}") from None
     return {"identity": chain[0].uris[0], "serial": chain[0].serial, "not_before": chain[0].not_before, "not_after": chain[0].not_after}
 
 

@@ -172,9 +172,12 @@ class Identity:
 
 async def run_enrol(job: dict[str, Any]) -> dict[str, Any]:
     """Run the program; return its outcome, {"error": ...} when it did not work."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-P", "-m", "gateway.mesh.enrol", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
-    )
+    try:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-P", "-m", "gateway.mesh.enrol", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+        )
+    except OSError as error:  # no process, no memory or no descriptor to be had, or another version is being installed: it passes
+        return {"error": f"the program that asks for certificates cannot be started: {error.strerror or error}"}
     try:
         said, _ = await asyncio.wait_for(process.communicate(json.dumps(job).encode()), PATIENCE)
         outcome = json.loads(said)

@@ -33,6 +33,8 @@ MESSAGE_MAX = 16 << 20  # bytes
 OPEN, CLOSE = 10.0, 2.0  # seconds
 SILENCE = 4 * HEARTBEAT  # seconds without an answer to a ping, after which the control plane is taken for gone
 KEPT = 30 * 86400  # seconds that an assignment on the disk is believed, where the signer's certificate does not say so
+REPLACED = 4001  # close code: another process has a stream of this instance now
+APART = 60.0  # seconds at most until it is tried again after that, or two with one folder would take it from each other all the time
 SERVICE_RESTART = 1012  # close code of RFC 6455's registry: we are back in a moment
 
 Apply = Callable[[Assignment], Awaitable[None]]
@@ -91,6 +93,7 @@ class Link:
         """Connect, follow, and connect again, for ever."""
         failures = 0
         while True:
+            shortest = 0.0
             try:
                 await self._follow()
                 failures = 0
@@ -99,14 +102,17 @@ class Link:
             except Exception as error:  # noqa: BLE001 - whatever it was, the member lives on without the stream
                 was, self.connected = self.connected, False
                 failures = 0 if was else failures + 1
-                if was or failures in (1, 10) or failures % 100 == 0:
+                if isinstance(error, WebSocketError) and error.code == REPLACED:
+                    shortest = APART / 2
+                    log.error("another process speaks for this instance: was its folder copied?", extra={"folder": str(self.state.folder), "instance": self.instance})
+                elif was or failures in (1, 10) or failures % 100 == 0:
                     log.warning(
                         "the stream of the control plane is gone" if was else "the control plane cannot be reached",
                         extra={"error": _words(error), "failures": failures},
                     )
             self.connected = False
             self._socket = None
-            await asyncio.sleep(random.uniform(0, min(LONGEST, FIRST * 2 ** min(failures, 10))))
+            await asyncio.sleep(random.uniform(shortest, 2 * shortest or min(LONGEST, FIRST * 2 ** min(failures, 10))))
 
     async def drain(self) -> None:
         """Tell the control plane at once that this instance takes no new requests. That, not the end of the stream, is leaving."""
@@ -225,6 +231,9 @@ async def _open(host: str, port: int, target: str, context: ssl.SSLContext, doma
 
 
 def _words(error: Exception) -> str:
+    if isinstance(error, WebSocketError):
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            return f"the control plane refuses the stream: {json.loads(error.body)['error']}"[:300]
     if isinstance(error, (EnrolError, Refused, WebSocketError)):
         return str(error)
     if isinstance(error, OSError) and error.strerror:

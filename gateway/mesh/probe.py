@@ -23,7 +23,7 @@ from gateway.config.mesh_file import Probe
 from gateway.config.values import Rate
 from gateway.config.web import parse_address
 from gateway.mesh.limit import Bucket
-from gateway.mesh.registry import Registry
+from gateway.mesh.registry import OTHER, Registry
 from gateway.mesh.spiffe import service_id
 from gateway.mesh.store import Row, StoreError
 
@@ -180,7 +180,7 @@ class Prober:
                 shown = writer.get_extra_info("peercert") or {}
                 uris = [value for kind, value in shown.get("subjectAltName", ()) if kind == "URI"]
                 if uris != [service_id(self.ca.domain, target.key[0])]:
-                    return f"there is {', '.join(uris) or 'nobody of the mesh'} at {target.inbound}"[:REASON]
+                    return f"{OTHER}{', '.join(uris) or 'nobody of the mesh'} at {target.inbound}"[:REASON]
                 with contextlib.suppress(OSError):
                     await reader.read(1)  # it ends the connection: going first could reset it in the middle of its handshake
         except TimeoutError:

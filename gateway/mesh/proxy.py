@@ -317,18 +317,24 @@ def spoken(name: str, settings: Mapping[str, Any]) -> bool:
 
 
 def destinations(services: Mapping[str, Any]) -> dict[tuple[str, int], str]:
-    """Where an app's own connections go, by the address it dials: a service's app ports, and its sidecars' own addresses."""
+    """Where an app's own connections go, by the address it dials: a service's app ports, and its sidecars' own addresses.
+
+    Instances say themselves where they are. What those of two services say leads to neither, or one service could draw the calls of another.
+    """
     found: dict[tuple[str, int], str] = {}
+    contested: dict[tuple[str, int], set[str]] = {}
     for name, settings in services.items():
         for each in settings.get("endpoints", ()):
             if each.get("network"):
                 continue  # a gateway's address is that of many services
             host, _, port = each["address"].rpartition(":")
-            host = host.strip("[]")
-            found[host, int(port)] = f"{OUTBOUND}:{name}"
             app = str((each.get("labels") or {}).get("app-port", ""))
-            if app.isdecimal():
-                found[host, int(app)] = f"{OUTBOUND}:{name}"
+            for at in ((host.strip("[]"), int(number)) for number in (port, app) if number.isdecimal()):
+                if found.setdefault(at, f"{OUTBOUND}:{name}") != f"{OUTBOUND}:{name}":
+                    contested.setdefault(at, {found[at].partition(":")[2]}).add(name)
+    for at, names in contested.items():
+        log.error("two services say that they are at one address; nothing leads there", extra={"address": f"{at[0]} port {at[1]}", "services": sorted(names)})
+        del found[at]
     return found
 
 

@@ -1,8 +1,8 @@
 """Who is there: instances of services, how they are, and which control plane hears them.
 
 Strategy: the store holds the truth for all control planes; each one writes what it hears itself and reads the rest. Whoever is silent is out: an
-instance by its control plane's judgement, and all instances of a control plane that is silent itself, after the same time. A control plane that
-starts gives everybody time to come back before it calls them gone, so that its own restart takes no endpoint away.
+instance by its control plane's judgement, and all instances of a control plane that is silent itself, when they had time to come to another. One that
+starts, or stood still, gives everybody time to come back before it calls them gone, so that its own restart takes no endpoint away.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from gateway.mesh.store import Row, Store, Value
 INSTANCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,62}")
 LABELS, LABEL_VALUE = 32, 128
+OTHER = "there is "  # how the reason begins when somebody else than the instance is at its address
 NOWHERE = ("0.0.0.0:0", "[::]:0")  # of a member that nobody calls, such as an edge
 COMEBACK = 30.0  # seconds that members have after a start: longer than any of their pauses
 KEPT = 7 * 86400  # seconds that an instance without a certificate is remembered
@@ -49,6 +50,10 @@ class Registry:
             "INSERT INTO replicas (id, started, seen) VALUES (?, ?, ?) ON CONFLICT (id) DO UPDATE SET seen = excluded.seen",
             self.replica, self.started, time.time(),
         )  # fmt: skip
+
+    def wait(self) -> None:
+        """Give everybody time to come back, as after a start."""
+        self._came = time.monotonic()
 
     async def beat(self) -> None:
         """Say that this control plane lives."""
@@ -150,12 +155,13 @@ class Registry:
 
         Judged by its signs going on, not by the time in them: clocks of several machines differ.
         """
-        now = time.monotonic()
+        # Its members notice by their pings when it goes without a word (its machine's power, a network), and then come to another: longer than a heartbeat.
+        now, patience = time.monotonic(), max(COMEBACK, self.heartbeat)
         for row in await self.store.rows("SELECT id, seen FROM replicas"):
             if self._signs.get(row["id"], (None, 0.0))[0] != row["seen"]:
                 self._signs[row["id"]] = row["seen"], now
         return {
-            name: name == self.replica or self._starting() or now - since < self.heartbeat for name, (_, since) in self._signs.items()
+            name: name == self.replica or self._starting() or now - since < patience for name, (_, since) in self._signs.items()
         }
 
     def _starting(self) -> bool:
@@ -206,7 +212,8 @@ def judge(rows: list[Row], most: float | None) -> set[str]:
     """Say of each row, whose `present` is known, whether it is `offered` and in which `state`; return the services that are spared.
 
     When more than `most` of a service that is well cannot be reached, the wall is likelier around the control plane than around
-    them: then nobody of that service is taken out.
+    them: then nobody of that service is taken out. But no wall answers with another member's certificate: who is not where he says
+    he is is out, and counts for nothing.
     """
     well: dict[str, list[Row]] = {}
     for row in rows:
@@ -216,6 +223,9 @@ def judge(rows: list[Row], most: float | None) -> set[str]:
             well.setdefault(row["service"], []).append(row)
     spared = set()
     for service, each in well.items():
+        for row in [row for row in each if most is not None and (row["unreachable"] or "").startswith(OTHER)]:
+            row["state"], row["offered"] = "unreachable", False
+            each.remove(row)
         out = [row for row in each if row["unreachable"] is not None and most is not None]
         if most is not None and len(out) > most * len(each):
             spared.add(service)

@@ -1,7 +1,8 @@
 """Who is shut out: services and single certificates, from the mesh's file and from `crossway mesh revoke`.
 
 Strategy: a service that is revoked gets no certificate and its certificates are worth nothing, whenever they were issued; a certificate is
-named by its serial and forgotten when it would have ended anyway. The list is short by nature and goes to every member whole.
+named by its serial and forgotten when it would have ended anyway. Whoever has stolen a key may have renewed by it, so a certificate goes with all that
+its instance holds. The list is short by nature and goes to every member whole.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from gateway.mesh.spiffe import service_id, service_of
 from gateway.mesh.store import Row, Store
 
 SERVICE, SERIAL = "service", "serial"
+DAY = 86400  # seconds that a revocation outlives its certificate: clocks differ
 
 
 @dataclass(frozen=True)
@@ -55,21 +57,51 @@ def read(what: str, mesh: MeshFile) -> tuple[str, str]:
     raise ValueError(f"{what} is neither a service of the mesh's file ({', '.join(mesh.services)}) nor a serial number")
 
 
-async def revoke(store: Store, kind: str, value: str, reason: str) -> None:
-    """Put something on the list."""
-    until: int | None = None
-    if kind == SERIAL:
-        found = await store.rows("SELECT not_after FROM certificates WHERE serial = ?", value)
-        until = int(found[0]["not_after"]) + 86400 if found else None
+async def revoke(store: Store, kind: str, value: str, reason: str) -> int:
+    """Put something on the list, a certificate with the others of its instance; return how many those are."""
+    if kind == SERVICE:
+        await _put(store, kind, value, None, reason)
+        return 0
+    found = await store.rows("SELECT not_after FROM certificates WHERE serial = ?", value)
+    # This one first: a renewal that is under way looks for it when it has written down its own.
+    await _put(store, kind, value, int(found[0]["not_after"]) + DAY if found else None, reason)
+    others = await _others(store, value)
+    for row in others:
+        await _put(store, kind, row["serial"], int(row["not_after"]) + DAY, reason)
+    return len(others)
+
+
+async def _put(store: Store, kind: str, value: str, until: int | None, reason: str) -> None:
     await store.run(
         "INSERT INTO revocations (kind, value, made, until, reason) VALUES (?, ?, ?, ?, ?) ON CONFLICT (kind, value) DO UPDATE SET reason = excluded.reason",
         kind, value, int(time.time()), until, reason,
     )  # fmt: skip
 
 
+async def _others(store: Store, serial: str) -> list[Row]:
+    """The certificates that are not over of the instance that holds this one, without it."""
+    return await store.rows(
+        "SELECT c.serial, c.not_after FROM certificates c JOIN certificates named ON named.service = c.service AND named.instance = c.instance"
+        " WHERE named.serial = ? AND named.instance <> '' AND c.serial <> named.serial AND c.not_after >= ? ORDER BY c.serial",
+        serial, int(time.time()),
+    )  # fmt: skip
+
+
+async def inherit(store: Store, serial: str, by: str, not_after: int) -> bool:
+    """Whether the certificate `by`, for which this one was issued, has been revoked meanwhile; then this one is too."""
+    found = await store.rows("SELECT reason FROM revocations WHERE kind = ? AND value = ?", SERIAL, by)
+    if found:
+        await _put(store, SERIAL, serial, not_after + DAY, found[0]["reason"])
+    return bool(found)
+
+
 async def admit(store: Store, kind: str, value: str) -> bool:
-    """Take something off the list; False when it was not there."""
-    return await store.run("DELETE FROM revocations WHERE kind = ? AND value = ?", kind, value) > 0
+    """Take something off the list, a certificate with the others of its instance; False when it was not there."""
+    if await store.run("DELETE FROM revocations WHERE kind = ? AND value = ?", kind, value) == 0:
+        return False
+    for row in await _others(store, value) if kind == SERIAL else ():
+        await store.run("DELETE FROM revocations WHERE kind = ? AND value = ?", kind, row["serial"])
+    return True
 
 
 async def listed(store: Store) -> list[Row]:

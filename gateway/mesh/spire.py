@@ -16,7 +16,7 @@ from gateway._speedups.certificates import TlsError, chain_fault, parse_certific
 from gateway.mesh.identity import LOOK, Identity, Svid, load, log, pause
 from gateway.mesh.state import BUNDLE, SVID, State, StateError
 from gateway.mesh.workload_api import Agent, AgentError, Shown, follow
-from gateway.workload.admission import identity_of
+from gateway.workload.admission import SERVICE, identity_of
 
 LONGEST = 30.0  # seconds between two calls to the agent
 
@@ -24,7 +24,8 @@ LONGEST = 30.0  # seconds between two calls to the agent
 def pick(shown: list[Shown], service: str) -> Shown:
     """Return the identity of a service among those that the agent holds for this process. Raises AgentError."""
     for each in shown:
-        if each.identity.endswith(f"/service/{service}"):
+        match = SERVICE.fullmatch(each.identity)
+        if match is not None and match["name"] == service:
             return each
     held = ", ".join(each.identity for each in shown[:5])
     raise AgentError(f"the SPIFFE agent gives this process {held}, not spiffe://TRUST_DOMAIN/service/{service}: its registration entry needs that id")

@@ -25,7 +25,7 @@ from gateway.mesh.assign import Assignments
 from gateway.mesh.limit import Bucket
 from gateway.mesh.networks import DEFAULT, network_of, scope
 from gateway.mesh.peers import Peer
-from gateway.mesh.registry import BadInstance, Registry, read_place
+from gateway.mesh.registry import COMEBACK, BadInstance, Registry, read_place
 from gateway.mesh.store import StoreError, Value
 
 log = logging.getLogger("crossway.mesh")
@@ -34,6 +34,7 @@ ANSWER = 30.0  # seconds that a member has for an assignment
 MESSAGE_MAX = 64 << 10  # bytes from a member
 REASON = 500  # characters of a refusal
 CHANGES = Rate(20, 10.0)  # of an instance's state or place: each one is told to all of its callers
+STALL = 5.0  # seconds between two looks at who is silent, after which it was not they
 AGAIN = 1.0  # seconds until what could not be written down is tried again
 TURN = 100  # streams that are sent something before others have their turn
 GOING, REPLACED, SILENT, WRONG = 1001, 4001, 4002, 4400  # close codes
@@ -212,6 +213,8 @@ class Hub:
         self.on_answer: Callable[[float, bool], None] = lambda seconds, good: None
         self._due: deque[Stream] = deque()  # to be sent something
         self._unwritten: dict[tuple[str, str], Stream] = {}
+        self._looked = time.monotonic()
+        self._patience = 0.0  # monotonic, until when nobody is taken for dead, because nobody was listened to before
         self._lingering: dict[tuple[str, str], float] = {}  # gone without a word; monotonic time when they are taken for dead
 
     async def serve(self, stream: Stream) -> None:
@@ -220,8 +223,9 @@ class Hub:
         self.streams[stream.key] = stream
         self._lingering.pop(stream.key, None)
         if before is not None:
-            before.code = REPLACED
-            before.peer.cut()
+            # A member that came back over a new path never reads this; one whose folder was copied to another machine is told.
+            log.warning("a member's stream is replaced by another one", extra=before.told() | {"address": before.peer.address, "by": stream.peer.address})
+            before.end(REPLACED)
         try:
             await self.registry.connected(stream.service, stream.instance, stream.peer.serial, stream.peer.leaf.not_after)
             if stream.applied is not None and await self.registry.applied(*stream.key) != stream.applied:
@@ -235,8 +239,8 @@ class Hub:
             if self.streams.get(stream.key) is stream:
                 del self.streams[stream.key]
                 # Who said goodbye is gone; who vanished may be back in a moment, with a new certificate or over a new path.
-                wait = 0.0 if stream.draining else max(0.0, self.registry.heartbeat - (time.monotonic() - stream.heard))
-                self._lingering[stream.key] = time.monotonic() + wait
+                now = time.monotonic()
+                self._lingering[stream.key] = now if stream.draining else max(now, stream.heard + self.registry.heartbeat, self._patience)
                 log.info("a member's stream has ended", extra=stream.told() | {"draining": stream.draining})
 
     def scopes(self) -> set[str]:
@@ -270,6 +274,9 @@ class Hub:
     async def look(self) -> None:
         """Take who is silent for dead."""
         now = time.monotonic()
+        gone, self._looked = now - self._looked, now
+        if gone > STALL:
+            self._stood_still(gone)
         for stream in list(self.streams.values()):
             if now - stream.heard > self.registry.heartbeat:
                 log.warning("a member is silent", extra=stream.told())
@@ -283,6 +290,17 @@ class Hub:
                 await self.registry.left(*key)
                 self._lingering.pop(key, None)
                 self.changed()
+
+    def _stood_still(self, seconds: float) -> None:
+        """Nobody was heard because nobody listened (a machine that was paused or moved, a state that was away): who was there may come back, as after a start."""
+        log.error("the control plane stood still; members have time to come back", extra={"seconds": round(seconds, 1)})
+        self.registry.wait()
+        now = time.monotonic()
+        for stream in self.streams.values():
+            stream.heard = now
+        self._patience = now + COMEBACK
+        for key, when in self._lingering.items():
+            self._lingering[key] = max(when, self._patience)
 
     async def write(self) -> None:
         """Write down what members were told and what they said."""

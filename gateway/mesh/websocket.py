@@ -14,10 +14,11 @@ import hashlib
 import os
 import re
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 
 MAGIC = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 1.3
 HEAD_MAX = 16 << 10  # bytes of the answer to the handshake
+REASON_MAX = 4 << 10  # bytes of a refusal's body that are read: a piece of them, whatever comes at once
 PIECE = 64 << 10  # bytes of one read
 WAITING = 4  # messages that may wait for who takes them
 CLOSE = 2.0  # seconds for the other side to end the connection as well
@@ -27,7 +28,14 @@ NORMAL, GOING_AWAY, PROTOCOL_ERROR, UNSUPPORTED, NO_CODE, NOT_UTF8, TOO_LARGE = 
 
 
 class WebSocketError(Exception):
-    """The connection cannot be opened, or has ended otherwise than in good order; the text is for a log."""
+    """The connection cannot be opened, or has ended otherwise than in good order; the text is for a log.
+
+    `code` is that of the other side's close frame, `status` and `body` are those of an answer that refuses the handshake; 0 and b"" where there is none.
+    """
+
+    def __init__(self, text: str, *, code: int = 0, status: int = 0) -> None:
+        super().__init__(text)
+        self.code, self.status, self.body = code, status, b""
 
 
 class _Refused(Exception):
@@ -49,20 +57,26 @@ async def begin(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, host
         f"sec-websocket-key: {key.decode()}\r\nuser-agent: crossway\r\n\r\n".encode("ascii")
     )
     try:
-        judge(await reader.readuntil(b"\r\n\r\n"), key)
+        fields = judge(await reader.readuntil(b"\r\n\r\n"), key)
     except (asyncio.IncompleteReadError, asyncio.LimitOverrunError):
         raise WebSocketError("the handshake is not answered") from None
-    return WebSocket(reader, writer, most, silence)
+    except WebSocketError as error:
+        if error.status:
+            with contextlib.suppress(OSError, EOFError, TimeoutError):
+                async with asyncio.timeout(CLOSE):
+                    error.body = await reader.read(REASON_MAX)
+        raise
+    return WebSocket(reader, writer, most, silence, {name: values[0] for name, values in fields.items()})
 
 
-def judge(answer: bytes, key: bytes) -> None:
-    """Raise WebSocketError for an answer that does not accept the handshake of this key (RFC 6455, 4.1)."""
+def judge(answer: bytes, key: bytes) -> dict[str, list[str]]:
+    """Return the fields of an answer that accepts the handshake of this key, by name in small letters (RFC 6455, 4.1). Raises WebSocketError."""
     first, *lines = answer[:-4].decode("latin-1").split("\r\n")
     status = re.fullmatch(r"HTTP/1\.1 ([0-9]{3})(?: .*)?", first)
     if len(answer) > HEAD_MAX or status is None:
         raise WebSocketError("the handshake is answered by what is no HTTP/1.1")
     if status[1] != "101":
-        raise WebSocketError(f"the handshake is answered with status {status[1]}")
+        raise WebSocketError(f"the handshake is answered with status {status[1]}", status=int(status[1]))
     fields: dict[str, list[str]] = {}
     for line in lines:
         name, colon, value = line.partition(":")
@@ -75,12 +89,14 @@ def judge(answer: bytes, key: bytes) -> None:
         raise WebSocketError("the handshake is answered by what is no WebSocket")
     if "sec-websocket-extensions" in fields or "sec-websocket-protocol" in fields:
         raise WebSocketError("the handshake is answered with what was not offered")
+    return fields
 
 
 class WebSocket:
     """An open connection. To be iterated over once, for its messages: they end when the connection does in good order; otherwise WebSocketError."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, most: int, silence: float) -> None:
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, most: int, silence: float, fields: Mapping[str, str]) -> None:
+        self.fields = fields  # of the answer to the handshake, by name in small letters
         self._reader = reader
         self._writer = writer
         self._most = most
@@ -90,6 +106,7 @@ class WebSocket:
         self._room = asyncio.Event()
         self._closing = False  # our close frame is out: nothing may follow it
         self._fault: str | None = None
+        self._code = 0  # of the other side's close frame
         self._reading = asyncio.get_running_loop().create_task(self._read())
         self._reading.add_done_callback(lambda _: self._news.set())
 
@@ -103,7 +120,7 @@ class WebSocket:
                 self._news.clear()
                 await self._news.wait()
         if self._fault is not None:
-            raise WebSocketError(self._fault)
+            raise WebSocketError(self._fault, code=self._code)
 
     async def send(self, text: str) -> None:
         """Send a message. Raises WebSocketError when the connection has ended, OSError when that shows now."""
@@ -220,5 +237,6 @@ class WebSocket:
             raise _Refused(PROTOCOL_ERROR, "a close frame has no valid code")
         if not self._closing:
             if code not in (NORMAL, GOING_AWAY, NO_CODE):
+                self._code = code
                 self._fault = f"closed with {code} {data[2:].decode('utf-8', 'replace')}".rstrip()
             self._end(code)

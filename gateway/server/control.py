@@ -24,6 +24,7 @@ from typing import Any
 import uvicorn
 import uvloop
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.frames import Frame
 
 from gateway.config.web import Bind
 from gateway.mesh.api import Api, Pages
@@ -44,6 +45,7 @@ BACKLOG = 1024
 GARBAGE = 20_000, 20, 50  # thresholds of the collector's generations
 PIECE = 8 << 10  # bytes that the admin's parser gets at once
 CONNECTIONS = 10_000  # and requests; 503 beyond
+FRAGMENTS = 64  # of a message
 FIRST = 10.0  # seconds that a connection has for the head of its first request
 IDLE = 15  # seconds of a connection between two requests
 LEAVE = 5  # seconds for what is in flight at the end
@@ -87,6 +89,18 @@ class StreamProtocol(WebSocketsSansIOProtocol):
         data = b"".join(self.frames)
         self.frames = []
         self.hear(data)
+
+    def handle_ping(self) -> None:
+        """Answer a ping, unless what was sent before waits to be read: of several, one answer is enough (RFC 6455 5.5.3)."""
+        output = self.conn.data_to_send()
+        if self.writable.is_set():
+            self.transport.write(b"".join(output))
+
+    def handle_cont(self, event: Frame) -> None:
+        if len(self.frames) >= FRAGMENTS:  # empty ones count for no size
+            self.transport.abort()
+            return
+        super().handle_cont(event)
 
     def write(self, frame: bytes) -> None:
         """Send a whole frame. Members have one unanswered message at most, so what waits here is bounded."""

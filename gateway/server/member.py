@@ -20,7 +20,7 @@ from gateway.mesh import metrics
 from gateway.mesh.assignment import Assignment, Refused
 from gateway.mesh.contact import EnrolError
 from gateway.mesh.enrol import join
-from gateway.mesh.identity import Identity, Svid, load
+from gateway.mesh.identity import Identity, Svid, load, pause
 from gateway.mesh.link import Link, read_assignment
 from gateway.mesh.networks import LABEL
 from gateway.mesh.pod import BadPod
@@ -241,34 +241,52 @@ class Member:
         self.link: Link | None = None
 
     async def run(self) -> None:
-        """Be the member; returns only by cancellation."""
+        """Be the member; returns only by cancellation. Whatever ends it is told, and it begins again: nobody else keeps the certificate."""
+        failures = 0
+        while True:
+            await self._own()
+            try:
+                await self._be()
+            except (StateError, MemberError) as error:
+                log.error("the gateway's membership of the mesh has ended; it begins again", extra={"error": str(error)})
+            except Exception:
+                log.exception("the gateway's membership of the mesh has failed; it begins again")
+            finally:
+                self.state.unlock()
+            failures += 1
+            await asyncio.sleep(pause(failures, 0))
+
+    async def _own(self) -> None:
+        """Wait until the folder is ours; that another process keeps it is told, unless that is the one of before on its way out."""
+        told = asyncio.get_running_loop().time() + FIRST
         while True:
             try:
                 self.state.lock()
-                break
-            except StateError:
+                return
+            except StateError as error:
+                if asyncio.get_running_loop().time() >= told:
+                    told = float("inf")
+                    log.warning("another process keeps this gateway's membership of the mesh; what it writes there is followed", extra={"error": str(error)})
                 await asyncio.sleep(RETRY)
-        try:
-            held = load(self.state)
-            if held is None:
-                raise StateError(f"{self.state.folder}: the certificate is gone")
-            self.identity = self._identity(held)
-            self.link = Link(self.state, self.mesh.control, self.identity.job["instance"], self._svid, self._apply)
-            self.link.healthy, self.link.keep_roots = (lambda: True), self.identity.bundle_is_ours
-            self.link.place = self.identity.place
-            self.link.current = read_assignment(self.state, held, self.identity.bundle_is_ours)
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self.identity.keep())
-                group.create_task(self.link.run())
-        except (StateError, MemberError) as error:
-            log.error("the gateway's membership of the mesh has ended", extra={"error": str(error)})
-        finally:
-            self.state.unlock()
+
+    async def _be(self) -> None:
+        """Keep certificate and stream, until something fails."""
+        held = load(self.state)
+        if held is None:
+            raise StateError(f"{self.state.folder}: the certificate is gone")
+        self.identity = self._identity(held)
+        self.link = Link(self.state, self.mesh.control, self.identity.job["instance"], self._svid, self._apply)
+        self.link.healthy, self.link.keep_roots = (lambda: True), self.identity.bundle_is_ours
+        self.link.place = self.identity.place
+        self.link.current = read_assignment(self.state, held, self.identity.bundle_is_ours)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.identity.keep())
+            group.create_task(self.link.run())
 
     def _identity(self, held: Svid) -> Identity:
         job = job_of(self.mesh, self.state, self.zone)
         if self.mesh.spire is None:
-            return Identity(self.state, job, self._renewed, held)
+            return Identity(self.state, job, self._renewed, held, proof=_lasting_proof(self.mesh))
         from gateway.mesh.spire import SpireIdentity
 
         return SpireIdentity(self.state, job, self._renewed, held, agent=_agent(self.mesh))

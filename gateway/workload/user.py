@@ -112,7 +112,8 @@ class Reader:
         if "proof" in said:
             # The author of this one was the audience of the one inside, and says the same of the user.
             inner = self._verified(said["proof"], said["iss"], now, depth - 1)
-            if any(said[name] != inner[name] for name in ("sub", "client", "scope", "claims")):
+            # As text: 1, 1.0 and true are equal here, and are not the same to a rule.
+            if any(json.dumps(said[name], sort_keys=True) != json.dumps(inner[name], sort_keys=True) for name in ("sub", "client", "scope", "claims")):
                 raise UserError("it says more of the user than its author was told")
         elif said["iss"] not in self.firsts:
             raise UserError("its author may not identify users")
@@ -135,7 +136,7 @@ def _parts(token: str) -> tuple[dict[str, Any], dict[str, Any], bytes, bytes]:
         if not isinstance(said.get("proof", ""), str):
             raise UserError("its proof is not what it should be")
         return header, said, f"{first}.{second}".encode("ascii"), _bytes(third)
-    except (ValueError, KeyError, TypeError, AttributeError, binascii.Error) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, binascii.Error) as error:
         raise error if isinstance(error, UserError) else UserError("it is no token") from None
 
 

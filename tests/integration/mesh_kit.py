@@ -301,7 +301,7 @@ class Control:
             writer.writelines([each for each in protocol.data_to_send() if each])
 
     def _answer(self, target: str, said: dict[str, Any], uri: str) -> tuple[int, dict[str, Any]]:
-        if target == "/v1/join" and "kubernetes" in said:
+        if target == "/v1/join" and "token" not in said:  # as a pod, or by a certificate of another PKI
             self.joined.append(said)
             service = said["service"]
         elif target == "/v1/join":

@@ -6,9 +6,12 @@ import base64
 import contextlib
 import http.client
 import json
+import signal
 import socket
+import sqlite3
 import ssl
 import stat
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -264,6 +267,42 @@ def test_who_is_silent_is_out_of_the_registry(tmp_path: Path, members: list[Memb
         assert ledger.closed.wait(PATIENCE)
 
 
+def test_members_that_nobody_heard_have_time_to_come_back(tmp_path: Path, members: list[Member]) -> None:
+    """A machine that was paused, or moved: its members' silence is its own. None of them may be taken from its callers for that."""
+    with ControlProcess(tmp_path, control="  heartbeat: 2s\n") as control:
+        payments, ledger = joined(members, control, "payments", 1), joined(members, control, "ledger", 2)
+        stopped, over = threading.Event(), threading.Event()
+
+        def beat() -> None:
+            while not over.wait(0.3):
+                payments.beat()
+                with contextlib.suppress(ConnectionClosed):
+                    if not stopped.is_set():
+                        ledger.beat()
+
+        payments.open()
+        ledger.open()
+        beating = threading.Thread(target=beat, daemon=True)
+        beating.start()
+        payments.has(lambda held: payments.endpoints("ledger") == [ledger.inbound], "the endpoint")
+        heard = len(payments.messages)
+        control.process.send_signal(signal.SIGSTOP)
+        stopped.set()
+        threading.Thread(target=ledger.close, daemon=True).start()
+        time.sleep(6)
+        control.process.send_signal(signal.SIGCONT)
+        eventually(lambda: control.logged("the control plane stood still; members have time to come back"), "the line in its log")
+        time.sleep(3)  # longer than silence lasts otherwise
+        again = Member(control, "ledger", 2)
+        again.svid, again.bundle = ledger.svid, ledger.bundle
+        members.append(again.open())
+        eventually(lambda: [row["state"] for row in control.status()["instances"]] == ["healthy", "healthy"], "its return")
+        over.set()
+        beating.join(PATIENCE)
+        empty = [message for message in payments.messages[heard:] if message.get("changes", message.get("assignment"))["services"].get("ledger", {}).get("endpoints") == []]
+        assert empty == []
+
+
 def test_a_refusal_is_shown_and_not_repeated(control: ControlProcess, members: list[Member]) -> None:
     member = joined(members, control, "payments").open()
     member.has(lambda held: held["version"], "an assignment")
@@ -369,6 +408,112 @@ def test_a_second_stream_of_an_instance_replaces_the_first(control: ControlProce
     again.has(lambda held: held["version"], "an assignment")
 
 
+def raw_stream(control: ControlProcess, member: Member, *, instance: str = "", version: int = 0) -> ssl.SSLSocket:
+    """A member's stream by hand; what answers the handshake has been read, and says whether it is one."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.load_cert_chain(member.pair)
+    secure = context.wrap_socket(socket.create_connection(("127.0.0.1", control.port), PATIENCE))
+    head = f"GET /v1/stream?instance={instance or member.instance}&version={version} HTTP/1.1\r\nhost: x\r\nupgrade: websocket\r\nconnection: Upgrade\r\n"
+    secure.sendall(head.encode() + b"sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\nsec-websocket-version: 13\r\n\r\n")
+    answer = b""
+    while not answer.endswith(b"\r\n\r\n") and (byte := secure.recv(1)):
+        answer += byte
+    if b" 101 " not in answer:
+        secure.close()
+        raise PermissionError(answer.partition(b"\r\n")[0].decode())
+    return secure
+
+
+def frame(code: int, data: bytes, final: bool = True) -> bytes:
+    """A masked frame of at most 125 bytes."""
+    return bytes(((0x80 if final else 0) | code, 0x80 | len(data))) + bytes(4) + data
+
+
+BEAT = frame(1, b'{"type":"heartbeat","healthy":true,"draining":false}')
+
+
+def resident(control: ControlProcess) -> int:
+    """MiB of memory that the process has."""
+    text = Path(f"/proc/{control.process.pid}/status").read_text()
+    return int(text.partition("VmRSS:")[2].split()[0]) >> 10
+
+
+def test_one_instance_does_not_speak_for_another(control: ControlProcess, members: list[Member]) -> None:
+    """Each of a service's instances has the same identity; its certificate says which of them it is."""
+    victim, other = joined(members, control, "ledger", 1).open(), joined(members, control, "ledger", 2)
+    victim.has(lambda held: held["version"], "an assignment")
+    with pytest.raises(PermissionError, match="403"):
+        raw_stream(control, other, instance=victim.instance)
+    refused = eventually(lambda: control.logged("a stream is refused"), "the reason")
+    assert "issued to the instance ledger-2" in refused[0]["reason"]
+    assert not victim.closed.is_set()
+
+
+def test_a_certificate_is_one_instance_at_a_time(control: ControlProcess, members: list[Member]) -> None:
+    """Names could be invented without end otherwise, and each would be remembered for days."""
+    member = joined(members, control, "ledger", 1)
+    for number in range(5):
+        raw_stream(control, member, instance=f"renamed-{number}").close()
+        eventually(lambda: [row["state"] for row in control.status()["instances"]] in (["gone"], ["unhealthy"]), "one instance")
+        control.kill()  # of a control plane that is gone nobody is there
+        with contextlib.closing(sqlite3.connect(control.folder / "mesh.db")) as state:
+            assert [row[0] for row in state.execute("SELECT instance FROM instances")] == [f"renamed-{number}"]
+            state.execute("UPDATE instances SET connected = 0")
+            state.commit()
+        control.start()
+
+
+def test_a_version_that_nobody_drew_costs_the_others_nothing(control: ControlProcess, members: list[Member]) -> None:
+    quiet, loud = joined(members, control, "ledger", 1).open(), joined(members, control, "ledger", 2)
+    quiet.has(lambda held: held["version"], "an assignment")
+    for _ in range(10):
+        raw_stream(control, loud, version=1 << 53).close()
+    payments = joined(members, control, "payments", 1).open()
+    payments.has(lambda held: held["version"], "an assignment")
+    assert payments.held["version"] <= quiet.held["version"] + 2, "no versions were drawn for it"
+    assert len(quiet.messages) == 1
+    loud.open(version=1 << 53)
+    loud.has(lambda held: held["version"] < 100, "the whole assignment, as it is")
+
+
+def test_a_state_that_has_lost_its_last_versions_keeps_nothing_from_members(control: ControlProcess, members: list[Member]) -> None:
+    """A database may come back a moment older than it was; a version that was used must not be used again for something else."""
+    payments = joined(members, control, "payments", 1).open()
+    payments.has(lambda held: held["version"], "an assignment")
+    for number in (2, 3, 4):
+        joined(members, control, "ledger", number).open()
+        payments.has(lambda held, n=number: len(payments.endpoints("ledger")) == n - 1, "the endpoints")
+        with contextlib.closing(sqlite3.connect(control.folder / "mesh.db", timeout=PATIENCE)) as state:
+            state.execute("UPDATE counters SET value = 0 WHERE name = 'version'")
+            state.commit()
+    versions = [message["version"] for message in payments.messages]
+    assert versions == sorted(set(versions))
+
+
+def test_a_member_that_reads_nothing_costs_no_memory(control: ControlProcess, members: list[Member]) -> None:
+    member = joined(members, control, "payments")
+    secure = raw_stream(control, member)
+    before, pings = resident(control), frame(9, b"x" * 125) * 1000
+    for _ in range(400):
+        secure.sendall(pings)
+    secure.sendall(BEAT)
+    eventually(lambda: [row["state"] for row in control.status()["instances"]] == ["healthy"], "all of it read")
+    assert resident(control) < before + 24
+    secure.close()
+
+
+def test_a_message_has_not_any_number_of_fragments(control: ControlProcess, members: list[Member]) -> None:
+    secure = raw_stream(control, joined(members, control, "payments"))
+    with contextlib.suppress(OSError):
+        secure.sendall(frame(1, b"{", False) + frame(0, b"", False) * 1000)
+    with contextlib.suppress(ConnectionResetError, ssl.SSLError):
+        while secure.recv(4096):
+            pass
+    secure.close()
+    assert not control.logged("a member is silent"), "it ended for that"
+
+
 # -- revocation
 
 
@@ -406,6 +551,26 @@ def test_one_certificate_can_be_revoked(control: ControlProcess, members: list[M
     payments.has(lambda held: payments.endpoints("ledger") == [two.inbound], "the other one")
     assert not two.closed.is_set() and one.renew()[0] == 403
     assert control.command("revoke", "no-such").returncode == 2
+
+
+def test_a_stolen_key_does_not_outlive_its_revocation_by_renewing(control: ControlProcess, members: list[Member]) -> None:
+    """Whoever has the key of one certificate may have renewed before anybody noticed: its serial shuts out what came of it too."""
+    owner, other = joined(members, control, "ledger", 1), joined(members, control, "ledger", 2).open()
+    stolen, thief = serial_of(owner), Member(control, "ledger", 1)
+    thief.pair = control.folder / "stolen.pem"
+    thief.pair.write_bytes(owner.pair.read_bytes())
+    assert thief.renew()[0] == 200 and thief.renew()[0] == 200
+    owner.renew()
+    thief.open()
+    done = control.command("revoke", stolen)
+    assert done.returncode == 0 and "3 others of its instance" in done.stdout
+    assert thief.closed.wait(PATIENCE)
+    other.has(lambda held: {stolen, serial_of(thief), serial_of(owner)} <= set(held["revoked"]["serials"]), "the deny list")
+    assert thief.renew()[0] == 403 and owner.renew()[0] == 403 and other.renew()[0] == 200
+    assert owner.join()[0] == 200 and owner.renew()[0] == 200, "who joins anew is in again, under the same name"
+    assert control.command("revoke", stolen, "--undo").returncode == 0
+    other.has(lambda held: held["revoked"]["serials"] == [], "the empty deny list")
+    assert thief.renew()[0] == 200
 
 
 # -- the root

@@ -6,6 +6,7 @@ import base64
 import http.client
 import http.server
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -140,6 +141,38 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "gateway", *arguments], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=60, check=False
     )
+
+
+def test_an_edge_whose_certificate_has_ended_joins_again_by_what_lasts(tmp_path: Path, payments: Sidecar, control: Control) -> None:
+    """As a sidecar does: the control plane was away for longer than the certificate lives, and nobody restarts the edge."""
+    bank = control.ca.pair(tmp_path, "bank", "urn:edge-1")
+    (tmp_path / "mesh-root.pem").write_text(control.ca.bundle)
+    path = write_edge(control)
+    path.write_text(re.sub("token: [^,]+", f"certificate: {{cert: {bank}, key: {bank}}}, control_ca: mesh-root.pem", path.read_text()))
+    control.life = 6
+    with Gateway(path) as edge:
+        assert ask(edge.addresses["public"]) == 200
+        eventually(lambda: control.acked("edge"), "the stream of the admin process")
+        control.stop()
+        ends = control.issued[-1].not_valid_after_utc.timestamp()
+        time.sleep(max(0.0, ends - time.time() + 0.5))
+        joined = len(control.joined)
+        control.life = 3600
+        control.start()
+        eventually(lambda: len(control.joined) > joined, "its joining")
+        eventually(lambda: ask(edge.addresses["public"]) == 200, "calls with the new certificate")
+
+
+def test_an_edge_tells_that_another_has_its_folder(control: Control, payments: Sidecar) -> None:
+    path = write_edge(control)
+    other = path.parent / "other" / path.name
+    other.parent.mkdir()
+    with Gateway(path):
+        eventually(lambda: control.acked("edge"), "the stream of the admin process")
+        other.write_text(path.read_text().replace("state: edge.state", f"state: {path.parent / 'edge.state'}"))
+        with Gateway(other) as second:
+            eventually(lambda: "another process uses it" in second.errors.read_text(), "the line in its log")
+            assert ask(second.addresses["public"]) == 200
 
 
 def test_without_a_token_it_does_not_start_and_says_why(control: Control, tmp_path: Path) -> None:

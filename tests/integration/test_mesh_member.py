@@ -192,6 +192,18 @@ def test_rules_by_header_and_a_change_of_policy(control: Control, payments: Side
     assert "policy=2" in call(payments.outbound, x_purpose="look")[1]["crossway-denied"]
 
 
+def test_a_header_that_comes_twice_is_allowed_by_neither_alone(control: Control, payments: Sidecar, ledger: Sidecar) -> None:
+    """An app reads the first, the last, or both joined: whichever it is, it is one that the rule allows."""
+    control.rules[0] |= {"headers": {"x-purpose": {"prefix": "book"}}}
+    control.change()
+    control.settled()
+    for values, status in ((("booking", "booked"), 200), (("booking", "payout"), 403), (("payout", "booking"), 403), (("booking, payout",), 200)):
+        lines = "".join(f"X-Purpose: {value}\r\n" for value in values)
+        with socket.create_connection(("127.0.0.1", payments.outbound), PATIENCE) as raw:
+            raw.sendall(f"GET /v1/x HTTP/1.1\r\nHost: ledger\r\n{lines}Connection: close\r\n\r\n".encode())
+            assert int(raw.makefile("rb").readline().split()[1]) == status, values
+
+
 def test_audit_mode_lets_pass_and_records(control: Control, payments: Sidecar, ledger: Sidecar) -> None:
     control.default = "audit"
     control.change()

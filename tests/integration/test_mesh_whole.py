@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import http.client
 import json
+import shutil
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -137,3 +139,28 @@ def test_a_sidecar_that_starts_again_elsewhere_is_found_there(tmp_path: Path, ap
             )
             assert (row["service"], row["zone"], row["labels"]["version"]) == ("ledger", "b", "2")
             assert len([row for row in control.status()["instances"] if row["service"] == "ledger"]) == 1
+
+
+def test_two_with_one_folder_do_not_take_the_stream_from_each_other_all_the_time(tmp_path: Path, app: int) -> None:
+    """A machine that was cloned with its state: each change of place is told to all callers, so they must be few, and somebody must say why."""
+    with ControlProcess(tmp_path) as control, Sidecar(control, "payments", app) as first:  # type: ignore[arg-type]
+        eventually(lambda: [row["state"] for row in control.status()["instances"]] == ["healthy"], "the first one")
+        copied = tmp_path / "copied.state"
+        shutil.copytree(first.state, copied)
+        with Sidecar(control, "payments", app, state=str(copied)):  # type: ignore[arg-type]
+            said = eventually(lambda: first.logged("another process speaks for this instance: was its folder copied?"), "the line in its log")
+            assert said[0]["folder"] == str(first.state) and said[0]["instance"].startswith("payments-")
+            assert len(control.logged("a member's stream is replaced by another one")) == 1
+            time.sleep(2)
+            assert len(first.logged("stream of the control plane open")) == 2, "one of each"
+
+
+def test_a_member_is_told_why_its_stream_is_refused(tmp_path: Path, app: int) -> None:
+    with ControlProcess(tmp_path) as control, Sidecar(control, "payments", app) as first:  # type: ignore[arg-type]
+        eventually(lambda: [row["state"] for row in control.status()["instances"]] == ["healthy"], "the first one")
+        copied = tmp_path / "copied.state"
+        shutil.copytree(first.state, copied)
+        (copied / "instance").unlink()
+        with Sidecar(control, "payments", app, state=str(copied)) as second:  # type: ignore[arg-type]
+            said = eventually(lambda: second.logged("the control plane cannot be reached"), "the line in its log")
+            assert "refuses the stream" in said[0]["error"] and "was issued to the instance payments-" in said[0]["error"]

@@ -123,3 +123,41 @@ def test_rotation_says_where_it_stands(mesh: Path, capsys: pytest.CaptureFixture
     assert run(capsys, monkeypatch, "mesh", "rotate-root", "activate", "-c", str(mesh))[0] == 0
     code, out, _ = run(capsys, monkeypatch, "mesh", "rotate-root", "retire", "-c", str(mesh))
     assert code == 0 and "generation 2: issues" in out and "generation 1:" not in out.partition("out of the bundle")[2]
+
+
+def test_a_roots_key_that_is_named_and_not_there_stops_the_rotation(mesh: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slip in the path must not make a new root that nobody who knows the old one believes."""
+    assert run(capsys, monkeypatch, "mesh", "token", "payments", "-c", str(mesh))[0] == 0
+    for step in ("prepare", "issuing"):
+        code, _, err = run(capsys, monkeypatch, "mesh", "rotate-root", step, "--root-key", "/no/such.key", "-c", str(mesh))
+        assert (code, err) == (1, "crossway: /no/such.key: there is no such file\n")
+    assert "generation 2" not in run(capsys, monkeypatch, "mesh", "rotate-root", "show", "-c", str(mesh))[1]
+
+
+SIDECAR = {"--service": "a", "--app": "127.0.0.1:9001", "--inbound": "127.0.0.1:9101", "--outbound": "127.0.0.1:9102", "--control": "https://127.0.0.1:1", "--state": "/no/state"}
+GATEWAY = {"--service": "a", "--network": "west", "--bind": "127.0.0.1:9443", "--control": "https://127.0.0.1:1", "--state": "/no/state"}
+
+
+@pytest.mark.parametrize(
+    ("command", "change", "said"),
+    [
+        ("sidecar", {"--control": "https://127.0.0.1:1:2"}, "'https://127.0.0.1:1:2' is not the control plane's address"),
+        ("sidecar", {"--control": "https://[::1"}, "'https://[::1' is not the control plane's address"),
+        ("sidecar", {"--control": "https://127.0.0.1:99999"}, "is not the control plane's address"),
+        ("sidecar", {"--control": "127.0.0.1:9700"}, "such as https://10.0.0.2:9700"),
+        ("gateway", {"--control": "https://a:b"}, "is not the control plane's address"),
+        ("sidecar", {"--inbound": "0.0.0.0:9101"}, "name the one by which others reach it with --advertise"),
+        ("sidecar", {"--inbound": "[::]:9101"}, "name the one by which others reach it with --advertise"),
+        ("gateway", {"--bind": "0.0.0.0:9443"}, "name the one by which others reach it with --advertise"),
+        ("sidecar", {"--app": "127.0.0.1:0"}, "name the port on which the app listens"),
+    ],
+)
+def test_a_command_line_that_cannot_be_meant_is_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str, change: dict[str, str], said: str
+) -> None:
+    words = [word for pair in ({"sidecar": SIDECAR, "gateway": GATEWAY}[command] | change).items() for word in pair]
+    try:
+        code, _, err = run(capsys, monkeypatch, "mesh", command, *words)
+    except SystemExit as ended:  # argparse
+        code, err = int(str(ended.code)), capsys.readouterr().err
+    assert code == 2 and said in " ".join(err.split())

@@ -21,7 +21,7 @@ from gateway.mesh.ca import BadRequest, Ca, CaError, read_request
 from gateway.mesh.enrol import make_request
 from gateway.mesh.identity import Svid, due_at
 from gateway.mesh.limit import ADDRESSES, Bucket, Buckets
-from gateway.mesh.registry import BadInstance, judge, read_instance, read_place
+from gateway.mesh.registry import BadInstance, Registry, judge, read_instance, read_place
 from gateway.mesh.report import problems, span
 from gateway.mesh.revocation import DenyList, read
 from gateway.mesh.sign import Signer
@@ -389,6 +389,39 @@ def test_spans_of_time() -> None:
 def instances(*unreachable: bool, **more: Any) -> list[dict[str, Any]]:
     row = {"service": "ledger", "present": True, "draining": 0, "healthy": 1, "inbound": "127.0.0.1:1", **more}
     return [{**row, "unreachable": "no answer" if each else None} for each in unreachable]
+
+
+def test_a_control_plane_that_went_without_a_word_is_waited_for_until_its_members_can_be_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A member notices by its pings, after 5 s and 15 s more. Taken from its callers before, half of a mesh would be gone for a machine's power."""
+    now = 1000.0
+    monkeypatch.setattr("gateway.mesh.registry.time.monotonic", lambda: now)
+
+    class Rows:
+        async def rows(self, statement: str, *values: object) -> list[dict[str, Any]]:
+            return [{"id": "other", "seen": 1.0}]
+
+    async def play() -> list[tuple[float, bool]]:
+        nonlocal now
+        registry = Registry(Rows(), "own", 15.0)  # type: ignore[arg-type]
+        now += 3600
+        found = []
+        for after in (0.0, 16.0, 22.0, 31.0):
+            now = 4600.0 + after
+            found.append((after, (await registry.hearing())["other"]))
+        return found
+
+    assert asyncio.run(play()) == [(0.0, True), (16.0, True), (22.0, True), (31.0, False)]
+
+
+def test_who_is_not_where_he_says_is_out_however_many_they_are() -> None:
+    """A wall does not answer as somebody else: one instance that says many addresses does not make the control plane doubt itself."""
+    rows = instances(True, True, True, False, True)
+    for row in rows[:3]:
+        row["unreachable"] = "there is spiffe://bank.test/service/payments at 127.0.0.1:1"
+    assert judge(rows, 0.5) == set()
+    assert [row["offered"] for row in rows] == [False, False, False, True, False]
+    assert judge(rows[:3], 0.5) == set() and not any(row["offered"] for row in rows[:3])
+    assert judge(rows, None) == set() and all(row["offered"] for row in rows), "nobody looks"
 
 
 @pytest.mark.parametrize(

@@ -360,7 +360,7 @@ def test_every_option_of_a_sidecar_can_be_had_in_a_pod() -> None:
         valid(made)
         assert inject(made) == made
         got = parsed(container(made, "crossway-sidecar")["args"])
-        line = "sidecar --service x --app none --inbound 1.1.1.1:1 --outbound 127.0.0.1:1 --control x --state x"
+        line = "sidecar --service x --app none --inbound 1.1.1.1:1 --outbound 127.0.0.1:1 --control https://127.0.0.1:1 --state x"
         bare = parsed(["mesh", *line.split()])
         used |= {name for name, value in vars(got).items() if value != getattr(bare, name)}
     assert set(vars(bare)) - used == {"token", "run"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 from pathlib import Path
@@ -18,11 +19,14 @@ from gateway.mesh import identity as life
 from gateway.mesh.assignment import Assignment, OtherBase, Refused, take
 from gateway.mesh.authorization import Denials, conditions, make_rule
 from gateway.mesh.contact import EnrolError, address_of, read_token
+from gateway.mesh.enrol import accept
 from gateway.mesh.identity import Identity, due_at, pause
 from gateway.mesh.metrics import hop, line
 from gateway.mesh.proxy import Surroundings, destinations, endpoints_of, upstream_of
+from gateway.mesh.spire import pick
 from gateway.mesh.state import State, StateError
 from gateway.mesh.units import seconds, share, size
+from gateway.mesh.workload_api import AgentError, Shown
 from gateway.telemetry.shared import SharedState
 from gateway.workload.admission import Revoked, admission, svid_fault
 from tests.integration.mesh_kit import Ca, key_pem
@@ -205,6 +209,35 @@ def test_the_program_that_fails_is_told(tmp_path: Path) -> None:
     assert "bundle" in outcome["error"] and outcome["lasting"]
 
 
+def test_of_several_identities_the_services_own_is_taken() -> None:
+    """An agent may hold others for this process, some of them ending alike."""
+    others = ("spiffe://bank.test/ns/shop/service/payments", "spiffe://bank.test/service/ledger", ID)
+    shown = [Shown(identity, (), b"", ()) for identity in others]
+    assert pick(shown, "payments").identity == ID
+    with pytest.raises(AgentError, match="not spiffe://TRUST_DOMAIN/service/edge"):
+        pick(shown, "edge")
+
+
+def test_a_full_disk_is_not_called_an_unreachable_control_plane(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    answer = {"svid": CA.pem(CA.issue(key.public_key(), ID)), "bundle": CA.bundle}
+
+    def full(self: State, name: str, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(State, "write", full)
+    with pytest.raises(EnrolError, match=r"cannot be written to .*: No space left on device"):
+        accept(State(tmp_path / "s"), answer, key_pem(key), "payments")
+
+
+def test_a_program_that_cannot_be_started_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """No process to be had, or a new version is just being installed: nothing that a member should end for."""
+    monkeypatch.setattr("sys.executable", str(tmp_path / "gone"))
+    kept = Identity(State(tmp_path / "s"), {}, lambda svid: None, Held(0, 1000))  # type: ignore[arg-type]
+    assert asyncio.run(kept.join({})) is False
+    assert "cannot be started: No such file" in kept.error and not kept.lasting and kept.failures == 1
+
+
 # -- its folder
 
 
@@ -249,7 +282,7 @@ def test_what_is_no_token(text: str) -> None:
         read_token(text)
 
 
-@pytest.mark.parametrize("text", ["http://a:1", "https://", "a:1", "https://a:1/path", "https://a:1?x"])
+@pytest.mark.parametrize("text", ["http://a:1", "https://", "a:1", "https://a:1:2", "https://[::1", "https://a:99999", "https://u@a:1", "https://a:0", "https://a:1/path", "https://a:1?x"])
 def test_what_is_no_control_plane(text: str) -> None:
     with pytest.raises(EnrolError):
         address_of(text)
@@ -309,6 +342,16 @@ def test_denials_are_counted_within_bounds(caplog: pytest.LogCaptureFixture) -> 
 def test_where_an_apps_own_connections_go() -> None:
     found = destinations({"ledger": {"endpoints": [{"address": "10.0.0.7:9101", "labels": {"app-port": "9001"}}, {"address": "[fd00::1]:5"}]}})
     assert found == {("10.0.0.7", 9101): "outbound:ledger", ("10.0.0.7", 9001): "outbound:ledger", ("fd00::1", 5): "outbound:ledger"}
+
+
+def test_what_two_services_say_of_one_address_leads_to_neither(caplog: pytest.LogCaptureFixture) -> None:
+    """Or whoever has one instance of a service could say that another service's app is his, and get its calls."""
+    ledger = {"address": "10.0.0.7:9101", "labels": {"app-port": "9001"}}
+    mallory = [{"address": "10.0.0.7:9199", "labels": {"app-port": "9001"}}, {"address": "10.0.0.66:9101", "labels": {"app-port": "9001"}}]
+    found = destinations({"ledger": {"endpoints": [ledger]}, "payments": {"endpoints": mallory}})
+    assert ("10.0.0.7", 9001) not in found
+    assert found[("10.0.0.7", 9101)] == "outbound:ledger" and found[("10.0.0.66", 9001)] == "outbound:payments"
+    assert [record.services for record in caplog.records] == [["ledger", "payments"]]  # type: ignore[attr-defined]
 
 
 def test_labels_of_hops() -> None:

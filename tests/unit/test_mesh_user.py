@@ -85,12 +85,20 @@ def token_of(found: Principal) -> bytes:
         (token(author("other"), proof=token(to="other"), about=user(subject="mallory")), "more of the user"),
         (token(author("other"), proof=token(to="other"), about=user(scopes={"a", "b", "admin"})), "more of the user"),
         (token(author("other"), proof=token(to="other"), about=user(claims={})), "more of the user"),
+        (token(author("other"), proof=token(to="other"), about=user(claims={"branch": "zurich", "limit": 5.0})), "more of the user"),
+        (token(author("other"), proof=token(to="other", about=user(claims={"staff": True})), about=user(claims={"staff": 1})), "more of the user"),
         (token(author("other"), proof=token(to="other", now=NOW - LIFE - LEEWAY)), "has expired"),
     ],
 )  # fmt: skip
 def test_what_is_not_believed(text: str, why: str) -> None:
     with pytest.raises(UserError, match=why):
         reader("payments").check(text.encode(), NOW)
+
+
+def test_what_is_nested_too_deeply_is_no_token() -> None:
+    deep = base64.urlsafe_b64encode(b"[" * 6000).rstrip(b"=").decode()
+    with pytest.raises(UserError, match="it is no token"):
+        reader("payments").check(f"{deep}.e30.e30".encode(), NOW)
 
 
 def test_it_travels_hop_by_hop_and_not_for_ever() -> None:
