@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from gateway.mesh.clock import doubt
 from gateway.mesh.pod import BadPod
 from gateway.mesh.pod import read_token as read_pod
 from gateway.mesh.state import BUNDLE, SVID, State, StateError
@@ -27,6 +28,7 @@ from gateway.workload.admission import identity_of
 
 TIMEOUT = 10.0  # seconds, each of connecting, writing and reading
 MOST = 1 << 20  # bytes of an answer
+ANEW = "if the mesh's root was changed while it was away, it joins anew: remove svid.pem from its folder and start it with a token of `crossway mesh token`"
 
 
 class EnrolError(Exception):
@@ -106,6 +108,14 @@ def check_control(secure: Any, domain: str | None = None) -> None:
         raise EnrolError(f"who answers at the control plane's address is {', '.join(uris) or 'nobody of a mesh'}", True)
 
 
+def tls_fault(error: ssl.SSLError) -> str:
+    """Why TLS with the control plane did not come about."""
+    fault = str(getattr(error, "verify_message", "") or error.reason or error)
+    if "self-signed" in fault or "unable to get" in fault:
+        fault += f": its root is not in this member's bundle; {ANEW}"
+    return fault + doubt(fault)
+
+
 def ask(host: str, port: int, path: str, context: ssl.SSLContext, body: dict[str, Any]) -> dict[str, Any]:
     """POST a JSON body and return the answer's. Raises EnrolError."""
     connection = http.client.HTTPSConnection(host, port, timeout=TIMEOUT, context=context)
@@ -158,8 +168,7 @@ def accept(state: State, answer: dict[str, Any], private: bytes, service: str) -
     if not parse_key(private).matches(chain[0]):
         raise EnrolError("the certificate that was issued is not for our key")
     if fault := chain_fault(chain, roots):
-        clock = " (is this machine's clock right?)" if "yet valid" in fault or "expired" in fault else ""
-        raise EnrolError(f"the certificate that was issued does not lead to the bundle: {fault}{clock}")
+        raise EnrolError(f"the certificate that was issued does not lead to the bundle: {fault}{doubt(fault)}")
     state.write(BUNDLE, bundle)
     state.write(SVID, svid + private)
     return {"identity": chain[0].uris[0], "serial": chain[0].serial, "not_before": chain[0].not_before, "not_after": chain[0].not_after}
@@ -167,16 +176,14 @@ def accept(state: State, answer: dict[str, Any], private: bytes, service: str) -
 
 def join(state: State, job: dict[str, Any]) -> dict[str, Any]:
     """Get the first certificate, for a token, as a pod, or for a certificate of the bank's own PKI."""
-    said = {key: job[key] for key in ("instance", "inbound", "labels", "zone")}
+    said = {**{key: job[key] for key in ("instance", "inbound", "labels", "zone")}, "time": time.time()}
     if job.get("kubernetes") is not None:
         return _join_as_pod(state, job, said)
     if job.get("pair") is not None:
         return _join_by_pair(state, job, said)
-    token = read_token(job["token"])
+    token = read_token(job["token"])  # whether it has expired says the control plane's clock, not this one
     if token.service != job["service"]:
         raise EnrolError(f"the token is for {token.service}, not {job['service']}", True)
-    if token.expires < time.time():
-        raise EnrolError("the token has expired: make a new one with `crossway mesh token`", True)
     host, port = address_of(job["control"])
     root = pinned_root(host, port, token.control_ca)
     request, private = make_request(job["service"])
@@ -228,7 +235,7 @@ def renew(state: State, job: dict[str, Any]) -> dict[str, Any]:
     context = control_context(bundle.decode("ascii"))
     context.load_cert_chain(state.svid)
     request, private = make_request(job["service"])
-    return accept(state, ask(host, port, "/v1/renew", context, {"csr": request}), private, job["service"])
+    return accept(state, ask(host, port, "/v1/renew", context, {"csr": request, "time": time.time()}), private, job["service"])
 
 
 def main() -> int:
@@ -239,7 +246,7 @@ def main() -> int:
     except EnrolError as error:
         outcome = {"error": str(error), "lasting": error.lasting}
     except ssl.SSLError as error:
-        outcome = {"error": f"TLS with the control plane failed: {error.reason or error}", "lasting": False}
+        outcome = {"error": f"TLS with the control plane failed: {tls_fault(error)}", "lasting": False}
     except StateError as error:
         outcome = {"error": str(error), "lasting": True}
     except (OSError, http.client.HTTPException) as error:

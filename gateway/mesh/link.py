@@ -12,14 +12,17 @@ import contextlib
 import json
 import logging
 import random
+import ssl
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import urlencode
 
 from gateway._speedups.certificates import parse_certificates
+from gateway.mesh import clock
 from gateway.mesh.assignment import Assignment, OtherBase, Refused, take
-from gateway.mesh.enrol import EnrolError, address_of, check_control, control_context
+from gateway.mesh.clock import Clock
+from gateway.mesh.enrol import ANEW, EnrolError, address_of, check_control, control_context, tls_fault
 from gateway.mesh.identity import Svid
 from gateway.mesh.state import ASSIGNMENT, State
 
@@ -72,7 +75,8 @@ class Link:
         self.apply = apply
         self.current: Assignment | None = None
         self.connected = False
-        self.heard = 0.0  # unix time of the last sign of life
+        self.clock = Clock()  # of the member: the control plane's time is heard here
+        self.heard: float | None = None  # monotonic time of the last sign of life
         self.connects = 0
         self.refused = 0
         self.applied = 0
@@ -144,12 +148,13 @@ class Link:
             check_control(socket.transport.get_extra_info("ssl_object"), svid.domain)
             self.connected, self._socket = True, socket
             self.connects += 1
-            self.heard = time.time()
+            self.heard = time.monotonic()
+            self.clock.hear(clock.read(socket.response.headers.get(clock.HEADER) if socket.response else None))
             log.info("stream of the control plane open", extra={"control": self.control})
             beating = asyncio.create_task(self._beats(socket))
             try:
                 async for text in socket:
-                    self.heard = time.time()
+                    self.heard = time.monotonic()
                     await self._heard(socket, text)
             finally:
                 beating.cancel()
@@ -160,7 +165,7 @@ class Link:
             await asyncio.sleep(HEARTBEAT)
 
     async def _beat(self, socket: Any) -> None:
-        await socket.send(json.dumps({"type": "heartbeat", "healthy": self.healthy(), "draining": self.draining, **self.place}))
+        await socket.send(json.dumps({"type": "heartbeat", "healthy": self.healthy(), "draining": self.draining, "time": round(time.time(), 3), **self.place}))
 
     async def _heard(self, socket: Any, text: str | bytes) -> None:
         try:
@@ -205,13 +210,25 @@ class Link:
         """Seconds by which the assignment is older than it should get without a word; None while it is fresh."""
         if self.connected or self.current is None:
             return None
-        over = time.time() - max(self.heard, float(self.current.body.get("issued", 0))) - float(self.current.body.get("fresh", 0))
+        silent = _since(self.current) if self.heard is None else time.monotonic() - self.heard
+        over = silent - float(self.current.body.get("fresh", 0))
         return over if over > 0 else None
+
+
+def _since(kept: Assignment) -> float:
+    """How old what came from the disk is: by this machine's clock alone, which may be wrong, unless that was set back meanwhile."""
+    now, issued = time.time(), float(kept.body.get("issued", 0))
+    written = issued if kept.kept is None or kept.kept > now else kept.kept
+    return max(0.0, now - written)
 
 
 def _words(error: Exception) -> str:
     if isinstance(error, (EnrolError, Refused)):
         return str(error)
+    if getattr(getattr(error, "response", None), "status_code", None) == 403:
+        return f"it refuses this member, whose certificate is revoked or leads to no root of the mesh (the control plane's log says which); {ANEW}"
+    if isinstance(error, ssl.SSLError):
+        return f"TLS failed: {tls_fault(error)}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return f"{type(error).__name__}: {error}"[:300]

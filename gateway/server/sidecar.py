@@ -148,6 +148,7 @@ class Sidecar:
         self.link = Link(self.state, self.setup.control, job["instance"], self._svid, self.apply)
         self.link.healthy = lambda: self.app_there
         self.link.place = self.identity.place
+        self.link.clock = self.identity.clock
         self.link.keep_roots = self.identity.bundle_is_ours
         self.engine.start(self.loop)
         self._from_disk()
@@ -454,7 +455,7 @@ class Sidecar:
                                                      "services": sorted(link.current.body["services"]),
                                                      "external": sorted(link.current.body.get("external") or {}), "overdue": link.age()},
             "control": link and {"address": self.setup.control, "connected": link.connected, "connects": link.connects,
-                                 "applied": link.applied, "refused": link.refused},
+                                 "applied": link.applied, "refused": link.refused, "clock_ahead": self.identity.clock.ahead()},
             "revoked_connections_closed": self.cut,
             "live": self.engine.live(),
         }  # fmt: skip
