@@ -30,7 +30,7 @@ from tests.integration.test_tcp_streams import echo
 FILE = """\
 version: 1
 trust_domain: bank.test
-control: {{bind: "{host}:0", admin: "127.0.0.1:0", heartbeat: 5s}}
+control: {{bind: "{host}:0", admin: "127.0.0.1:0", heartbeat: {heartbeat}}}
 networks: {{west: {{gateway: gateway}}, east: {{gateway: gateway}}}}
 services:
   edge: {{}}
@@ -67,8 +67,9 @@ class Passage(Sidecar):
             self.ready()
 
 
-def plane(folder: Path, protocol: str = "http", host: str = "127.0.0.1") -> ControlProcess:
-    (folder / "mesh.yaml").write_text(FILE.format(protocol=protocol, host=host))
+def plane(folder: Path, protocol: str = "http", host: str = "127.0.0.1", heartbeat: str = "5s") -> ControlProcess:
+    """With members made by hand, which beat once: a heartbeat that a busy machine cannot miss."""
+    (folder / "mesh.yaml").write_text(FILE.format(protocol=protocol, host=host, heartbeat=heartbeat))
     return ControlProcess(folder)
 
 
@@ -263,7 +264,7 @@ def test_several_gateways_and_one_that_the_file_does_not_name(tmp_path: Path, ap
 
 
 def test_who_moves_to_another_network_is_told_what_is_there(tmp_path: Path) -> None:
-    with plane(tmp_path) as control:
+    with plane(tmp_path, heartbeat="60s") as control:
         ledger, door, payments = (Member(control, name, number) for number, name in enumerate(("ledger", "gateway", "payments"), 1))
         for each, network in ((ledger, "west"), (door, "west"), (payments, "east")):
             assert each.join(labels={"network": network})[0] == 200
@@ -285,8 +286,8 @@ def test_who_moves_to_another_network_is_told_what_is_there(tmp_path: Path) -> N
 
 
 def test_the_control_plane_looks_at_gateways_and_not_behind_them(tmp_path: Path) -> None:
-    with plane(tmp_path) as control, Passage(control, "west") as one, Passage(control, "west", number=2) as two:
-        control.edit("heartbeat: 5s", "heartbeat: 60s, health: {interval: 300ms, timeout: 300ms, failures: 2}")
+    with plane(tmp_path, heartbeat="60s") as control, Passage(control, "west") as one, Passage(control, "west", number=2) as two:
+        control.edit("heartbeat: 60s", "heartbeat: 60s, health: {interval: 300ms, timeout: 300ms, failures: 2}")
         # Two ledgers behind the gateway, where nobody listens that the control plane could reach; one such in its own network.
         members = [Member(control, name, number) for number, name in enumerate(("ledger", "ledger", "payments", "payments"), 1)]
         for each, network in zip(members, ("west", "west", "default", "default"), strict=True):
