@@ -498,7 +498,8 @@ cdef class TlsUpstream:
         cdef bytes name = (host if self.server_name is None else self.server_name).encode("ascii", "replace")
         cdef bint numeric = is_address(name)
         SSL_set_connect_state(ssl)
-        made.key = address
+        # A resumed session shows no certificate, so no name is checked: it is only for the name that was checked when it began.
+        made.key = address if self.server_name is not None else f"{host} {address}"
         if not numeric and SSL_set_tlsext_host_name(ssl, name) != 1:
             raise TlsError("the server name cannot be sent")
         if self.verify and not self.sans:

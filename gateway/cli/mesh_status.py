@@ -69,7 +69,7 @@ def show(said: dict[str, Any], every: bool) -> None:
     from rich.console import Console
     from rich.markup import escape
 
-    from gateway.mesh.report import span
+    from gateway.mesh.clock import span
 
     console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_COLUMNS)
     now, rows = said["time"], said["instances"]
@@ -135,7 +135,7 @@ def _marked(text: str, bad: bool) -> str:
 
 
 def _left(until: int | None, now: float) -> str:
-    from gateway.mesh.report import span
+    from gateway.mesh.clock import span
 
     if until is None:
         return "-"
@@ -143,6 +143,6 @@ def _left(until: int | None, now: float) -> str:
 
 
 def _ago(when: float | None, now: float) -> str:
-    from gateway.mesh.report import span
+    from gateway.mesh.clock import span
 
     return "-" if when is None else f"{span(now - when)} ago"

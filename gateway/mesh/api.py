@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -21,8 +22,8 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from gateway.config.values import Rate
-from gateway.mesh import revocation, tokens
-from gateway.mesh.ca import BadRequest, Issued
+from gateway.mesh import clock, revocation, tokens
+from gateway.mesh.ca import SKEW, BadRequest, Issued
 from gateway.mesh.control import ControlPlane
 from gateway.mesh.documents_api import PATH, Documents
 from gateway.mesh.keys import CaError
@@ -91,6 +92,7 @@ class Api:
         if not self.attempts.take(peer.address):
             raise Refusal(429, "too many attempts from this address", "attempts", **{"retry-after": "1"})
         said = await _body(request)
+        self._same_time(said)
         try:
             instance, place = read_instance(said.get("instance")), read_place(said)
             presented = tokens.read(said["token"]) if said.get("token") is not None else None
@@ -144,6 +146,7 @@ class Api:
         """A further certificate, with a new key, for the one that is held."""
         service = self._member(peer)
         said = await _body(request)
+        self._same_time(said)
         self._may_have(service)
         held = await self.plane.store.rows("SELECT instance FROM certificates WHERE serial = ?", peer.serial)
         issued = self._issue(said, service, peer.leaf.der)
@@ -164,6 +167,14 @@ class Api:
             raise Refusal(403, f"{service} is not a service of this mesh", "service")
         if service in self.plane.deny.services:
             raise Refusal(403, f"{service} is revoked", "revoked")
+
+    def _same_time(self, said: dict[str, Any]) -> None:
+        """Refuse what could not be used where it is asked for: no token is spent on it, and nobody asks for it in a loop."""
+        theirs, life = clock.read(said.get("time")), self.plane.mesh.certificates.lifetime
+        ahead = 0.0 if theirs is None else theirs - time.time()  # a member of an older version says no time
+        if ahead < -min(SKEW, life / 10) or ahead > 0.9 * life:
+            what = "be over" if ahead > 0 else "not be valid yet"
+            raise Refusal(409, f"the clock of your machine is {clock.compared(ahead)}: a certificate of now would {what} there", "clock")
 
     def _issue(self, said: dict[str, Any], service: str, held: bytes | None = None) -> Issued:
         if not self.limit.take():
@@ -216,7 +227,7 @@ class Api:
             await socket.send_denial_response(answer)
             return
         stream = Stream(self.plane.hub, socket, peer, service, instance, known, network)
-        await socket.accept()
+        await socket.accept(headers=[(clock.HEADER.encode("ascii"), f"{time.time():.3f}".encode("ascii"))])
         try:
             await self.plane.hub.serve(stream)
         except (WebSocketDisconnect, StoreError) as error:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import time
 from dataclasses import dataclass
 from typing import Any
 
 from gateway._speedups.certificates import Certificate, TlsError, chain_fault, parse_certificates
+from gateway.mesh.clock import doubt, read
 from gateway.workload.admission import control_fault
 
 REPLACED = ("services", "authorization", "revoked", "bundle", "own", "user_authors", "external")  # members that a delta may change
@@ -35,6 +37,7 @@ class Assignment:
     version: int
     body: dict[str, Any]
     signature: str
+    kept: float | None = None  # when it was written down, by this machine's clock; only of what was read from the disk
 
     @property
     def bundle(self) -> bytes:
@@ -42,7 +45,7 @@ class Assignment:
 
     def dump(self, roots: str | None = None) -> bytes:
         """Return it as it is kept; with the roots by which it was verified, where those and the signer's certificate may be gone before it."""
-        kept = {"version": self.version, "assignment": self.body, "signature": self.signature}
+        kept = {"version": self.version, "assignment": self.body, "signature": self.signature, "kept": time.time()}
         return json.dumps(kept if roots is None else kept | {"roots": roots}).encode()
 
 
@@ -71,7 +74,7 @@ def take(message: dict[str, Any], before: Assignment | None, roots: list[Certifi
         _check(body, version, before, domain, service)
     except (KeyError, TypeError, AttributeError) as error:
         raise Refused(f"the message is no assignment: {error!r}") from None
-    return Assignment(version, body, signature)
+    return Assignment(version, body, signature, read(message.get("kept")))
 
 
 def _merged(body: dict[str, Any], changes: dict[str, Any], version: int, whole: Any) -> dict[str, Any]:
@@ -111,7 +114,7 @@ def verify(body: dict[str, Any], signature: str, roots: list[Certificate], domai
     except (ValueError, KeyError, TypeError, AttributeError, binascii.Error) as error:
         raise Refused(f"the signature cannot be read: {error}") from None
     if fault := chain_fault(chain, roots, at):
-        raise Refused(f"the signature's certificate is not of this mesh: {fault}")
+        raise Refused(f"the signature's certificate is not of this mesh: {fault}{doubt(fault)}")
     if fault := control_fault(chain[0], domain):
         raise Refused(f"the signature is not the control plane's: {fault}")
     if not chain[0].verify(signed, raw):

@@ -33,7 +33,9 @@ from gateway.mesh.spiffe import authority_id, control_id, service_id
 
 DAY = 86400
 ROOT_LIFE, ISSUING_LIFE = 3650 * DAY, 365 * DAY  # seconds
-SKEW = 60  # seconds that a certificate begins in the past, and at most a tenth of its life: clocks differ, and half of a life is due for renewal
+SKEW = 300  # seconds that a member's certificate begins in the past, and at most a tenth of its life: clocks differ (Kubernetes and Kerberos: 5 min)
+# The same of authorities and the control plane's own: whoever's clock is wrong by hours still hears what is revoked, and that his clock is wrong.
+CONTROL_SKEW = DAY
 MOST_REQUEST = 16 << 10  # bytes of a certificate request
 PEM = serialization.Encoding.PEM
 
@@ -162,7 +164,7 @@ class Ca:
     def control_pair(self, lifetime: float) -> tuple[Key, list[x509.Certificate]]:
         """Return a fresh key of the control plane's own and its chain: leaf, issuing, cross."""
         key = ec.generate_private_key(ec.SECP256R1())
-        return key, [self._leaf(key.public_key(), control_id(self.domain), lifetime), *self.active.above]
+        return key, [self._leaf(key.public_key(), control_id(self.domain), lifetime, CONTROL_SKEW), *self.active.above]
 
     def server_pem(self, lifetime: float) -> tuple[bytes, int]:
         """Return (chain and key, PEM; when it ends) for TLS: every root is in the chain, since whoever joins looks for the one he knows."""
@@ -184,14 +186,14 @@ class Ca:
             builder = builder.add_revoked_certificate(entry.build())
         return builder.sign(self.active.key, hashes.SHA256()).public_bytes(PEM).decode("ascii")
 
-    def _leaf(self, public: ec.EllipticCurvePublicKey, identity: str, lifetime: float) -> x509.Certificate:
+    def _leaf(self, public: ec.EllipticCurvePublicKey, identity: str, lifetime: float, skew: float = SKEW) -> x509.Certificate:
         by = self.active
         now = time.time()
         end = min(now + lifetime, by.issuing.not_valid_after_utc.timestamp())
         if end - now < 1:
             raise CaError("the issuing certificate has expired: `crossway mesh rotate-root issuing` makes a new one")
         return (
-            _builder(x509.Name([]), by.issuing.subject, public, now - min(SKEW, lifetime / 10), end)
+            _builder(x509.Name([]), by.issuing.subject, public, now - min(skew, lifetime / 10), end)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(x509.KeyUsage(True, False, False, False, False, False, False, False, False), critical=True)
             .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
@@ -340,7 +342,7 @@ def _authority(
 ) -> x509.Certificate:
     now = time.time()
     return (
-        _builder(subject, issuer, public, now - SKEW, now + life)
+        _builder(subject, issuer, public, now - CONTROL_SKEW, now + life)
         .add_extension(x509.BasicConstraints(ca=True, path_length=below), critical=True)
         .add_extension(x509.KeyUsage(False, False, False, False, False, True, True, False, False), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)

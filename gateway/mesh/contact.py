@@ -13,6 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from gateway.mesh.clock import doubt
+
+ANEW = "if the mesh's root was changed while it was away, it joins anew: remove svid.pem from its folder and start it with a token of `crossway mesh token`"
+
 
 class EnrolError(Exception):
     """It did not work; `lasting` when trying again will not help without somebody's doing."""
@@ -73,3 +77,11 @@ def check_control(secure: Any, domain: str | None = None) -> None:
     who = re.fullmatch(r"spiffe://([a-z0-9._-]+)/control", uris[0]) if len(uris) == 1 else None
     if who is None or domain not in (None, who[1]):
         raise EnrolError(f"who answers at the control plane's address is {', '.join(uris) or 'nobody of a mesh'}", True)
+
+
+def tls_fault(error: ssl.SSLError) -> str:
+    """Why TLS with the control plane did not come about."""
+    fault = str(getattr(error, "verify_message", "") or error.reason or error)
+    if "self-signed" in fault or "unable to get" in fault:
+        fault += f": its root is not in this member's bundle; {ANEW}"
+    return fault + doubt(fault)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import random
 import sys
 import time
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gateway._speedups.certificates import Certificate, PrivateKey, TlsError, parse_certificates, parse_key
+from gateway.mesh.clock import Clock, stamp
 from gateway.mesh.state import BUNDLE, SVID, State, StateError
 from gateway.workload.admission import identity_of
 
@@ -26,6 +28,7 @@ log = logging.getLogger("crossway.mesh")
 JITTER = 0.1  # of half a life, in both directions
 FIRST, LONGEST = 1.0, 150.0  # seconds between two attempts
 LATE, URGENT = 0.6, 0.7  # parts of a life after which it is told that no renewal has succeeded
+EXPIRED = 15.0  # seconds between two attempts once the certificate is over, at most
 LOOK = 1.0  # seconds; a clock that was set is noticed so soon
 PATIENCE = 60.0  # seconds that one attempt may take
 
@@ -96,6 +99,7 @@ class Identity:
     proof: dict[str, Any] | None = None  # what one may join with again, should the certificate end: a pod's token, a pair of the bank's PKI
     lasting: bool = False  # the last failure will not pass by itself
     draw: Callable[[], float] = field(default=lambda: random.uniform(-1, 1))
+    clock: Clock = field(default_factory=Clock)
     bundle_is_ours = False  # what assignments say of roots is not taken: they come with the certificate
 
     @property
@@ -108,35 +112,50 @@ class Identity:
         return await self._attempt({**self.job, **proof, "kind": "join"})
 
     async def keep(self) -> None:
-        """Renew for ever."""
+        """Renew for ever.
+
+        When is measured from here on by the monotonic clock as well, so that a clock that is set back does not put it off; a clock that is set forward
+        brings it on. After an attempt that failed only the pause counts, whatever the clocks say.
+        """
         assert self.svid is not None
-        due = due_at(self.svid, self.draw())
+        due, at = self._plan(due_at(self.svid, self.draw()))  # unix time, infinite after a failure; monotonic time
         while True:
-            await asyncio.sleep(min(LOOK, max(0.02, due - time.time())))
-            self.look(time.time())
-            if time.time() < due:
+            await asyncio.sleep(min(LOOK, max(0.02, at - time.monotonic())))
+            self.look(self.clock.latest())
+            if time.monotonic() < at and self.clock.latest() < due:
                 continue
-            over = self.svid.leaf.not_after <= time.time()
+            over = self.svid.leaf.not_after <= self.clock.latest()
             if await (self.join(self.proof) if over and self.proof is not None else self._attempt({**self.job, "kind": "renew"})):
-                due = due_at(self.svid, self.draw())
+                due, at = self._plan(self._next())
             else:
-                due = time.time() + min(pause(self.failures, self.draw()), self._hurry())
+                due, at = math.inf, time.monotonic() + min(pause(self.failures, self.draw()), self._hurry())
+
+    def _plan(self, due: float) -> tuple[float, float]:
+        return due, time.monotonic() + due - self.clock.latest()
+
+    def _next(self) -> float:
+        """When the certificate that has just come is due, in unix seconds: with a clock that is ahead of its half, at half of what is left."""
+        assert self.svid is not None
+        due, now = due_at(self.svid, self.draw()), self.clock.latest()
+        return due if due > now else now + max(LOOK, (self.svid.leaf.not_after - now) / 2)
 
     def _hurry(self) -> float:
-        """A certificate of minutes is not let expire over a pause made for one of days."""
+        """A certificate of minutes is not let expire over a pause made for one of days; one that is over needs no more hurry than the stream."""
         assert self.svid is not None
-        return max(0.2, (self.svid.leaf.not_after - time.time()) / 10)
+        left = self.svid.leaf.not_after - self.clock.latest()
+        return EXPIRED if left <= 0 else max(0.2, left / 10)
 
     def look(self, now: float) -> None:
         """Tell that a renewal is late, once at each of the two marks."""
         assert self.svid is not None
+        self.clock.look()
         spent = self.svid.spent(now)
         level = 0 if spent < LATE else 1 if spent < URGENT else 2
         if level > self.alarm:
             left = round(self.svid.leaf.not_after - now)
             told = {"identity": self.svid.identity, "seconds_left": left, "failures": self.failures, "error": self.error}
             if left <= 0:
-                log.error("the certificate has expired and is not renewed; members refuse this one", extra=told)
+                log.error("the certificate has expired and is not renewed; members refuse this one", extra=told | {"clock": stamp(now)})
             else:
                 log.log(logging.ERROR if level == 2 else logging.WARNING, "the certificate is not renewed yet", extra=told)
         self.alarm = level

@@ -19,8 +19,10 @@ from typing import Any
 from urllib.parse import urlencode
 
 from gateway._speedups.certificates import parse_certificates
+from gateway.mesh import clock
 from gateway.mesh.assignment import Assignment, OtherBase, Refused, take
-from gateway.mesh.contact import EnrolError, address_of, check_control, control_context
+from gateway.mesh.clock import Clock
+from gateway.mesh.contact import ANEW, EnrolError, address_of, check_control, control_context, tls_fault
 from gateway.mesh.identity import Svid
 from gateway.mesh.state import ASSIGNMENT, State
 from gateway.mesh.websocket import WebSocket, WebSocketError, begin
@@ -77,7 +79,8 @@ class Link:
         self.apply = apply
         self.current: Assignment | None = None
         self.connected = False
-        self.heard = 0.0  # unix time of the last sign of life
+        self.clock = Clock()  # of the member: the control plane's time is heard here
+        self.heard: float | None = None  # monotonic time of the last sign of life
         self.connects = 0
         self.refused = 0
         self.applied = 0
@@ -150,12 +153,13 @@ class Link:
             raise WebSocketError(f"no answer within {OPEN:g} s") from None
         self.connected, self._socket = True, socket
         self.connects += 1
-        self.heard = time.time()
+        self.heard = time.monotonic()
+        self.clock.hear(clock.read(socket.fields.get(clock.HEADER)))
         log.info("stream of the control plane open", extra={"control": self.control})
         beating = asyncio.create_task(self._beats(socket))
         try:
             async for text in socket:
-                self.heard = time.time()
+                self.heard = time.monotonic()
                 await self._heard(socket, text)
         finally:
             beating.cancel()
@@ -169,7 +173,7 @@ class Link:
                 await asyncio.sleep(HEARTBEAT)
 
     async def _beat(self, socket: WebSocket) -> None:
-        await socket.send(json.dumps({"type": "heartbeat", "healthy": self.healthy(), "draining": self.draining, **self.place}))
+        await socket.send(json.dumps({"type": "heartbeat", "healthy": self.healthy(), "draining": self.draining, "time": round(time.time(), 3), **self.place}))
 
     async def _heard(self, socket: WebSocket, text: str) -> None:
         try:
@@ -214,7 +218,8 @@ class Link:
         """Seconds by which the assignment is older than it should get without a word; None while it is fresh."""
         if self.connected or self.current is None:
             return None
-        over = time.time() - max(self.heard, float(self.current.body.get("issued", 0))) - float(self.current.body.get("fresh", 0))
+        silent = _since(self.current) if self.heard is None else time.monotonic() - self.heard
+        over = silent - float(self.current.body.get("fresh", 0))
         return over if over > 0 else None
 
 
@@ -230,12 +235,22 @@ async def _open(host: str, port: int, target: str, context: ssl.SSLContext, doma
         raise
 
 
+def _since(kept: Assignment) -> float:
+    """How old what came from the disk is: by this machine's clock alone, which may be wrong, unless that was set back meanwhile."""
+    now, issued = time.time(), float(kept.body.get("issued", 0))
+    written = issued if kept.kept is None or kept.kept > now else kept.kept
+    return max(0.0, now - written)
+
+
 def _words(error: Exception) -> str:
     if isinstance(error, WebSocketError):
         with contextlib.suppress(ValueError, TypeError, KeyError):
-            return f"the control plane refuses the stream: {json.loads(error.body)['error']}"[:300]
+            reason = str(json.loads(error.body)["error"])[:300]
+            return f"the control plane refuses the stream: {reason}" + (f"; {ANEW}" if "no root" in reason else "")
     if isinstance(error, (EnrolError, Refused, WebSocketError)):
         return str(error)
+    if isinstance(error, ssl.SSLError):
+        return f"TLS failed: {tls_fault(error)}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return f"{type(error).__name__}: {error}"[:300]

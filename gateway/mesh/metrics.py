@@ -137,8 +137,10 @@ def denied(denials: Denials) -> Iterator[str]:
 
 def membership(identity: Identity, link: Link) -> list[tuple[str, str, str, float]]:
     """How a member's certificate and its stream are."""
-    held = identity.svid
+    held, ahead = identity.svid, identity.clock.ahead()
+    clock = [] if ahead is None else [("crossway_mesh_clock_ahead_seconds", "gauge", "By what this machine's clock is ahead of the control plane's.", ahead)]
     return [
+        *clock,
         ("crossway_mesh_certificate_not_after_timestamp_seconds", "gauge", "When the certificate ends.", held.leaf.not_after if held else 0),
         ("crossway_mesh_certificate_alarm", "gauge", "0 renewed in time, 1 late (60 % of its life over), 2 urgent (30 % left).", identity.alarm),
         ("crossway_mesh_certificate_renewals_total", "counter", "Certificates that took the place of another.", identity.renewals),

@@ -62,7 +62,9 @@ class Peers:
         if not peer.chain:
             return "a certificate is required"
         if peer.judged[0] is not self.roots:  # signatures cost most, and change with the roots only
-            peer.judged = self.roots, chain_fault(peer.chain, self.roots) or svid_fault(peer.leaf)
+            fault = chain_fault(peer.chain, self.roots)
+            unknown = fault is not None and ("self-signed" in fault or "unable to get" in fault)
+            peer.judged = self.roots, f"{fault}: the certificate leads to no root of this mesh" if unknown else fault or svid_fault(peer.leaf)
         if peer.judged[1] is not None:
             return peer.judged[1]
         if service_of(peer.leaf.uris[0], self.domain) is None:

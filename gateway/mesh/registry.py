@@ -111,6 +111,11 @@ class Registry:
         await self.store.run("DELETE FROM unreachable WHERE service = ? AND instance = ?", service, instance)
         await self.touch()
 
+    async def clocks(self, rows: Sequence[Sequence[Value]]) -> None:
+        """Note by how many seconds the clocks of instances are ahead of this machine's: (service, instance, ahead)."""
+        statement = "INSERT INTO clocks (service, instance, ahead) VALUES (?, ?, ?) ON CONFLICT (service, instance) DO UPDATE SET ahead = excluded.ahead"
+        await self.store.many(statement, rows)
+
     async def left(self, service: str, instance: str) -> None:
         """Note that an instance is gone, unless another control plane has it by now."""
         changed = await self.store.run(
@@ -192,19 +197,21 @@ class Registry:
         """Forget what has been over for long."""
         now = int(time.time())
         await self.store.run("DELETE FROM instances WHERE connected = 0 AND since < ? AND COALESCE(not_after, 0) < ?", now - KEPT, now)
-        await self.store.run(
-            "DELETE FROM unreachable WHERE NOT EXISTS (SELECT 1 FROM instances i WHERE i.service = unreachable.service AND i.instance = unreachable.instance)"
-        )
+        for table in ("unreachable", "clocks"):
+            await self.store.run(
+                f"DELETE FROM {table} WHERE NOT EXISTS (SELECT 1 FROM instances i WHERE i.service = {table}.service AND i.instance = {table}.instance)"
+            )
         await self.store.run("DELETE FROM certificates WHERE not_after < ?", now - KEPT)
         await self.store.run("DELETE FROM replicas WHERE seen < ?", now - KEPT)
         await self.store.run("DELETE FROM revocations WHERE until IS NOT NULL AND until < ?", now)
 
 
 async def read_instances(store: Store) -> list[Row]:
-    """Return the instances as the store has them, with `unreachable` (why, or None) and `unreachable_since`."""
+    """Return the instances as the store has them, with `unreachable` (why, or None), `unreachable_since` and `seconds_ahead` of their clocks."""
     return await store.rows(
-        "SELECT i.*, u.reason AS unreachable, u.since AS unreachable_since FROM instances i"
-        " LEFT JOIN unreachable u ON u.service = i.service AND u.instance = i.instance ORDER BY i.service, i.instance"
+        "SELECT i.*, u.reason AS unreachable, u.since AS unreachable_since, c.ahead AS seconds_ahead FROM instances i"
+        " LEFT JOIN unreachable u ON u.service = i.service AND u.instance = i.instance"
+        " LEFT JOIN clocks c ON c.service = i.service AND c.instance = i.instance ORDER BY i.service, i.instance"
     )
 
 

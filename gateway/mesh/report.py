@@ -11,6 +11,7 @@ from typing import Any
 
 from gateway.config.mesh_file import MeshFile
 from gateway.mesh import documents, revocation
+from gateway.mesh.clock import compared, span
 from gateway.mesh.registry import COMEBACK, judge, read_instances
 from gateway.mesh.store import Store
 
@@ -18,18 +19,6 @@ BEATING = 5.0  # seconds since the last sign of a control plane that is called a
 
 
 LATE = 0.4  # of its life: a certificate with less left should have been renewed long ago
-
-
-def span(seconds: float) -> str:
-    """A length of time in one or two units: 3 s, 12 min, 5 h 10 min, 3 d."""
-    seconds = max(0, seconds)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = int(seconds / 60)
-    if minutes < 90:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d"
 
 
 def problems(row: dict[str, Any], now: float, begun: int | None) -> list[str]:
@@ -46,6 +35,8 @@ def problems(row: dict[str, Any], now: float, begun: int | None) -> list[str]:
     if row["state"] == "unreachable":
         since = span(now - row["unreachable_since"])
         found.append(f"cannot be reached: {row['unreachable']} (for {since})" + ("; offered all the same, since too many of the service cannot" if row["offered"] else ""))
+    if row["seconds_ahead"]:
+        found.append(f"its machine's clock is {compared(row['seconds_ahead'])}")
     if row["not_after"] is not None:
         left = row["not_after"] - now
         if left <= 0:
@@ -82,7 +73,7 @@ async def report(store: Store, mesh: MeshFile) -> dict[str, Any]:
             "labels": json.loads(row["labels"]), "replica": row["replica"], "serial": row["serial"], "not_after": row["not_after"],
             "sent": row["sent"], "applied": row["applied"], "applied_at": row["applied_at"],
             "seconds_waiting": round(now - row["sent_at"], 3) if waiting else None,
-            "refused": row["refused"], "reason": row["reason"],
+            "refused": row["refused"], "reason": row["reason"], "seconds_ahead": row["seconds_ahead"] or 0,
             "unreachable": row["unreachable"] if row["state"] == "unreachable" else None, "unreachable_since": row["unreachable_since"],
         }  # fmt: skip
         instances.append(said | {"problems": problems(said, now, begun.get(row["serial"]))})

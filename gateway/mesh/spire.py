@@ -8,7 +8,6 @@ late. The bundle is the agent's alone: what an assignment says of roots is not t
 from __future__ import annotations
 
 import asyncio
-import time
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -95,7 +94,7 @@ class SpireIdentity(Identity):
 
     async def _watch(self) -> None:
         while True:
-            self.look(time.time())
+            self.look(self.clock.latest())
             await asyncio.sleep(LOOK)
 
     async def _hold(self, once: bool) -> bool:

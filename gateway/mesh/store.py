@@ -35,6 +35,8 @@ CREATE TABLE IF NOT EXISTS instances (
     refused BIGINT, reason TEXT, PRIMARY KEY (service, instance));
 CREATE TABLE IF NOT EXISTS unreachable (
     service TEXT NOT NULL, instance TEXT NOT NULL, since DOUBLE PRECISION NOT NULL, reason TEXT NOT NULL, PRIMARY KEY (service, instance));
+CREATE TABLE IF NOT EXISTS clocks (
+    service TEXT NOT NULL, instance TEXT NOT NULL, ahead BIGINT NOT NULL, PRIMARY KEY (service, instance));
 CREATE TABLE IF NOT EXISTS documents (
     number BIGINT PRIMARY KEY, digest TEXT NOT NULL, content TEXT NOT NULL, applied DOUBLE PRECISION NOT NULL, who TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS replicas (id TEXT PRIMARY KEY, started DOUBLE PRECISION NOT NULL, seen DOUBLE PRECISION NOT NULL);

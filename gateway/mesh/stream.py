@@ -22,6 +22,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from gateway.config.values import Rate
 from gateway.mesh.assign import Assignments
+from gateway.mesh.clock import DIFFERS, compared, read
 from gateway.mesh.limit import Bucket
 from gateway.mesh.networks import DEFAULT, network_of, scope
 from gateway.mesh.peers import Peer
@@ -35,6 +36,7 @@ MESSAGE_MAX = 64 << 10  # bytes from a member
 REASON = 500  # characters of a refusal
 CHANGES = Rate(20, 10.0)  # of an instance's state or place: each one is told to all of its callers
 STALL = 5.0  # seconds between two looks at who is silent, after which it was not they
+MOST_AHEAD = 10**10  # seconds of difference that are written down
 AGAIN = 1.0  # seconds until what could not be written down is tried again
 TURN = 100  # streams that are sent something before others have their turn
 GOING, REPLACED, SILENT, WRONG = 1001, 4001, 4002, 4400  # close codes
@@ -71,6 +73,8 @@ class Stream:
         self.until: float | None = None  # monotonic, until when an answer is waited for; None when none is outstanding
         self.state: tuple[bool, bool] | None = None  # healthy, draining, as it was said last
         self.changes = Bucket(CHANGES)
+        self.ahead = 0  # seconds, of the member's clock; 0 while it agrees
+        self._off = 0  # heartbeats in a row by which it does not
         self.code = GOING
         self.wire: Wire = peer.transport.get_protocol()
         self.wire.hear = self.hear
@@ -156,6 +160,7 @@ class Stream:
         self.push()  # what changed meanwhile
 
     def _beat(self, message: dict[str, Any]) -> None:
+        self._compare(message.get("time"))
         state = (message["healthy"] is True, message["draining"] is True)
         said = (message["inbound"], message.get("labels"), message.get("zone")) if "inbound" in message else self._place
         if (state, said) == (self.state, self._place):
@@ -167,6 +172,19 @@ class Stream:
             self._where = read_place(message)
         self.state, self._place = state, said
         self._news.set()
+
+    def _compare(self, said: Any) -> None:
+        """Note how the member's clock is. Twice in a row, since one heartbeat may have lain somewhere."""
+        if (theirs := read(said)) is None:
+            return  # a member of an older version
+        ahead = max(-MOST_AHEAD, min(MOST_AHEAD, theirs - time.time()))
+        self._off = 0 if abs(ahead) < DIFFERS else self._off + 1
+        now = 0 if self._off < 2 else round(ahead)
+        if (now == 0) != (self.ahead == 0) or abs(now - self.ahead) > max(DIFFERS, abs(self.ahead) / 10):
+            if now and not self.ahead:
+                log.warning("a member's clock is not this machine's", extra=self.told() | {"clock": compared(now), "seconds_ahead": now})
+            self.ahead = now
+            self.hub.clock_changed(self)
 
     async def _write_down(self) -> None:
         """Bring the registry up to what the member said last."""
@@ -215,6 +233,7 @@ class Hub:
         self._unwritten: dict[tuple[str, str], Stream] = {}
         self._looked = time.monotonic()
         self._patience = 0.0  # monotonic, until when nobody is taken for dead, because nobody was listened to before
+        self._clocks: dict[tuple[str, str], int] = {}  # of members, to be written
         self._lingering: dict[tuple[str, str], float] = {}  # gone without a word; monotonic time when they are taken for dead
 
     async def serve(self, stream: Stream) -> None:
@@ -227,6 +246,7 @@ class Hub:
             log.warning("a member's stream is replaced by another one", extra=before.told() | {"address": before.peer.address, "by": stream.peer.address})
             before.end(REPLACED)
         try:
+            self._clocks[stream.key] = 0  # its heartbeats will say
             await self.registry.connected(stream.service, stream.instance, stream.peer.serial, stream.peer.leaf.not_after)
             if stream.applied is not None and await self.registry.applied(*stream.key) != stream.applied:
                 # It came with an assignment whose acknowledgement was lost with the connection before.
@@ -271,6 +291,9 @@ class Hub:
         assert stream.sent_at is not None
         self.on_answer(time.time() - stream.sent_at, good)
 
+    def clock_changed(self, stream: Stream) -> None:
+        self._clocks[stream.key] = stream.ahead
+
     async def look(self) -> None:
         """Take who is silent for dead."""
         now = time.monotonic()
@@ -304,6 +327,13 @@ class Hub:
 
     async def write(self) -> None:
         """Write down what members were told and what they said."""
+        clocks, self._clocks = self._clocks, {}
+        if clocks:
+            try:
+                await self.registry.clocks([(*key, ahead) for key, ahead in clocks.items()])
+            except StoreError:
+                self._clocks = {**clocks, **self._clocks}
+                raise
         streams, self._unwritten = self._unwritten, {}
         rows: list[tuple[Value, ...]] = [
             (each.sent, each.sent_at, each.applied, each.applied_at, each.refused, each.reason, *each.key) for each in streams.values()

@@ -278,6 +278,7 @@ class Member:
         self.link = Link(self.state, self.mesh.control, self.identity.job["instance"], self._svid, self._apply)
         self.link.healthy, self.link.keep_roots = (lambda: True), self.identity.bundle_is_ours
         self.link.place = self.identity.place
+        self.link.clock = self.identity.clock
         self.link.current = read_assignment(self.state, held, self.identity.bundle_is_ours)
         async with asyncio.TaskGroup() as group:
             group.create_task(self.identity.keep())

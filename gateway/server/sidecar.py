@@ -148,6 +148,7 @@ class Sidecar:
         self.link = Link(self.state, self.setup.control, job["instance"], self.svid, self.apply)
         self.link.healthy = lambda: self.app_there
         self.link.place = self.identity.place
+        self.link.clock = self.identity.clock
         self.link.keep_roots = self.identity.bundle_is_ours
         self.engine.start(self.loop)
         self._from_disk()

@@ -62,7 +62,7 @@ class Answers:
                                                      "services": sorted(link.current.body["services"]),
                                                      "external": sorted(link.current.body.get("external") or {}), "overdue": link.age()},
             "control": link and {"address": sidecar.setup.control, "connected": link.connected, "connects": link.connects,
-                                 "applied": link.applied, "refused": link.refused},
+                                 "applied": link.applied, "refused": link.refused, "clock_ahead": sidecar.identity.clock.ahead()},
             "revoked_connections_closed": sidecar.cut,
             "live": sidecar.engine.live(),
         }  # fmt: skip

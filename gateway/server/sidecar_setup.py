@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gateway._speedups.journal import Journal
+from gateway.mesh.clock import doubt
 from gateway.mesh.contact import EnrolError, address_of, read_token
 from gateway.mesh.identity import Svid
 from gateway.server.app_probe import AppProbe
@@ -82,7 +83,7 @@ def proof_of(setup: Setup, folder: Path, held: Svid | None) -> tuple[dict[str, A
         if (lasting := lasting_proof(setup)) is not None:
             return lasting, float("inf")
         if setup.token is None:
-            what = "the certificate in it has expired" if held is not None else "there is no certificate in it"
+            what = "the certificate in it has expired" + doubt("expired") if held is not None else "there is no certificate in it"
             raise CannotStart(f"{folder}: {what}; make a token with `crossway mesh token {setup.service}` and give it with --token")
         text = Path(setup.token).read_text("ascii")
         return {"token": text}, read_token(text).expires

@@ -107,8 +107,12 @@ class Reader:
             raise UserError("it names another author than its certificate")
         if audience not in said["aud"]:
             raise UserError("it is for somebody else")
-        if not said["iat"] - LEEWAY <= now < said["exp"] + LEEWAY or said["exp"] - said["iat"] > LIFE:
-            raise UserError("it has expired, or is not valid yet")
+        if said["exp"] - said["iat"] > LIFE:
+            raise UserError("it lives for too long")
+        if now < said["iat"] - LEEWAY:
+            raise UserError(f"it is not valid yet, for {said['iat'] - now:.0f} s by this machine's clock: that one or its author's is wrong")
+        if now >= said["exp"] + LEEWAY:
+            raise UserError(f"it has expired, {now - said['exp']:.0f} s ago by this machine's clock; a new one is right only where the clocks are")
         if "proof" in said:
             # The author of this one was the audience of the one inside, and says the same of the user.
             inner = self._verified(said["proof"], said["iss"], now, depth - 1)

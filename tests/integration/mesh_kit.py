@@ -307,6 +307,8 @@ class Control:
         elif target == "/v1/join":
             if said["token"] not in self.tokens:
                 return 403, {"error": "the token is spent or unknown"}
+            if json.loads(base64.urlsafe_b64decode(said["token"] + "==="))["expires"] < time.time():
+                return 403, {"error": "the token has expired"}
             self.tokens.discard(said["token"])
             self.joined.append(said)
             service = json.loads(base64.urlsafe_b64decode(said["token"] + "==="))["service"]

@@ -23,22 +23,23 @@ import dns.rrset
 class NameServer:
     """Serves `records`; a name can also be made to fail, or all to get no answer."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: str = "127.0.0.1") -> None:
+        self.host = host
         self.records: dict[tuple[str, str], list[str]] = {}
         self.failing: dict[str, str] = {}  # name -> rcode
         self.silent = False
         self.ttl = 1
         self.asked: Counter[tuple[str, str, str]] = Counter()  # name, type, transport
-        self._tcp = socket.create_server(("127.0.0.1", 0))
+        self._tcp = socket.create_server((host, 0))
         self.port: int = self._tcp.getsockname()[1]
         self._udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self._udp.bind(("127.0.0.1", self.port))
+        self._udp.bind((host, self.port))
         for run in (self._serve_udp, self._serve_tcp):
             threading.Thread(target=run, daemon=True).start()
 
     @property
     def address(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return f"{self.host}:{self.port}"
 
     def a(self, name: str, *addresses: str) -> None:
         """Let a name have exactly these IPv4 addresses."""

@@ -31,7 +31,7 @@ ROOT = Authority("cards root")
 class Partner:
     """A TLS server outside, which keeps the heads that it got and the names that it was asked for."""
 
-    def __init__(self, folder: Path, issued: Issued | None = None, *, version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> None:
+    def __init__(self, folder: Path, issued: Issued | None = None, *, version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3, host: str = "127.0.0.1") -> None:
         (issued or ROOT.issue(HOST)).write(folder, "partner")
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.context.maximum_version = version
@@ -44,7 +44,7 @@ class Partner:
         self.answer = b""
         self.shown: list[Any] = []  # certificates of clients
         self.context.sni_callback = lambda sock, name, context: self.names.append(name)
-        self.sock = socket.create_server(("127.0.0.1", 0))
+        self.sock = socket.create_server((host, 0))
         self.port = int(self.sock.getsockname()[1])
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -269,6 +269,18 @@ def test_a_server_that_is_not_proved_gets_no_request(control: Control, payments:
     with Partner(folder, version=ssl.TLSVersion.TLSv1_2) as good:
         open_way(control, cards(good.port, names))
         eventually(lambda: call(payments)[0] == 200, "TLS 1.2")
+
+
+def test_the_session_of_one_name_proves_no_other_at_the_same_address(control: Control, payments: Sidecar, partner: Partner, names: NameServer) -> None:
+    other = "refunds.cards.example"
+    names.a(other, "127.0.0.1")
+    assert call(payments)[0] == 200, "a session is kept, and would be resumed"
+    open_way(control, cards(partner.port, names, hosts=[HOST, other]))
+    found: list[int] = []
+    eventually(lambda: found.append(call(payments, host=other)[0]) or other in partner.names, "a handshake for the other name")
+    assert set(found) <= {502, 503}, "its certificate does not name it"
+    assert call(payments)[0] == 200
+    assert not [head for head in partner.heads if other.encode() in head]
 
 
 def test_addresses_outside_of_the_policy_are_refused(control: Control, payments: Sidecar, partner: Partner, names: NameServer) -> None:

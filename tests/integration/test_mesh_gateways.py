@@ -11,10 +11,11 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
@@ -94,11 +95,16 @@ def call(sidecar: Sidecar, path: str = "/v1/x", service: str = "ledger") -> tupl
 class App:
     """Says which one it is, and who called."""
 
+    pause = 0.0  # seconds that an answer takes
+
     def __init__(self, name: str) -> None:
+        pause = self.pause
+
         class Answer(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
+                time.sleep(pause)
                 body = json.dumps({"name": name, "caller": self.headers.get("x-crossway-caller")}).encode()
                 self.send_response(200)
                 self.send_header("content-length", str(len(body)))
@@ -470,3 +476,80 @@ def test_only_the_gateways_port_is_open_between_two_networks(tmp_path: Path) -> 
             assert told(control, payments, "ledger")[0]["address"] == f"{door_at}:{passage.inbound}"
     finally:
         net.close()
+
+
+# -- one of two gateways dies under load
+
+
+class Load:
+    """Callers of a member, each over a connection of its own; when each of them was answered, and how."""
+
+    def __init__(self, sidecar: Sidecar, callers: int) -> None:
+        self.sidecar, self.over = sidecar, threading.Event()
+        self.answers: list[tuple[float, int]] = []  # (when the request began, status)
+        self.threads = [threading.Thread(target=self._run, daemon=True) for _ in range(callers)]
+
+    def _run(self) -> None:
+        while not self.over.is_set():
+            began = time.monotonic()
+            self.answers.append((began, call(self.sidecar, "/v1/slow")[0]))
+
+    def failed(self) -> list[tuple[float, int]]:
+        return [each for each in list(self.answers) if each[1] != 200]
+
+    def good_since(self, when: float) -> int:
+        return len([each for each in list(self.answers) if each[0] > when and each[1] == 200])
+
+    def __enter__(self) -> Self:
+        for each in self.threads:
+            each.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.over.set()
+        for each in self.threads:
+            each.join(PATIENCE)
+
+
+class SlowApp(App):
+    """Takes its time, so that requests are under way at every moment."""
+
+    pause = 0.05
+
+
+@pytest.mark.parametrize(("retried", "repeats"), [("connect-failure", False), ("connect-failure, reset", True)])
+@pytest.mark.parametrize("protocol", ["http", "http2"])
+def test_a_gateway_that_is_killed_under_load_costs_what_the_retries_say(tmp_path: Path, protocol: str, retried: str, repeats: bool) -> None:
+    """With the default, requests that were under way through it and nothing else; with `reset` none, since GET may be repeated."""
+    app, callers = SlowApp("west"), 8
+    with (
+        plane(tmp_path, protocol) as control,
+        Passage(control, "west") as one,
+        Passage(control, "west", number=2) as two,
+        member(control, "ledger", app.port, "west"),
+        member(control, "payments", app.port, "east") as payments,
+    ):
+        control.edit("on: [connect-failure]}", f"on: [{retried}], budget: 100%}}")
+        eventually(lambda: len(told(control, payments, "ledger")) == 2 and "budget" in (payments.state / "assignment.json").read_text(), "both ways, and the rule")
+        opened = 'crossway_mesh_gateway_connections_opened_total{service="ledger"}'
+        passed = 'crossway_mesh_gateway_bytes_total{service="ledger",direction="in"}'
+        with Load(payments, callers) as load:
+            eventually(lambda: one.metric(opened) >= 1 and two.metric(opened) >= 1, "the use of both")
+            moved = one.metric(passed)
+            eventually(lambda: one.metric(passed) > moved, "requests through the one that will die")
+            killed = time.monotonic()
+            one.process.kill()
+            one.process.wait(PATIENCE)
+            gone = time.monotonic()
+            eventually(lambda: load.good_since(gone) > 200, "requests by the other one")
+            eventually(lambda: len(told(control, payments, "ledger")) == 1, "the word that it is gone")
+            heard = time.monotonic()
+            eventually(lambda: load.good_since(heard) > 100, "requests by the one that is told")
+        failed = load.failed()
+        assert all(status in (502, 503) for _, status in failed), failed
+        if repeats:
+            assert not failed, failed
+        else:
+            # Each caller has one request under way: no more than that, and none once it is known.
+            assert len(failed) <= callers and all(began < heard for began, _ in failed), (killed, gone, failed)
+    app.close()

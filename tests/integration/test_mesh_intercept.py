@@ -93,14 +93,24 @@ class Net:
     def host(self) -> tuple[str, str]:
         """A new host: (namespace, address)."""
         number = len(self.hosts) + 1
-        name, address, near, far = f"cwn{self.id}{number}", f"10.211.{self.octet}.{number}", f"cwv{self.id}{number}", "eth0"
-        command("ip", "netns", "add", name)
+        name, address = f"cwn{self.id}{number}", f"10.211.{self.octet}.{number}"
         self.hosts.append(name)
+        self.again(name, address)
+        return name, address
+
+    def again(self, name: str, address: str) -> None:
+        """Give a host its network, as at its start."""
+        near, far = f"cwv{name.removeprefix('cwn')}", "eth0"
+        command("ip", "netns", "add", name)
         command("ip", "link", "add", near, "type", "veth", "peer", "name", far, "netns", name)
         command("ip", "link", "set", near, "master", self.bridge, "up")
         for words in (["addr", "add", f"{address}/24", "dev", far], ["link", "set", far, "up"], ["link", "set", "lo", "up"]):
             command("ip", "-n", name, *words)
-        return name, address
+
+    def down(self, name: str) -> None:
+        """Take a host's network away with all that was in it. The link first: the kernel clears a namespace in its own time."""
+        command("ip", "link", "del", f"cwv{name.removeprefix('cwn')}", check=False)
+        command("ip", "netns", "del", name)
 
     def close(self) -> None:
         for name in self.hosts:

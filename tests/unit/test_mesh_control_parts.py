@@ -475,7 +475,7 @@ def test_all_that_are_told_the_same_share_one_frame() -> None:
 # -- what somebody should look at
 
 
-WELL = {"state": "healthy", "offered": True, "refused": None, "reason": None, "seconds_waiting": None, "sent": 7, "not_after": 3600, "unreachable": None, "unreachable_since": None}
+WELL = {"state": "healthy", "offered": True, "refused": None, "reason": None, "seconds_waiting": None, "sent": 7, "not_after": 3600, "unreachable": None, "unreachable_since": None, "seconds_ahead": 0}
 
 
 @pytest.mark.parametrize(
@@ -488,6 +488,8 @@ WELL = {"state": "healthy", "offered": True, "refused": None, "reason": None, "s
         ({"state": "unhealthy"}, ["says that its app does not answer"]),
         ({"not_after": 900}, ["the certificate has expired"]),
         ({"not_after": 1300}, ["the certificate is not renewed: 5 min left"]),
+        ({"seconds_ahead": 600}, ["its machine's clock is 10 min ahead of the control plane's"]),
+        ({"seconds_ahead": -90000}, ["its machine's clock is 25 h 0 min behind the control plane's"]),
         ({"state": "unreachable", "offered": False, "unreachable": "Connection refused", "unreachable_since": 940}, ["cannot be reached: Connection refused (for 60 s)"]),
     ],
 )
