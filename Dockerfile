@@ -20,7 +20,7 @@ RUN apt-get update \
 WORKDIR /src
 # Dependencies first: this layer is built again only when they change.
 COPY pyproject.toml ./
-RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*p['dependencies'], *p['optional-dependencies']['postgres'], sep='\n')" \
+RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*p['dependencies'], *p['optional-dependencies']['postgres'], *p['optional-dependencies']['pkcs11'], sep='\n')" \
         > /tmp/requirements.txt \
     && pip wheel --no-cache-dir --wheel-dir /wheels -r /tmp/requirements.txt
 COPY setup.py MANIFEST.in README.md ./
