@@ -726,25 +726,29 @@ cdef class Engine:
 
     def on_backoff(self, Exchange x, generation) -> None:
         """The pause before another attempt is over."""
+        cdef Downstream client
         if x.generation == generation and x.timer is not None:
+            client = x.connection                   # the attempt may end the exchange, which knows nobody then
             x.timer = None
             self.now = cw_monotonic_us()
             try:
-                (<Downstream>x.connection).attach(True)
-                (<Downstream>x.connection).advance()
+                client.attach(True)
+                client.advance()
             except BaseException as error:
-                self.report(x.connection, error)
+                self.report(client, error)
             self.go_on()
 
     def on_hedge(self, Exchange x, generation) -> None:
         """The answer takes long: perhaps another endpoint is asked too."""
+        cdef Downstream client
         if x.generation == generation and x.timer is not None:
+            client = x.connection
             x.timer = None
             self.now = cw_monotonic_us()
             try:
                 hedge(self, x)
             except BaseException as error:
-                self.report(x.connection, error)
+                self.report(client, error)
             self.go_on()
 
     cdef void tell(self, Endpoint endpoint, int event):

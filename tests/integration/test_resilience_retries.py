@@ -12,7 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.integration.faults import Script, ScriptedOrigin, Stream
+from tests.integration.bank import WatchedGateway
+from tests.integration.faults import Script, ScriptedOrigin, Stream, connect, get
 from tests.integration.ledger import Book, Counting
 from tests.integration.resilience import Payments, payments
 
@@ -162,3 +163,25 @@ def test_payments_are_repeated_where_the_service_executes_a_key_once(tmp_path: P
     assert verdict.answered == verdict.requests
     assert verdict.amplification > 1.05  # it was needed
     assert len({line.payment for line in book.lines("executed")}) == verdict.requests
+
+
+def test_an_attempt_after_a_pause_that_finds_no_endpoint_is_an_answer(tmp_path: Path) -> None:
+    """The pause ends, and the only endpoint is out by then: 502, and the worker lives."""
+
+    def script(origin: ScriptedOrigin, stream: Stream) -> None:
+        stream.request()
+
+    origin = ScriptedOrigin(script)
+    path = tmp_path / "edge.yaml"
+    path.write_text(
+        "version: 1\nworkers: 1\nadmin: {bind: 127.0.0.1:0}\nlisteners: {public: {bind: 127.0.0.1:0}}\n"
+        f"upstreams: {{bank: {{targets: [127.0.0.1:{origin.port}], retries: {{attempts: 1, on: [reset]}}, "
+        "health: {eject: {failures: 1, share: 100%}}}}\nroutes: [{name: all, match: {prefix: /}, upstream: bank}]\n"
+    )
+    try:
+        with WatchedGateway(path) as gateway:
+            with connect(gateway.port()) as stream:
+                assert stream.ask(get()).status == 502
+            gateway.calm()
+    finally:
+        origin.close()
