@@ -4,7 +4,7 @@
 # of the present request stays where it was read until its exchange ends, so views into it are offsets. `advance` is the only
 # loop; all else returns to it, so a client that sends ten thousand refusable requests costs no stack.
 
-@cython.freelist(256)
+
 cdef class Downstream(Connection):
     """A client's connection."""
 

@@ -29,7 +29,6 @@ cdef bint empty_line(const char* data, uint32_t seen, uint32_t length) noexcept 
     return False
 
 
-@cython.freelist(256)
 cdef class UpstreamConnection(Connection):
     """A connection to an endpoint."""
 
