@@ -15,6 +15,7 @@ cdef class Rule:
     cdef readonly str name
     cdef uint32_t methods               # bit per M_*; 0 with no `others`: any
     cdef tuple others                   # methods that have no number, bytes
+    cdef bytes path                     # a whole path, in which NUL stands for any one segment; None: any
     cdef bytes prefix                   # a path and everything below it; None: any
     cdef Conditions headers             # None: none
     cdef tuple claims                   # (name, accepted values) of the end user; empty: none are needed

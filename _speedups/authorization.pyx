@@ -23,13 +23,31 @@ cdef bytes plain(str text):
     return text.encode("ascii", "replace").replace(b'"', b"'").replace(b"\\", b"/")
 
 
+cdef bint fits(const char* pattern, uint32_t n, const char* path, uint32_t length) noexcept nogil:
+    """Whether a path is a rule's; a NUL takes one segment, which is not empty. Both are read within their lengths only."""
+    cdef uint32_t i, at = 0
+    for i in range(n):
+        if at == length:
+            return False
+        if pattern[i] != 0:
+            if path[at] != pattern[i]:
+                return False
+            at += 1
+        elif path[at] == 47:
+            return False
+        else:
+            while at < length and path[at] != 47:
+                at += 1
+    return at == length
+
+
 cdef class Rule:
-    """Allows what its methods, prefix, headers ((name, op, value) as in a RouteSpec) and claims all accept; None and () are anything.
+    """Allows what its methods, path (a template, `{name}` is one segment), prefix, headers ((name, op, value) as in a RouteSpec) and claims all accept; None and () are anything.
 
     elsewhere: its ports are those of other apps.
     """
 
-    def __init__(self, str name not None, *, methods=None, str prefix=None, headers=(), claims=(), bint elsewhere=False):
+    def __init__(self, str name not None, *, methods=None, str path=None, str prefix=None, headers=(), claims=(), bint elsewhere=False):
         cdef bytes method
         self.name = name
         self.elsewhere = elsewhere
@@ -44,10 +62,12 @@ cdef class Rule:
         self.others = tuple(others)
         if methods is not None and not methods:
             raise ValueError("a rule without a method allows nothing")
+        self.path = None if path is None else b"/".join([
+            b"\0" if segment.startswith("{") else segment.encode("ascii").replace(b"\0", b"") for segment in path.split("/")])
         self.prefix = None if prefix is None else prefix.encode("ascii").rstrip(b"/")
         self.headers = Conditions(headers, every=True) if headers else None
         self.claims = tuple((claim, frozenset((type(each), each) for each in accepted)) for claim, accepted in claims)
-        self.layer7 = methods is not None or prefix is not None or bool(headers) or bool(self.claims)
+        self.layer7 = methods is not None or path is not None or prefix is not None or bool(headers) or bool(self.claims)
 
     cdef bint allows(self, Exchange x) except -1:
         cdef Head* head = x.head
@@ -66,6 +86,9 @@ cdef class Rule:
                         break
                 else:
                     return False
+        if self.path is not None and \
+                not fits(PyBytes_AS_STRING(self.path), <uint32_t>PyBytes_GET_SIZE(self.path), x.path(), x.path_len):
+            return False
         if self.prefix is not None:
             n = <uint32_t>PyBytes_GET_SIZE(self.prefix)
             if x.path_len < n or memcmp(x.path(), PyBytes_AS_STRING(self.prefix), n) != 0 or \

@@ -17,6 +17,7 @@ class Rule:
         name: str,
         *,
         methods: Sequence[str] | None = None,
+        path: str | None = None,
         prefix: str | None = None,
         headers: Iterable[tuple[str, str, str]] = (),
         claims: Iterable[tuple[str, Iterable[str | int | float]]] = (),

@@ -43,7 +43,7 @@ from gateway.config.values import (
     parse_int,
     text_of,
 )
-from gateway.config.web import BindText, FieldName, KeySource, Method, Prefix
+from gateway.config.web import BindText, FieldName, KeySource, Method, Prefix, Template
 
 EVERYBODY = "*"
 _DOMAIN = re.compile(r"(?=.{1,255}\Z)[a-z0-9](?:[a-z0-9._-]*[a-z0-9])?")
@@ -312,7 +312,8 @@ class Rule(Model):
     )
     to: Annotated[tuple[ServiceOrAll, ...], listed("service"), Field(min_length=1)] = needed("the service or external host that is called; `*`: every service")
     methods: Annotated[tuple[Method, ...], listed("method"), Field(min_length=1)] | None = setting(None, "default: any")
-    prefix: Prefix | None = setting(None, "a path and everything below it; default: any")
+    path: Template | None = setting(None, "one path, `{name}` in it is any one segment: /v1/payments/{id}; default: any")
+    prefix: Prefix | None = setting(None, "a path and everything below it, instead of `path`; default: any")
     headers: dict[FieldName, Condition] = setting({}, "headers: a value, {present: true} or {prefix: text}")
     ports: Annotated[tuple[AppPort, ...], listed("port"), Field(min_length=1)] | None = setting(
         None, "ports on which the apps of `to` listen (a sidecar's --app); default: any"
@@ -321,10 +322,16 @@ class Rule(Model):
         {}, "claims of the end user for whom the caller acts, verified at the edge; one of the values is enough"
     )
 
+    @model_validator(mode="after")
+    def _one_path(self) -> Self:
+        if self.path is not None and self.prefix is not None:
+            raise fault("both `path` and `prefix`", "keep one of them", at=("prefix",))
+        return self
+
     @property
     def layer7(self) -> bool:
         """Tell whether the rule looks into requests."""
-        return self.methods is not None or self.prefix is not None or bool(self.headers) or bool(self.claims)
+        return self.methods is not None or self.path is not None or self.prefix is not None or bool(self.headers) or bool(self.claims)
 
 
 class Authorization(Model):

@@ -21,7 +21,7 @@ from gateway.config.source import Document, Path_
 from gateway.errors import ConfigError, Problem
 
 TCP_RULE = "who connects to a tcp service is decided by `from` and `ports`, before the first byte passes"
-LAYER7 = ("methods", "prefix", "headers", "claims")  # what a rule may say of requests
+LAYER7 = ("methods", "path", "prefix", "headers", "claims")  # what a rule may say of requests
 
 
 def is_mesh(path: str | Path) -> bool:

@@ -242,7 +242,7 @@ def _segments(raw: Any, what: str) -> list[str]:
     if not text.startswith("/"):
         raise fault(f"{what} starts with /", "write it from the root: /v1/payments")
     if "?" in text or "#" in text:
-        raise fault(f"{what} holds no query and no fragment", "match the query with `query`")
+        raise fault(f"{what} holds no query and no fragment", "leave it out; a route matches the query with `query`")
     segments = text[1:].split("/")
     if "" in segments[:-1]:
         raise fault("an empty segment (//) in a path", "write single slashes")

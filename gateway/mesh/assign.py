@@ -102,7 +102,8 @@ def rule_said(rule: Rule, mesh: MeshFile) -> dict[str, Any]:
         "name": rule.name, "from": callers_of(rule, mesh), "methods": list(rule.methods) if rule.methods is not None else None,
         "prefix": rule.prefix, "headers": headers, "claims": {name: list(values) for name, values in rule.claims.items()},
     }  # fmt: skip
-    return said if rule.ports is None else {**said, "ports": list(rule.ports)}
+    # What is not said is left out: a member of an earlier version refuses a key that it does not know.
+    return said | ({} if rule.path is None else {"path": rule.path}) | ({} if rule.ports is None else {"ports": list(rule.ports)})
 
 
 def own(service: Service) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def conditions(said: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 def make_rule(said: Mapping[str, Any], port: int | None = None) -> Rule:
     """Return a native rule of the app at `port`. Raises ValueError, since a rule that is not understood must not be left out silently."""
-    unknown = set(said) - {"name", "from", "to", "methods", "prefix", "headers", "claims", "ports"}
+    unknown = set(said) - {"name", "from", "to", "methods", "path", "prefix", "headers", "claims", "ports"}
     if unknown:
         raise ValueError(f"rule {said.get('name')}: {', '.join(sorted(unknown))} is not known to this version")
     ports = said.get("ports")
@@ -86,6 +86,7 @@ def make_rule(said: Mapping[str, Any], port: int | None = None) -> Rule:
     return Rule(
         said["name"],
         methods=said.get("methods"),
+        path=said.get("path"),
         prefix=said.get("prefix"),
         headers=conditions(said.get("headers") or {}),
         claims=[(name, values if isinstance(values, (list, tuple)) else (values,)) for name, values in claims.items()],

@@ -73,6 +73,8 @@ def unmet(rule: Rule, call: Call, tcp: bool = False) -> str | None:
         return f"it looks into requests, and {call.to} speaks tcp" if rule.layer7 else None
     if rule.methods is not None and call.method not in rule.methods:
         return f"method {call.method} is not one of {', '.join(rule.methods)}"
+    if rule.path is not None and not fits(call.path.partition("?")[0], rule.path):
+        return f"path {call.path} is not {rule.path}"
     if rule.prefix is not None and not below(call.path.partition("?")[0], rule.prefix):
         return f"path {call.path} is not below {rule.prefix}"
     for name, match in rule.headers.items():
@@ -85,6 +87,12 @@ def unmet(rule: Rule, call: Call, tcp: bool = False) -> str | None:
         if not _has(call.claims.get(name), accepted):
             return f"claim {name} is not {' or '.join(map(str, accepted))}"
     return None
+
+
+def fits(path: str, template: str) -> bool:
+    """Whether a path is a template's; `{name}` takes one segment, which is not empty."""
+    said, wanted = path.split("/"), template.split("/")
+    return len(said) == len(wanted) and all(one != "" if each.startswith("{") else one == each for one, each in zip(said, wanted, strict=True))
 
 
 def below(path: str, prefix: str) -> bool:

@@ -192,6 +192,19 @@ def test_rules_by_header_and_a_change_of_policy(control: Control, payments: Side
     assert "policy=2" in call(payments.outbound, x_purpose="look")[1]["crossway-denied"]
 
 
+def test_rules_by_a_whole_path(control: Control, payments: Sidecar, ledger: Sidecar) -> None:
+    control.rules[0] = {key: value for key, value in RULE.items() if key != "prefix"} | {"path": "/v1/accounts/{id}/balance"}
+    control.change()
+    control.settled()
+    assert call(payments.outbound, "/v1/accounts/7/balance?of=today")[0] == 200
+    assert call(payments.outbound, "/v1/accounts/%37/balance")[0] == 200, "the same path, written otherwise"
+    for path in ("/v1/accounts/7/balance/", "/v1/accounts/7/balance/x", "/v1/accounts//balance", "/v1/accounts/7/8/balance", "/v1/accounts/7/balances",
+                 "/v1/accounts/7", "/v1/accounts/7%2F8/balance/..", "/v1/accounts", "/", "/v1/accounts/7/Balance"):  # fmt: skip
+        status, headers, _ = call(payments.outbound, path)
+        assert status in (400, 403), path
+        assert status == 400 or "crossway-denied" in headers
+
+
 def test_a_header_that_comes_twice_is_allowed_by_neither_alone(control: Control, payments: Sidecar, ledger: Sidecar) -> None:
     """An app reads the first, the last, or both joined: whichever it is, it is one that the rule allows."""
     control.rules[0] |= {"headers": {"x-purpose": {"prefix": "book"}}}

@@ -58,6 +58,8 @@ def write(folder: Path, text: str = MESH) -> Path:
         ("name: payments-to-ledger", "name: edge-to-payments", "7:14", "duplicate rule name"),
         ("from: [edge]", "form: [edge]", "6:32", "unknown key 'form'"),
         ("methods: [GET]", "methods: []", "7:73", "must not be empty"),
+        ("methods: [GET]", "path: '/v1/{id}', prefix: /v1", "7:90", "both `path` and `prefix`"),
+        ("methods: [GET]", "path: v1", "7:70", "a path template starts with /"),
         ("timeout: 1.5s", "timeout: 1.5", "3:54", "duration without a unit"),
         ("payments: {}", "payments: {split: []}", "3:40", "must not be empty"),
         ("payments: {}", "payments: {split: [{weight: 1}]}", "3:41", "missing key 'labels'"),

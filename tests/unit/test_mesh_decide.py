@@ -8,7 +8,7 @@ import pytest
 
 from gateway.config.mesh_file import MeshFile
 from gateway.config.mesh_load import load_mesh
-from gateway.mesh.decide import Call, below, decide
+from gateway.mesh.decide import Call, below, decide, fits
 
 SERVICES = "services: {edge: {}, payments: {}, ledger: {}, accounts: {}, db: {protocol: tcp}}"
 
@@ -127,3 +127,21 @@ def test_absence_can_be_asked_for(mesh_of) -> None:  # type: ignore[no-untyped-d
 )
 def test_prefixes_end_at_segments(path: str, prefix: str, result: bool) -> None:
     assert below(path, prefix) is result
+
+
+@pytest.mark.parametrize(
+    ("path", "template", "result"),
+    [
+        ("/v1/a/7", "/v1/a/{id}", True), ("/v1/a/", "/v1/a/{id}", False), ("/v1/a/7/8", "/v1/a/{id}", False), ("/v1/a", "/v1/a", True),
+        ("/v1/a/", "/v1/a", False), ("/", "/", True), ("/x", "/", False), ("/7/b/8", "/{one}/b/{two}", True), ("//b/8", "/{one}/b/{two}", False),
+    ],
+)  # fmt: skip
+def test_a_path_is_a_whole_one(path: str, template: str, result: bool) -> None:
+    assert fits(path, template) is result
+
+
+def test_a_rule_by_path_says_what_did_not_hold(mesh_of) -> None:  # type: ignore[no-untyped-def]
+    mesh = mesh_of("    - {name: one, from: [edge], to: payments, path: '/v1/payments/{id}'}")
+    assert decide(mesh, Call("edge", "payments", path="/v1/payments/7?x=/")).allowed
+    decision = decide(mesh, Call("edge", "payments", path="/v1/payments/7/refund"))
+    assert decision.considered == (("one", "path /v1/payments/7/refund is not /v1/payments/{id}"),)
