@@ -37,7 +37,7 @@ cdef class LoadTls:
     cdef int begin(self, uint32_t at, int fd, bint counted) noexcept with gil:
         try:
             key = str(at) if self.resume else "-"
-            kept = self.settings.sessions.get(key)
+            kept = self.settings.sessions.get(self.settings.session_key(key, self.host))
             if kept:
                 del kept[:-1 if self.resume else len(kept)]
             self.sessions[at] = self.settings.connect(fd, key, self.host)

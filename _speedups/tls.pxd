@@ -105,6 +105,7 @@ cdef class TlsUpstream:
     cdef readonly tuple alpn            # names that are offered, in the order of preference
     cdef bint demands_alpn              # nothing offered is what a server without ALPN would speak
     cdef dict sessions                  # endpoint's address, with the name that was verified -> list of Session, most recent last
+    cdef str session_key(self, str address, str host)
     cdef Tls connect(self, int fd, str address, str host)
 
 cdef int tls_live() noexcept

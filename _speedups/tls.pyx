@@ -490,6 +490,10 @@ cdef class TlsUpstream:
         """Go on with the sessions of the same settings' last snapshot."""
         self.sessions = before.sessions
 
+    cdef str session_key(self, str address, str host):
+        """Under which a session is kept: a resumed one shows no certificate, so it is only for the name that was checked when it began."""
+        return address if self.server_name is not None else f"{host} {address}"
+
     cdef Tls connect(self, int fd, str address, str host):
         """A session towards `host` (a name or an address), at the endpoint `address`."""
         cdef Tls made = new_session(self, (<Context>self.context).ctx, fd, False)
@@ -498,8 +502,7 @@ cdef class TlsUpstream:
         cdef bytes name = (host if self.server_name is None else self.server_name).encode("ascii", "replace")
         cdef bint numeric = is_address(name)
         SSL_set_connect_state(ssl)
-        # A resumed session shows no certificate, so no name is checked: it is only for the name that was checked when it began.
-        made.key = address if self.server_name is not None else f"{host} {address}"
+        made.key = self.session_key(address, host)
         if not numeric and SSL_set_tlsext_host_name(ssl, name) != 1:
             raise TlsError("the server name cannot be sent")
         if self.verify and not self.sans:

@@ -13,6 +13,7 @@ import datetime
 import hashlib
 import http.client
 import json
+import os
 import secrets
 import signal
 import socket
@@ -22,6 +23,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit
@@ -40,10 +42,19 @@ DOMAIN = "bank.test"
 PEM = serialization.Encoding.PEM
 
 
+SHARE = 2500  # ports of one test process, from 10,000: below those that the kernel gives to clients, apart from those of other test processes
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+OWN = 10_000 + (int(WORKER) if WORKER.isdecimal() else os.getpid()) % 4 * SHARE
+PORTS = cycle(range(OWN, OWN + SHARE))
+
+
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """A port that nobody has, and that nobody gets before the process for which it is asked."""
+    for port in islice(PORTS, SHARE):
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("no port is free")
 
 
 def key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
