@@ -387,6 +387,20 @@ cdef bint orphan(Downstream d) except -1:
     return True
 
 
+cdef bint goes_on(UpstreamConnection u, Downstream d) except -1:
+    """A part of the answer could not be written. True: the exchange is finished without its client, and who asks goes on as if it had been.
+
+    What is behind that part has to be taken by who asks: no event tells of it any more.
+    """
+    cdef bint held = u.held
+    u.held = True                                   # nothing is read in the midst of what is being handed on
+    try:
+        d.gone()
+    finally:
+        u.held = held
+    return d.orphaned and u.x is not None
+
+
 cdef void bury(Downstream d):
     """The orphaned exchange is over."""
     d.orphaned = False

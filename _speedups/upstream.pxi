@@ -428,8 +428,7 @@ cdef class UpstreamConnection(Connection):
         # A 100 that we gave ourselves, or that an old client cannot understand, ends here (RFC 9110 15.2).
         if x.head.minor == 1 and not (head.status == 100 and not (x.head.expect and x.collected is None)):
             n = compose_informational(head, self.engine.composed, HEAD_ROOM)
-            if n > 0 and downstream.put_message(self.engine.composed, n, False) < 0:
-                downstream.gone()
+            if n > 0 and downstream.put_message(self.engine.composed, n, False) < 0 and not goes_on(self, downstream):
                 return 0
         buffer_consume(&self.inb, length)
         self.pending = self.inb.end > self.inb.start
@@ -545,8 +544,7 @@ cdef class UpstreamConnection(Connection):
                 return 0
         if x.answer.done and not x.keep_alive and downstream.tls is not None:
             downstream.tls.conclude()
-        if downstream.put_message(out, n, x.answer.done and not self.owes_trailers()) < 0:
-            downstream.gone()
+        if downstream.put_message(out, n, x.answer.done and not self.owes_trailers()) < 0 and not goes_on(self, downstream):
             return 0
         self.engine.slot.counters[C_BYTES_OUT] += n
         if x.answer.done:
@@ -624,8 +622,7 @@ cdef class UpstreamConnection(Connection):
             self.engine.slot.counters[C_UPSTREAM_BAD] += 1
             self.fail(502, b"upstream-bad-answer", b"the upstream's answer is no gRPC")
             return 1
-        if result < 0:
-            downstream.gone()
+        if result < 0 and not goes_on(self, downstream):
             return 1
         if x.answer.done:
             self.end_of_answer()
@@ -642,11 +639,9 @@ cdef class UpstreamConnection(Connection):
             if result == TROUBLE:
                 self.engine.slot.counters[C_UPSTREAM_BAD] += 1
                 return self.fail(502, b"upstream-bad-answer", b"the upstream's answer ended in the middle of a message")
-            if result < 0:
-                downstream.gone()
+            if result < 0 and not goes_on(self, downstream):
                 return 0
-        if x.answer.out == BODY_CHUNKED and not self.terminated and downstream.put(b"0\r\n\r\n", 5) < 0:
-            downstream.gone()
+        if x.answer.out == BODY_CHUNKED and not self.terminated and downstream.put(b"0\r\n\r\n", 5) < 0 and not goes_on(self, downstream):
             return 0
         if self.undecided:
             code = grpc_status_in(self.stream.trailers.base + self.stream.trailers.start,

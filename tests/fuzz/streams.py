@@ -111,6 +111,7 @@ class Fuzz:
         self.asks: dict[bytes, Ask] = {}
         self.served: list[Served] = []
         self.clients: list[Client] = []
+        self.late = False  # a mutant's request of the round before, whose client is gone, may still come
         self.counter = 0
         self.answers = 0
 
@@ -214,8 +215,7 @@ class Fuzz:
         ask = self.asks.get(name[1]) if name else None
         if ask is not None:
             return ask
-        # A mutant's may come late, when its client is gone and the next round has none.
-        if b"smuggled-r" in start or not (b"/mutant" in start or any(client.mutated for client in self.clients)):
+        if b"smuggled-r" in start or not (self.late or any(client.mutated for client in self.clients)):
             raise Finding(f"a request that nobody made reached the upstream: {start!r}")
         return Ask("mutant", start.split()[0].decode(), b"", b"", last=False, old=False)
 
@@ -307,6 +307,7 @@ class Fuzz:
 
     def round(self, size: int) -> None:
         """Some clients at once, until all of them are done."""
+        self.late = any(client.mutated for client in self.clients)
         self.clients = [self.client() for _ in range(size)]
         self.world.clients = {index: client.end for index, client in enumerate(self.clients)}
         while not all(client.done for client in self.clients):

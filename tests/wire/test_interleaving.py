@@ -132,6 +132,36 @@ def test_a_reset_that_our_own_write_met_first_is_no_end_of_an_answer(gateway: Ga
     assert b"0\r\n\r\n" not in client.incoming
 
 
+@pytest.mark.parametrize(
+    ("early", "late"),
+    [
+        (b"HTTP/1.1 103 Early Hints\r\n\r\n" + FINE, b""),
+        (FINE, b""),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nfi", b"ne"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nfine\r\n0\r\n\r\n", b""),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nfine\r\n", b"0\r\n\r\n"),
+    ],
+    ids=["informational", "whole", "half", "chunked", "half-chunked"],
+)
+def test_a_payment_whose_client_is_found_gone_by_its_answer_is_finished(gateway: GatewayProcess, early: bytes, late: bytes) -> None:
+    """The answer is met first, and the write of it says that the client has left: what is behind it is taken all the same, and the connection kept."""
+    client = gateway.world.clients[1] = gateway.world.connect("public", "client")
+    client.outgoing += b"POST /pay HTTP/1.1\r\n" + HEAD + b"Content-Length: 2\r\n\r\nhi"
+    first = upstream(gateway, 1)
+    assert message(gateway, first, response=False).body == b"hi"
+    with stopped(gateway):
+        first.sock.sendall(early)
+        client.close(reset=True)
+    gateway.world.clients.clear()
+    first.outgoing += late
+    gateway.world.barrier()
+    second = gateway.world.clients[1] = gateway.world.connect("public", "client")
+    second.outgoing += b"GET /next HTTP/1.1\r\n" + HEAD + b"\r\n"
+    assert message(gateway, first, response=False).start.split()[1] == b"/next", "the connection carries the next one"
+    first.outgoing += FINE
+    assert message(gateway, second, response=True).body == b"fine"
+
+
 def fill_backlog(listener: socket.socket) -> list[socket.socket]:
     """Connect to it until the kernel answers no SYN any more: what connects now waits until somebody accepts."""
     listener.listen(0)
