@@ -22,7 +22,7 @@ LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,62}")
 LABELS, LABEL_VALUE = 32, 128
 OTHER = "there is "  # how the reason begins when somebody else than the instance is at its address
 NOWHERE = ("0.0.0.0:0", "[::]:0")  # of a member that nobody calls, such as an edge
-COMEBACK = 30.0  # seconds that members have after a start: longer than any of their pauses
+COMEBACK = 45.0  # seconds that members have after a start: a pause, a try that hangs, and one more pause of a member (gateway.mesh.link)
 KEPT = 7 * 86400  # seconds that an instance without a certificate is remembered
 
 
