@@ -102,7 +102,9 @@ class Net:
         """Give a host its network, as at its start."""
         near, far = f"cwv{name.removeprefix('cwn')}", "eth0"
         command("ip", "netns", "add", name)
-        command("ip", "link", "add", near, "type", "veth", "peer", "name", far, "netns", name)
+        # The same hardware as before: its neighbours may have it in their tables.
+        hardware = "02:00:" + ":".join(f"{int(part):02x}" for part in address.split("."))
+        command("ip", "link", "add", near, "type", "veth", "peer", "name", far, "address", hardware, "netns", name)
         command("ip", "link", "set", near, "master", self.bridge, "up")
         for words in (["addr", "add", f"{address}/24", "dev", far], ["link", "set", far, "up"], ["link", "set", "lo", "up"]):
             command("ip", "-n", name, *words)
