@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import selectors
 import socket
 import threading
 from collections.abc import Iterator
@@ -17,41 +18,56 @@ from tests.wire.transcript import TranscriptError, raw, read
 HERE = Path(__file__).parent
 
 
-def _copy(source: socket.socket, sink: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        while data := source.recv(65536):
-            sink.sendall(data)
-    with contextlib.suppress(OSError):
-        sink.shutdown(socket.SHUT_WR)
-
-
 class Relay(threading.Thread):
-    """Copies bytes between each client and an upstream connection of its own."""
+    """Copies bytes between each client and an upstream connection of its own, in one thread: the barrier needs that what came first is done first."""
 
     def __init__(self, upstream: tuple[str, int], barrier: tuple[str, int]) -> None:
         super().__init__(daemon=True)
         self.upstream = upstream
         self.barrier = barrier
         self.sock = socket.create_server(("127.0.0.1", 0))
+        self.ready = selectors.DefaultSelector()
+        self.other: dict[socket.socket, socket.socket] = {}
+        self.ended: set[socket.socket] = set()
 
     def run(self) -> None:
-        while True:
-            try:
-                client, _ = self.sock.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+        self.ready.register(self.sock, selectors.EVENT_READ)
+        while self.sock.fileno() >= 0:
+            for key, _ in self.ready.select():
+                source = key.fileobj
+                assert isinstance(source, socket.socket)
+                if source is not self.sock:
+                    self._copy(source)
+                elif source.fileno() >= 0:
+                    self.ready.register(source.accept()[0], selectors.EVENT_READ)
 
-    def _serve(self, client: socket.socket) -> None:
-        first = client.recv(65536)
-        upstream = socket.create_connection(self.barrier if first.startswith(b"GET /wire-barrier") else self.upstream)
-        upstream.sendall(first)
-        back = threading.Thread(target=_copy, args=(upstream, client), daemon=True)
-        back.start()
-        _copy(client, upstream)
-        back.join()
-        client.close()
-        upstream.close()
+    def _copy(self, source: socket.socket) -> None:
+        data = b""
+        with contextlib.suppress(OSError):
+            data = source.recv(65536)
+        if data and source not in self.other:
+            sink = socket.create_connection(self.barrier if data.startswith(b"GET /wire-barrier") else self.upstream)
+            self.other[source], self.other[sink] = sink, source
+            self.ready.register(sink, selectors.EVENT_READ)
+        to = self.other.get(source)
+        with contextlib.suppress(OSError):
+            if data and to is not None:
+                to.sendall(data)
+        if not data:
+            self._ended(source, to)
+
+    def _ended(self, source: socket.socket, to: socket.socket | None) -> None:
+        self.ready.unregister(source)
+        self.ended.add(source)
+        if to is not None and to not in self.ended:
+            with contextlib.suppress(OSError):
+                to.shutdown(socket.SHUT_WR)
+            return
+        for each in (source, to):
+            if each is not None:
+                each.close()
+                self.other.pop(each, None)
+                self.ended.discard(each)
 
 
 @pytest.fixture(scope="module")
