@@ -50,7 +50,7 @@ def read(said: object) -> float | None:
     """The time that somebody says, or None when it is no time."""
     try:
         when = float(said)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return when if math.isfinite(when) else None
 

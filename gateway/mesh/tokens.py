@@ -55,7 +55,7 @@ def read(text: object) -> Presented:
             name, dot, secret = said["secret"].partition(".")
             if dot and name.isalnum() and isinstance(said["service"], str):
                 return Presented(said["service"], name, secret)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             pass
     raise BadToken("this is no token of `crossway mesh token`")
 

@@ -23,6 +23,7 @@ LIFE = 60  # seconds
 LEEWAY = 30  # seconds that clocks may differ
 DEPTH = 3  # contexts inside each other: hops from the edge
 CLAIMS_MAX = 2048  # bytes of claims that travel, as JSON
+TIMES = 1 << 40  # unix seconds below this are a time
 TYPE = "crossway-user+jwt"
 REGISTERED = frozenset({"iss", "aud", "exp", "nbf", "iat", "jti", "sub", "client_id", "azp", "scope", "scp", "cnf"})
 PROOF = "crossway:context"  # the claim under which a sidecar keeps the context that it got, to pass it on
@@ -137,6 +138,8 @@ def _parts(token: str) -> tuple[dict[str, Any], dict[str, Any], bytes, bytes]:
         for name, kind in KINDS.items():
             if type(said[name]) is not kind:
                 raise UserError(f"its {name} is not what it should be")
+        if not all(0 <= said[name] < TIMES for name in ("iat", "exp")):
+            raise UserError("its times are none")
         if not isinstance(said.get("proof", ""), str):
             raise UserError("its proof is not what it should be")
         return header, said, f"{first}.{second}".encode("ascii"), _bytes(third)

@@ -101,6 +101,13 @@ def test_what_is_nested_too_deeply_is_no_token() -> None:
         reader("payments").check(f"{deep}.e30.e30".encode(), NOW)
 
 
+@pytest.mark.parametrize("issued", [10**400, -(10**400)], ids=["ahead", "behind"])
+def test_times_that_are_none_are_refused_as_such(issued: int) -> None:
+    """Any member can sign these."""
+    with pytest.raises(UserError, match="its times are none"):
+        reader("payments").check(token(author("other"), now=issued).encode(), NOW)
+
+
 def test_it_travels_hop_by_hop_and_not_for_ever() -> None:
     hops = [f"s{number}" for number in range(DEPTH + 1)]
     told = token(to=hops[0])

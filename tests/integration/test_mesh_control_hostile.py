@@ -1,0 +1,52 @@
+"""The control plane and who means it ill, or has bad luck: requests that no member sends, members that want too much, files and states that fail."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.control_kit import ControlProcess, Member, post
+
+
+@pytest.fixture
+def control(tmp_path: Path) -> Iterator[ControlProcess]:
+    with ControlProcess(tmp_path) as process:
+        yield process
+
+
+@pytest.fixture
+def members() -> Iterator[list[Member]]:
+    found: list[Member] = []
+    yield found
+    for member in found:
+        member.close()
+
+
+def joined(members: list[Member], control: ControlProcess, service: str, number: int = 1) -> Member:
+    member = Member(control, service, number)
+    status, answer = member.join()
+    assert status == 200, answer
+    members.append(member)
+    return member
+
+
+NESTED = base64.urlsafe_b64encode(b"[" * 3000).decode()
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (f'{{"instance": "a", "token": "{NESTED}"}}'.encode(), 403),
+        (b'{"instance": "a", "token": "\\ud800"}', 403),
+        (b'{"instance": "a", "token": "x", "time": 1' + b"0" * 400 + b"}", 403),
+        (b'{"instance": "a", "token": "x", "time": ' + b"9" * 5000 + b"}", 400),
+        (b"[" * 20_000, 400),
+    ],
+    ids=["nested token", "half a character", "a time beyond floats", "a number beyond bounds", "nested body"],
+)
+def test_what_no_member_sends_is_a_mistake_of_whoever_sends_it(control: ControlProcess, body: bytes, status: int) -> None:
+    assert post(control, "/v1/join", body)[0] == status
+    assert "Traceback" not in control.errors.read_text()
