@@ -46,8 +46,7 @@ GARBAGE = 20_000, 20, 50  # thresholds of the collector's generations
 PIECE = 8 << 10  # bytes that the admin's parser gets at once
 CONNECTIONS = 10_000  # and requests; 503 beyond
 FRAGMENTS = 64  # of a message
-FIRST = 10.0  # seconds that a connection has for the head of its first request
-IDLE = 15  # seconds of a connection between two requests
+FIRST = 10.0  # seconds that a connection has for the head of its request
 LEAVE = 5  # seconds for what is in flight at the end
 
 
@@ -55,24 +54,32 @@ class CannotStart(Exception):
     """The control plane cannot serve; the text is for a person."""
 
 
-def members_protocol(peers: Peers) -> type[BoundedProtocol]:
+class OneRequest(BoundedProtocol):
+    """One request a connection. uvicorn waits for ever for a first one, and for the rest of whatever comes after an answer."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._first = self.loop.call_later(FIRST, transport.close)
+
+    def on_headers_complete(self) -> None:
+        self._first.cancel()
+        super().on_headers_complete()
+        if self.cycle is not None:  # None: a stream's
+            self.cycle.keep_alive = False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._first.cancel()
+        super().connection_lost(exc)
+
+
+def members_protocol(peers: Peers) -> type[OneRequest]:
     """Return the protocol of members' connections."""
 
-    class MembersProtocol(BoundedProtocol):
+    class MembersProtocol(OneRequest):
         def connection_made(self, transport: Any) -> None:
             # A copy of this goes into the scope of each request, and the WebSocket protocol is made with it.
             self.app_state = {**self.app_state, "peer": peers.meet(transport)}
             super().connection_made(transport)
-            # uvicorn waits for ever for the first request.
-            self._first = self.loop.call_later(FIRST, transport.close)
-
-        def on_headers_complete(self) -> None:
-            self._first.cancel()
-            super().on_headers_complete()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._first.cancel()
-            super().connection_lost(exc)
 
     return MembersProtocol
 
@@ -108,7 +115,7 @@ class StreamProtocol(WebSocketsSansIOProtocol):
             self.transport.write(frame)
 
 
-class AdminProtocol(BoundedProtocol):
+class AdminProtocol(OneRequest):
     """The protocol of the admin's connections: who is there, as the kernel knows it, is told to the application."""
 
     def connection_made(self, transport: Any) -> None:
@@ -183,10 +190,10 @@ def _name(sock: socket.socket) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _server(app: Any, http: type[BoundedProtocol], ws: Any, context: ssl.SSLContext | None) -> Server:
+def _server(app: Any, http: type[OneRequest], ws: Any, context: ssl.SSLContext | None) -> Server:
     config = uvicorn.Config(
         app, http=http, ws=ws, lifespan="off", log_config=None, access_log=False, server_header=False, proxy_headers=False,
-        limit_concurrency=CONNECTIONS, timeout_keep_alive=IDLE, timeout_graceful_shutdown=LEAVE, ws_max_size=MESSAGE_MAX, ws_per_message_deflate=False,
+        limit_concurrency=CONNECTIONS, timeout_graceful_shutdown=LEAVE, ws_max_size=MESSAGE_MAX, ws_per_message_deflate=False,
         ws_ping_interval=None,
     )  # fmt: skip
     config.load()

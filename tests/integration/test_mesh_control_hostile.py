@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import socket
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.integration.control_kit import ControlProcess, Member, post
+from tests.integration.processes import PATIENCE
 
 
 @pytest.fixture
@@ -50,3 +54,22 @@ NESTED = base64.urlsafe_b64encode(b"[" * 3000).decode()
 def test_what_no_member_sends_is_a_mistake_of_whoever_sends_it(control: ControlProcess, body: bytes, status: int) -> None:
     assert post(control, "/v1/join", body)[0] == status
     assert "Traceback" not in control.errors.read_text()
+
+
+@pytest.mark.parametrize("rest", [b"GET /y HTTP/1.1\r\nho", b"\r\n", b"abc"], ids=["half a head", "an empty line", "a bit of its body"])
+@pytest.mark.parametrize("where", ["control", "probes"])
+def test_a_stranger_keeps_no_connection(tmp_path: Path, where: str, rest: bytes) -> None:
+    """Those to the control plane are counted: who could keep them all would let nobody in, and nobody see that it lives."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with ControlProcess(tmp_path, control="  probes: 127.0.0.1:0\n") as control, contextlib.ExitStack() as stack:
+        port = int(control.addresses[where].rpartition(":")[2])
+        client = stack.enter_context(socket.create_connection(("127.0.0.1", port), PATIENCE))
+        if where == "control":
+            client = stack.enter_context(context.wrap_socket(client))
+        client.sendall(b"POST /x HTTP/1.1\r\nhost: x\r\ncontent-length: 9999\r\n\r\n" if rest == b"abc" else b"GET /x HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert client.recv(4096).startswith(b"HTTP/1.1 4")
+        with contextlib.suppress(ConnectionError):
+            client.sendall(rest)
+            while client.recv(4096):
+                pass
