@@ -216,10 +216,12 @@ class Assignments:
                 now.frames[0] = now.frames[base]
         return now.frames[base]
 
-    def forget(self, services: set[str]) -> None:
-        """Let go of services that are no more."""
-        for name in [each for each in self._kept if scoped(each)[0] not in services]:
-            del self._kept[name]
+    def forget(self, services: set[str], networks: set[str], used: set[str]) -> None:
+        """Let go of services that are no more, and of networks that only members speak of, who are in another one by now."""
+        for name in set(self._kept) - used:
+            service, network = scoped(name)
+            if service not in services or network not in networks:
+                del self._kept[name]
 
 
 def changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:

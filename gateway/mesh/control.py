@@ -29,7 +29,7 @@ from gateway.mesh.ca import Ca
 from gateway.mesh.control_metrics import Metrics
 from gateway.mesh.keys import CaError
 from gateway.mesh.kubernetes import Clusters
-from gateway.mesh.networks import is_gateway, network_of, scope, scoped, server_name
+from gateway.mesh.networks import DEFAULT, is_gateway, network_of, scope, scoped, server_name
 from gateway.mesh.peers import Peers
 from gateway.mesh.probe import Prober
 from gateway.mesh.registry import Registry
@@ -134,7 +134,7 @@ class ControlPlane:
                 for name, content in fresh.items():
                     self.assignments.put(name, content, version)
                 self.hub.tell(fresh)
-            self.assignments.forget(set(self.mesh.services))
+            self.assignments.forget(set(self.mesh.services), {DEFAULT, *self.mesh.networks}, set(contents))
 
     def _tell_spared(self, before: set[str]) -> None:
         for service in sorted(self.registry.spared - before):
