@@ -40,8 +40,10 @@ log = logging.getLogger("crossway.mesh")
 MOST = 24 << 10  # bytes of a body; a certificate request has 16 at most, and a head with it 32
 BODY_TIME = 10.0  # seconds
 ATTEMPTS = Rate(20, 10.0)  # to join, from one address
+RENEWALS = 20  # of an instance at once, and in a fifth of a certificate's life: so many of its own are good at the same time, at most six times as many
 CRL_LIFE = 86400.0  # seconds
 TOP_VERSION = 1 << 53
+UNKNOWN = "?"  # begins the name for an instance whose first certificate nobody wrote down; no instance can call itself so
 UNAVAILABLE = "the control plane's state cannot be used now; try again"
 
 
@@ -60,6 +62,7 @@ class Api:
         self.plane = plane
         self.limit = Bucket(plane.mesh.control.requests)
         self.attempts = Buckets(ATTEMPTS)
+        self._renewals: tuple[float, Buckets] = 0.0, self.attempts  # by the lifetime for which they were made
         self.app = Starlette(
             routes=[
                 Route("/v1/join", self._answered(self.join), methods=["POST"]),
@@ -148,13 +151,39 @@ class Api:
         said = await _body(request)
         self._same_time(said)
         self._may_have(service)
-        held = await self.plane.store.rows("SELECT instance FROM certificates WHERE serial = ?", peer.serial)
+        instance = await self._family(peer, service)
+        if not self._renewing().take(f"{service} {instance}"):
+            raise Refusal(429, "this instance has got too many certificates; try again", "renewals", **{"retry-after": "60"})
         issued = self._issue(said, service, peer.leaf.der)
-        await self._keep(issued, service, held[0]["instance"] if held else "", "renewal")
+        await self._keep(issued, service, instance, "renewal")
         if await revocation.inherit(self.plane.store, issued.serial, peer.serial, issued.not_after):
             await self.plane.registry.touch()
             raise Refusal(403, f"{peer.leaf.uris[0]} (serial {peer.serial}) is revoked", "revoked")
         return self._issued(issued)
+
+    async def _family(self, peer: Peer, service: str) -> str:
+        """Return the instance that a certificate was issued to.
+
+        One that nobody here wrote down (the state was lost since) becomes the first of a name of its own: whatever is renewed by it, and again by that, goes
+        with it when it is revoked.
+        """
+        held = await self.plane.store.rows("SELECT instance FROM certificates WHERE serial = ?", peer.serial)
+        if held and held[0]["instance"]:
+            return str(held[0]["instance"])
+        name = f"{UNKNOWN}{peer.serial}"
+        await self.plane.store.run(
+            "INSERT INTO certificates (serial, service, instance, not_before, not_after, generation, how) VALUES (?, ?, ?, ?, ?, 0, 'unknown')"
+            " ON CONFLICT (serial) DO UPDATE SET instance = excluded.instance",
+            peer.serial, service, name, peer.leaf.not_before, peer.leaf.not_after,
+        )  # fmt: skip
+        return name
+
+    def _renewing(self) -> Buckets:
+        """How often each instance may renew. Its certificates are all on the deny list when it is revoked, which every member has to hold."""
+        life = self.plane.mesh.certificates.lifetime
+        if self._renewals[0] != life:
+            self._renewals = life, Buckets(Rate(RENEWALS, life / 5))
+        return self._renewals[1]
 
     def _member(self, peer: Peer) -> str:
         fault = self.plane.peers.fault(peer)
@@ -242,7 +271,7 @@ class Api:
         store = self.plane.store
         found = await store.rows("SELECT instance FROM certificates WHERE serial = ?", peer.serial)
         before = found[0]["instance"] if found else ""  # nobody knows: another authority's, or from before the state was lost
-        if before in ("", instance):
+        if before in ("", instance) or before.startswith(UNKNOWN):
             return
         taken = "SELECT COUNT(*) AS n FROM instances WHERE service = ? AND (instance = ? OR (instance = ? AND connected = 1))"
         if (await store.rows(taken, service, instance, before))[0]["n"]:

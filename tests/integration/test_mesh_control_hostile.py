@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.control_kit import ControlProcess, Member, post
+from tests.integration.control_kit import ControlProcess, Member, post, serial_of
 from tests.integration.processes import PATIENCE
 
 
@@ -35,6 +35,12 @@ def joined(members: list[Member], control: ControlProcess, service: str, number:
     assert status == 200, answer
     members.append(member)
     return member
+
+
+def resident(control: ControlProcess) -> int:
+    """MiB of memory that the process has."""
+    text = Path(f"/proc/{control.process.pid}/status").read_text()
+    return int(text.partition("VmRSS:")[2].split()[0]) >> 10
 
 
 NESTED = base64.urlsafe_b64encode(b"[" * 3000).decode()
@@ -73,3 +79,47 @@ def test_a_stranger_keeps_no_connection(tmp_path: Path, where: str, rest: bytes)
             client.sendall(rest)
             while client.recv(4096):
                 pass
+
+
+def test_an_instance_has_not_any_number_of_certificates(control: ControlProcess, members: list[Member]) -> None:
+    """All of them are on the deny list when it is revoked, and every member has to be told that."""
+    greedy, other = joined(members, control, "payments"), joined(members, control, "payments", 2)
+    answers = [greedy.renew() for _ in range(40)]
+    assert [status for status, _ in answers[:10]] == [200] * 10, "who fails and tries again is served"
+    assert answers[-1][0] == 429 and "too many certificates" in answers[-1][1]["error"]
+    assert other.renew()[0] == 200
+    assert control.command("revoke", serial_of(greedy)).returncode == 0
+    other.open().has(lambda held: 10 < len(held["revoked"]["serials"]) < 40, "a short deny list")
+
+
+def test_a_stolen_key_does_not_outlive_its_revocation_when_the_state_was_lost_before(control: ControlProcess, members: list[Member]) -> None:
+    """Nobody knows whose the certificate was: what is renewed by it belongs to it all the same."""
+    owner = joined(members, control, "ledger")
+    stolen, thief = serial_of(owner), Member(control, "ledger", 2)
+    thief.pair.write_bytes(owner.pair.read_bytes())
+    control.stop()
+    for path in control.folder.glob("mesh.db*"):
+        path.unlink()
+    control.start()
+    assert thief.renew()[0] == 200 and thief.renew()[0] == 200
+    thief.bundle = owner.bundle
+    members.append(thief.open())
+    assert "2 others of its instance" in control.command("revoke", stolen).stdout
+    assert thief.closed.wait(PATIENCE)
+    assert thief.renew()[0] == 403 and owner.renew()[0] == 403
+
+
+def test_networks_that_a_member_invents_cost_no_memory(tmp_path: Path, members: list[Member]) -> None:
+    many = "".join(f"  s{number}: {{timeout: 2s, retries: {{on: [connect-failure], budget: 20%}}}}\n" for number in range(2000))
+    with ControlProcess(tmp_path) as control:
+        control.edit("  accounts: {}\n", f"  accounts: {{}}\n{many}")
+        control.edit("default: deny", "default: audit")
+        member = joined(members, control, "payments").open()
+        member.has(lambda held: len(held["services"]) > 2000, "all services")
+        before = 0
+        for number in range(25):
+            member.beat(inbound=member.inbound, labels={"network": f"n{number}"}, zone=None)
+            assert member.closed.wait(PATIENCE)
+            member.open().has(lambda held: len(held["services"]) > 2000, "all services")
+            before = before or resident(control)
+        assert resident(control) < before + 30
