@@ -106,7 +106,7 @@ class Ca:
             raise CaError(f"{self.folder}: there is no authority; `crossway mesh control` makes it at its first start") from None
         except OSError as error:
             raise CaError(f"{error.filename}: {error.strerror}") from None
-        except ValueError as error:
+        except (ValueError, TypeError, x509.ExtensionNotFound) as error:  # TypeError: a key with a password
             raise CaError(f"{self.folder}: {error}") from None
         if number not in found:
             raise CaError(f"{self.folder}: generation {number} is active and not there")
@@ -114,7 +114,7 @@ class Ca:
 
     def fingerprint(self) -> str:
         """What changes when the folder's content does."""
-        names = ("root.crt", "issuing.crt", "cross.crt")
+        names = ("root.crt", "issuing.crt", "issuing.key", "cross.crt")  # the key's file is written last, and is the one that is read
         files = [self.folder / "active", *(each / name for each in sorted(self.folder.glob("[0-9]*")) for name in names)]
         seen = [(str(each), stat.st_mtime_ns, stat.st_ino) for each in files if (stat := _stat(each)) is not None]
         return hashlib.sha256(repr(seen).encode()).hexdigest()
