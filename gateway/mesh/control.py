@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from gateway._speedups.certificates import parse_certificates
+from gateway._speedups.certificates import TlsError, parse_certificates
 from gateway.config.mesh_file import MeshFile
 from gateway.config.mesh_load import load_mesh
 from gateway.errors import ConfigError
@@ -47,6 +47,18 @@ ISSUING_LEFT = 1 / 3  # of its life: the issuing certificate is renewed, when th
 SERVER_LIFE = 30 * 86400.0  # seconds
 
 
+FileTime = tuple[int, int, int]
+
+
+def file_time(path: Path) -> FileTime | None:
+    """Return what changes when a file does; None when there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_ino, found.st_size
+
+
 class ControlPlane:
     """One control plane of a mesh. Raises ConfigError, CaError or StoreError when it cannot begin."""
 
@@ -71,28 +83,31 @@ class ControlPlane:
         self.policy = 0
         self._version = 0  # drawn last, here
         self.deny = revocation.DenyList()
-        self.store_error = ""
+        self._errors: dict[Callable[[], Awaitable[None]], Exception] = {}  # what cannot be done now, and why
         self.file_error = ""
         self.server_changed: Callable[[], None] = lambda: None  # the authority changed: TLS needs another certificate
         self._dirty = asyncio.Event()
         self._seen: dict[str, Any] = {}
+        self._found: FileTime | None = None  # by the last look
         self._making = asyncio.Lock()
 
     @classmethod
     async def open(cls, path: Path) -> ControlPlane:
-        """Read the file, open the authority (made the first time) and the state."""
+        """Read the file, open the authority (made the first time) and the state. What changes from here on is seen by the first look."""
+        seen: dict[str, Any] = {"file": file_time(path)}
         own = load_mesh(path)
         ca = await open_authority(own)
+        seen["ca"] = ca.fingerprint()
         store = await open_store(own.control.state)
         mesh, applied = await documents.in_force(store, own)
         plane = cls(path, own, mesh, ca, store)
         plane.document = applied.number if applied is not None else 0
         await plane.registry.start()
         plane._take_authority()
-        await plane._number_policy()
+        await plane._number_policy(mesh)
         await plane.registry.load()
         plane.deny = plane.peers.deny = await revocation.load(plane.store, mesh)
-        plane._seen = {"file": plane._file_time(), "ca": ca.fingerprint(), "changes": await plane.registry.changes()}
+        plane._seen = seen | {"changes": await plane.registry.changes()}
         log.info(
             "the control plane is ready to serve",
             extra={"trust_domain": mesh.trust_domain, "replica": plane.replica, "services": len(mesh.services), "rules": len(mesh.authorization.rules),
@@ -169,9 +184,9 @@ class ControlPlane:
         """Return the newest version that was drawn by anybody."""
         return max(self._version, int((await self.store.rows("SELECT value FROM counters WHERE name = 'version'"))[0]["value"]))
 
-    async def _number_policy(self) -> None:
+    async def _number_policy(self, mesh: MeshFile) -> None:
         """The policy's version grows when the rules changed, for all control planes together."""
-        said = self.mesh.authorization.model_dump(mode="json", by_alias=True) | {"services": sorted(self.mesh.services)}
+        said = mesh.authorization.model_dump(mode="json", by_alias=True) | {"services": sorted(mesh.services)}
         digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
         await self.store.run("UPDATE counters SET value = value + 1, digest = ? WHERE name = 'policy' AND digest <> ?", digest, digest)
         self.policy = int((await self.store.rows("SELECT value FROM counters WHERE name = 'policy'"))[0]["value"])
@@ -206,22 +221,38 @@ class ControlPlane:
         try:
             await work()
         except (StoreError, CaError, OSError) as error:
-            if str(error) != self.store_error:
+            if str(error) != str(self._errors.get(work)):
                 log.error("the state or the authority cannot be used; streams go on", extra={"error": str(error)})
-            self.store_error = str(error)
+            if work != self._keep_house:  # which will be long before it is tried again
+                self._errors[work] = error
             return False
-        if self.store_error and work != self._keep_house:
+        if self._errors.pop(work, None) is not None and not self._errors:
             log.info("the state and the authority can be used again")
-            self.store_error = ""
         return True
 
+    @property
+    def store_error(self) -> str:
+        """Why the state cannot be used now; empty when it can."""
+        return next((str(error) for error in self._errors.values() if isinstance(error, StoreError)), "")
+
     async def _look(self) -> None:
-        if (seen := self._file_time()) != self._seen["file"]:
-            self._seen["file"] = seen
-            await self.reload()
+        """Look at what may have changed. One that fails keeps nobody from looking at the others."""
+        for work in (self._look_at_file, self._look_at_authority, self._look_at_state):
+            await self._trying(work)
+
+    async def _look_at_file(self) -> None:
+        before, self._found = self._found, file_time(self.path)
+        if self._found != self._seen["file"] and self._found == before:  # one that changes still may be half of what it will be
+            self._seen["file"] = before
+            try:
+                await self.reload()
+            except BaseException:
+                self.look_again()  # the state was away: what it did not let us take is not forgotten
+                raise
+
+    async def _look_at_authority(self) -> None:
         if (print_now := self.ca.fingerprint()) != self._seen["ca"]:
             self.ca.load()
-            self._seen["ca"] = print_now
             self._take_authority()
             self.signer = Signer(self.ca)
             self.prober.refresh()
@@ -229,13 +260,20 @@ class ControlPlane:
                 self.assignments.sign_anew()
             log.info("the authority has changed", extra={"generation": self.ca.active_number, "bundle": list(self.ca.generations)})
             self.server_changed()
+            self._seen["ca"] = print_now
             self.changed()
+
+    async def _look_at_state(self) -> None:
         if await self.registry.changes() != self._seen["changes"]:
             self.changed()
         presence = await self.registry.hearing()
         if presence != self._seen.get("presence"):
             self._seen["presence"] = presence
             self.changed()
+
+    def look_again(self) -> None:
+        """Have the file read again soon, though it did not change: what it names may have."""
+        self._seen["file"] = ()
 
     async def reload(self) -> None:
         """Read the file again; one that cannot be used changes nothing."""
@@ -261,16 +299,18 @@ class ControlPlane:
     async def _take(self, own: MeshFile) -> None:
         """Put in force what counts by the file and the state."""
         applied = await documents.newest(self.store) if own.control.source == "state" else None
-        self.document = applied.number if applied is not None else 0
+        number = applied.number if applied is not None else 0
         try:
             mesh = own if applied is None else documents.of_state(applied, own)
         except ConfigError as error:
+            self.document = number
             self._refuse(error)
             return
+        await self._number_policy(mesh)  # may fail, and then nothing has changed
+        self.document = number
         self.own, self.mesh, self.file_error = own, mesh, ""
         self._take_settings()
         self._take_authority()
-        await self._number_policy()
         self.metrics.reloads.labels("done").inc()
         told = {"digest": mesh.digest[:12], "policy": self.policy, "services": len(mesh.services), "rules": len(mesh.authorization.rules)}
         if applied is None:
@@ -319,15 +359,11 @@ class ControlPlane:
     def _take_authority(self) -> None:
         self.peers.roots = parse_certificates(self.ca.bundle.encode("ascii"))
         join = self.mesh.control.join
-        self.peers.bank = parse_certificates(join.ca.read_bytes()) if join is not None and join.ca is not None else []
-        self.clusters.take(join.kubernetes if join is not None else ())
-
-    def _file_time(self) -> tuple[int, int, int] | None:
         try:
-            found = self.path.stat()
-        except OSError:
-            return None
-        return found.st_mtime_ns, found.st_ino, found.st_size
+            self.peers.bank = parse_certificates(join.ca.read_bytes()) if join is not None and join.ca is not None else []
+        except (OSError, TlsError) as error:  # it was good when the file was read; our own authority does not wait for it
+            log.error("the roots of another PKI cannot be read; those of before stay", extra={"file": str(join and join.ca), "error": str(error)})
+        self.clusters.take(join.kubernetes if join is not None else ())
 
     async def close(self) -> None:
         """End in good order: members go on, and to another control plane if there is one."""

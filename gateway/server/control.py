@@ -207,7 +207,7 @@ async def _serve(path: Path) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, leaving.set)
     plane = await ControlPlane.open(path)
-    loop.add_signal_handler(signal.SIGHUP, lambda: loop.create_task(plane.reload()))
+    loop.add_signal_handler(signal.SIGHUP, plane.look_again)
     try:
         sockets = [listen(plane.mesh.control.bind)]
         tls = Tls(plane)

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import datetime
+import shutil
 import socket
+import sqlite3
 import ssl
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.integration.control_kit import ControlProcess, Member, post, serial_of
-from tests.integration.processes import PATIENCE
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+
+from tests.integration.control_kit import ControlProcess, Member, make_request, post, serial_of
+from tests.integration.processes import PATIENCE, eventually
 
 
 @pytest.fixture
@@ -123,3 +130,87 @@ def test_networks_that_a_member_invents_cost_no_memory(tmp_path: Path, members: 
             member.open().has(lambda held: len(held["services"]) > 2000, "all services")
             before = before or resident(control)
         assert resident(control) < before + 30
+
+
+# -- bad luck with files and the state
+
+
+def test_a_file_that_is_still_being_written_is_not_taken(control: ControlProcess) -> None:
+    """Half of it may be a whole mesh, with fewer rules, or with nobody revoked."""
+    text = control.path.read_text()
+    half = text[: text.index("    - {name: payments-to-ledger")]
+
+    def write() -> float:
+        """Write half of the file in its place, then something every now and then, then the whole; return the longest pause."""
+        longest, last = 0.0, time.monotonic()
+        with control.path.open("w") as file:
+            for piece in [half, *["# not yet\n"] * 60, text[len(half) :]]:
+                file.write(piece)
+                file.flush()
+                longest, last = max(longest, time.monotonic() - last), time.monotonic()
+                time.sleep(0.02)
+        return longest
+
+    while True:
+        before = len(control.logged("the mesh's file is in force"))
+        smooth = write() < 0.15
+        eventually(lambda: control.logged("the mesh's file is in force")[before:][-1:] and control.logged("the mesh's file is in force")[-1]["rules"] == 2, "the file")
+        if smooth:
+            break
+    assert [each["rules"] for each in control.logged("the mesh's file is in force")[before:]] == [2]
+
+
+@pytest.mark.timeout(120)
+def test_a_change_of_the_file_is_not_lost_while_the_state_is_away(control: ControlProcess, members: list[Member]) -> None:
+    member = joined(members, control, "payments").open()
+    member.has(lambda held: "ledger" in held["services"], "what it may call")
+    other = sqlite3.connect(control.folder / "mesh.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    try:
+        control.edit("to: ledger}", "to: accounts}")
+        eventually(lambda: control.logged("the state or the authority cannot be used; streams go on"), "the error")
+    finally:
+        other.execute("ROLLBACK")
+        other.close()
+    member.has(lambda held: [*held["services"]] == ["accounts"] and held["authorization"]["version"] == 2, "the new rules, and their number")
+
+
+def test_an_issuing_certificate_whose_key_comes_late_is_taken(control: ControlProcess, members: list[Member]) -> None:
+    """The command writes two files; a slow disk, or a folder that is copied, may have one of them for a while."""
+    member = joined(members, control, "payments")
+    copy = control.folder / "copy"
+    shutil.copytree(control.folder / "ca", copy)
+    assert control.command("rotate-root", "issuing").returncode == 0
+    for name in ("issuing.crt", "issuing.key"):
+        (control.folder / "ca/1" / name).replace(copy / "1" / f"{name}.new")
+        shutil.copy2(copy / "1" / name, control.folder / "ca/1" / name)
+    control.stop()
+    control.start()
+    for name in ("issuing.crt", "issuing.key"):
+        seen = len(control.logged("the authority has changed"))
+        (copy / "1" / f"{name}.new").replace(control.folder / "ca/1" / name)
+        eventually(lambda seen=seen: len(control.logged("the authority has changed")) > seen, name)  # type: ignore[misc]
+    assert member.renew()[0] == 200
+    fresh = x509.load_pem_x509_certificate((control.folder / "ca/1/issuing.crt").read_bytes())
+    member.leaf.verify_directly_issued_by(fresh)
+
+
+def test_an_authority_that_cannot_be_read_stops_nothing_else(control: ControlProcess, members: list[Member]) -> None:
+    member, other = joined(members, control, "payments").open(), joined(members, control, "ledger", 2).open()
+    member.has(lambda held: member.endpoints("ledger"), "the ledger")
+    root = control.folder / "ca/1/root.crt"
+    good, wrong = root.read_bytes(), (control.folder / "wrong.crt")
+    request, key = make_request()
+    builder = x509.CertificateBuilder().subject_name(x509.Name([])).issuer_name(x509.Name([])).public_key(key.public_key())
+    now = datetime.datetime.now(datetime.UTC)
+    builder = builder.serial_number(1).not_valid_before(now).not_valid_after(now + datetime.timedelta(days=1))
+    wrong.write_bytes(builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+    wrong.replace(root)
+    eventually(lambda: control.logged("the state or the authority cannot be used; streams go on"), "the error")
+    assert control.command("revoke", "ledger").returncode == 0
+    assert other.closed.wait(PATIENCE)
+    member.has(lambda held: held["revoked"]["identities"] == ["spiffe://bank.test/service/ledger"], "the deny list")
+    wrong.write_bytes(good)
+    wrong.replace(root)
+    eventually(lambda: control.logged("the state and the authority can be used again"), "the end of the error")
+    assert len(control.logged("the state or the authority cannot be used; streams go on")) == 1, "told once"
