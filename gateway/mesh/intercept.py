@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 PREFIX = "crossway_mesh_"
 PRIORITY = -110  # before the common place of nat rules: whatever others redirect, the app's own calls are ours first
+GUARD = PRIORITY + 1  # after what every service of this host says of its own app's calls, in whatever order they came: it may be another one's that is called
 
 
 class InterceptError(Exception):
@@ -65,28 +66,27 @@ def table(service: str) -> str:
 def rules(wanted: Interception) -> str:
     """Return the script that puts the service's table in place, whether or not there is one already."""
     wanted.check()
-    name = table(wanted.service)
-    output = [f"meta skuid {wanted.sidecar_uid} return", "meta l4proto != tcp return"]
-    if wanted.inbound is not None:
-        # Whoever on this host is neither app nor sidecar comes in as anybody does: by mutual TLS.
-        output.append(f"fib daddr type local tcp dport {wanted.app} meta skuid != {wanted.app_uid} redirect to :{wanted.inbound}")
-    output.append(f"meta skuid != {wanted.app_uid} return")
-    output += ["ip daddr 127.0.0.0/8 return", "ip6 daddr ::1 return"]
+    begin = [f"meta skuid {wanted.sidecar_uid} return", "meta l4proto != tcp return"]
+    output = [*begin, f"meta skuid != {wanted.app_uid} return", "ip daddr 127.0.0.0/8 return", "ip6 daddr ::1 return"]
     for text in wanted.exclude:
         network = ipaddress.ip_network(text)
         output.append(f"ip{'6' if network.version == 6 else ''} daddr {network} return")
     if wanted.exclude_ports:
         output.append(f"tcp dport {{ {', '.join(str(port) for port in sorted(set(wanted.exclude_ports)))} }} return")
     output.append(f"meta l4proto tcp redirect to :{wanted.outbound}")
-    chains = [("output", output)]
+    chains = [("output", "output", PRIORITY, output)]
     if wanted.inbound is not None:
-        chains.append(("prerouting", [f"fib daddr type local tcp dport {wanted.app} redirect to :{wanted.inbound}"]))
+        # Whoever on this host is neither app nor sidecar comes in as anybody does: by mutual TLS.
+        guard = [*begin, f"fib daddr type local tcp dport {wanted.app} meta skuid != {wanted.app_uid} redirect to :{wanted.inbound}"]
+        chains.append(("guard", "output", GUARD, guard))
+        chains.append(("prerouting", "prerouting", PRIORITY, [f"fib daddr type local tcp dport {wanted.app} redirect to :{wanted.inbound}"]))
     body = "\n".join(
-        f"  chain {hook} {{\n    type nat hook {hook} priority {PRIORITY}; policy accept;\n"
+        f"  chain {name} {{\n    type nat hook {hook} priority {priority}; policy accept;\n"
         + "".join(f"    {rule}\n" for rule in lines) + "  }"
-        for hook, lines in chains
+        for name, hook, priority, lines in chains
     )  # fmt: skip
-    return f"table inet {name}\ndelete table inet {name}\ntable inet {name} {{\n{body}\n}}\n"
+    own = table(wanted.service)
+    return f"table inet {own}\ndelete table inet {own}\ntable inet {own} {{\n{body}\n}}\n"
 
 
 def removal(service: str) -> str:

@@ -271,6 +271,50 @@ def test_two_services_on_one_host_by_user(hosts: tuple[Control, Host, Host], tmp
 
 
 @networks
+def test_two_services_on_one_host_call_each_other_whichever_came_first(net: Net, tmp_path: Path) -> None:
+    control = Control(tmp_path, host=net.address)
+    control.rules = [{"name": "there", "from": ["payments"], "to": "ledger"}, {"name": "back", "from": ["ledger"], "to": "payments"}]
+    opened: list[Host] = []
+    app = None
+    try:
+        opened.append(payments := Host(net, control, "payments"))
+        app = subprocess.Popen([*payments.inside, sys.executable, "-c", SERVER, "9002", str(OTHER)], stdout=subprocess.PIPE, text=True)
+        assert app.stdout is not None and app.stdout.readline() == "up\n"
+        with Sidecar(control, "ledger", 9002, "--intercept", wrapper=payments.inside, host=payments.address) as ledger:
+            there = {"address": f"{payments.address}:{ledger.inbound}", "weight": 1, "zone": None, "labels": {"app-port": "9002"}}
+            control.services = {name: {"protocol": "http", "endpoints": [each]} for name, each in (("payments", payments.endpoint()), ("ledger", there))}
+            control.change()
+            control.settled()
+
+            def ledger_up() -> None:
+                done = subprocess.run(
+                    [*payments.inside, sys.executable, "-m", "gateway", "mesh", "intercept", "up", "--service", "ledger", "--app-uid", str(OTHER), "--sidecar-uid", "0",
+                     "--outbound-port", str(ledger.outbound), "--inbound-port", str(ledger.inbound), "--app-port", "9002"],
+                    env=environment(), capture_output=True, text=True, check=False,
+                )  # fmt: skip
+                assert done.returncode == 0, done.stderr
+
+            payments.up()
+            ledger_up()
+            for again in (payments.up, ledger_up, lambda: None):
+                status, text = payments.ask(payments.address, uid=PAYMENTS, port=9002)
+                assert status == 200 and json.loads(text)["caller"] == "spiffe://bank.test/service/payments"
+                status, text = payments.ask(payments.address, uid=OTHER, port=APP)
+                assert status == 200 and json.loads(text)["caller"] == "spiffe://bank.test/service/ledger"
+                assert payments.ask("127.0.0.1", uid=PAYMENTS, port=9002)[0] == 0, "nobody gets around it"
+                again()
+    finally:
+        for each in opened:
+            each.close()
+        if app is not None:
+            app.kill()
+            app.wait(PATIENCE)
+            assert app.stdout is not None
+            app.stdout.close()
+        control.stop()
+
+
+@networks
 def test_half_of_the_endpoints_behind_a_partition(hosts: tuple[Control, Host, Host], net: Net) -> None:
     control, payments, ledger = hosts
     second = Host(net, control, "ledger2")
