@@ -52,7 +52,7 @@ def read_assignment(state: State, svid: Svid, kept_roots: bool = False) -> Assig
         if kept_roots and "roots" in kept:
             return _as_it_came(kept, svid)
         return take(kept, None, svid.roots, svid.domain, svid.service)
-    except (Refused, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (Refused, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         log.error("the assignment on disk is not used", extra={"file": str(state.folder / ASSIGNMENT), "reason": str(error)})
         return None
 

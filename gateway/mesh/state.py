@@ -7,10 +7,14 @@ would renew against each other.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import logging
 import os
 import secrets
 from pathlib import Path
+
+log = logging.getLogger("crossway.mesh")
 
 SVID = "svid.pem"  # the chain, then the private key
 BUNDLE = "bundle.pem"  # roots of the trust domain
@@ -46,15 +50,24 @@ class State:
 
     def lock(self, role: str = "member") -> None:
         """Keep the folder for this process until it ends; `role` is what others may ask it for. Raises StateError when another one has it."""
-        self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise StateError(f"{self.folder / 'lock'}: {error.strerror}") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(self._lock)
             self._lock = -1
             raise StateError(f"{self.folder}: another process uses it") from None
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, f"{role} {os.getpid()}\n".encode(), 0)
+        said = f"{role} {os.getpid()}\n".encode()
+        try:
+            os.pwrite(self._lock, said, 0)  # in the place of what was there: that needs no room on a disk that is full
+            os.ftruncate(self._lock, len(said))
+        except OSError as error:  # it is locked all the same, and serves
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._lock, 0)  # nobody may take the process of before for this one
+            log.warning("who has the folder cannot be written down; `crossway mesh leave` will not find it", extra={"folder": str(self.folder), "error": error.strerror})
 
     def unlock(self) -> None:
         if self._lock >= 0:
@@ -78,11 +91,14 @@ class State:
         return content
 
     def instance(self, service: str, name: str | None = None) -> str:
-        """Return the name of this instance of a service: `name`, or one that is drawn once. Raises StateError or OSError."""
+        """Return the name of this instance of a service: `name`, or one that is drawn once. Raises StateError."""
         held = self.read("instance")
         if held is None or (name is not None and held != name.encode()):
             held = (name or f"{service}-{secrets.token_hex(6)}").encode()
-            self.write("instance", held)
+            try:
+                self.write("instance", held)
+            except OSError as error:
+                raise StateError(f"{self.folder / 'instance'}: {error.strerror}") from None
         return held.decode("ascii", "replace").strip()
 
     def write(self, name: str, content: bytes) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import json
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from gateway.mesh.identity import Identity, due_at, pause
 from gateway.mesh.metrics import hop, line
 from gateway.mesh.proxy import Surroundings, destinations, endpoints_of, upstream_of
 from gateway.mesh.spire import pick
-from gateway.mesh.state import State, StateError
+from gateway.mesh.state import State, StateError, owner
 from gateway.mesh.units import seconds, share, size
 from gateway.mesh.workload_api import AgentError, Shown
 from gateway.telemetry.shared import SharedState
@@ -251,6 +252,30 @@ def test_files_are_their_owners_and_whole(tmp_path: Path) -> None:
     state.svid.chmod(0o640)
     with pytest.raises(StateError, match="others may read"):
         state.read("svid.pem")
+
+
+def test_a_full_disk_keeps_nobody_from_serving(tmp_path: Path) -> None:
+    """What was written before is there: certificate and assignment. Who has the folder is all that is said anew."""
+    first, second = State(tmp_path / "state"), State(tmp_path / "state")
+    first.lock("sidecar")
+    first.unlock()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limit[1]))
+    try:
+        second.lock("sidecar")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    with pytest.raises(StateError, match="another process uses it"):
+        first.lock("sidecar")
+    assert owner(tmp_path / "state", "sidecar") is None, "not the one of before"
+    second.unlock()
+
+
+def test_a_lock_that_cannot_be_opened_is_told(tmp_path: Path) -> None:
+    state = State(tmp_path / "state")
+    (state.folder / "lock").mkdir()
+    with pytest.raises(StateError, match="directory"):
+        state.lock()
 
 
 def test_a_folder_that_others_may_enter_is_refused(tmp_path: Path) -> None:
