@@ -30,6 +30,8 @@ def allowed(text: str, networks: tuple[Network, ...] | None) -> bool:
     address = _meant(ipaddress.ip_address(text))
     if networks is not None:
         return any(address in network for network in networks)
+    if isinstance(address, IPv6Address) and address.is_site_local:  # RFC 3879: no longer assigned, and still somebody's own network
+        return False
     inside = (address.sixtofour, *(address.teredo or ())) if isinstance(address, IPv6Address) else ()
     return all(each.is_global and not (each.is_multicast or each.is_reserved) for each in (address, *inside) if each is not None)
 
