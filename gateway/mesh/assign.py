@@ -17,7 +17,7 @@ from typing import Any
 from gateway.config.mesh_external import External
 from gateway.config.mesh_file import EVERYBODY, MeshFile, Rule, Service
 from gateway.config.mesh_traffic import traffic_said
-from gateway.mesh.networks import DEFAULT, all_gateways, is_gateway, let_through, network_of, scoped, seen_from, ways
+from gateway.mesh.networks import DEFAULT, all_gateways, is_gateway, let_through, network_of, place, scoped, seen_from, ways
 from gateway.mesh.revocation import DenyList
 
 APART = {"split", "canary", "sticky", "hosts", "port", "tls", "addresses", "resolver"}  # settings that are said in another form
@@ -122,10 +122,13 @@ def passed_on(network: str, world: World) -> dict[str, Any]:
     """Return what a network's gateways lead to: the services that somebody elsewhere may call, and their instances here."""
     mesh = world.mesh
     names = let_through(network, mesh, world.known, {caller: callable_by(caller, mesh) for caller in mesh.services})
-    return {
-        name: {**own(mesh.services[name]), "endpoints": [each for each in world.endpoints.get(name, []) if network_of(each["labels"]) == network]}
-        for name in names
-    }
+    # Instances say themselves where they are; one that names a gateway would have it call itself, and again, for each connection.
+    gateways = {place(address) for found in ways(mesh, world.endpoints).values() for address in found}
+
+    def here(each: dict[str, Any]) -> bool:
+        return network_of(each["labels"]) == network and place(each["address"]) not in gateways
+
+    return {name: {**own(mesh.services[name]), "endpoints": [each for each in world.endpoints.get(name, []) if here(each)]} for name in names}
 
 
 def content_of(service: str, world: World, network: str = DEFAULT) -> dict[str, Any]:

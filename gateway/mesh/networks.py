@@ -7,6 +7,7 @@ in its handshake, and ends none: who is there is proved from sidecar to sidecar.
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,13 @@ NAME_MAX = 253  # RFC 1035
 
 def network_of(labels: Mapping[str, str] | None) -> str:
     return (labels or {}).get(LABEL) or DEFAULT
+
+
+def place(address: str) -> tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, str]:
+    """Return where a numeric host:port leads, however it is written."""
+    host, _, port = address.rpartition(":")
+    found = ipaddress.ip_address(host.strip("[]"))
+    return (found.ipv4_mapped or found if isinstance(found, ipaddress.IPv6Address) else found), port
 
 
 def server_name(service: str, domain: str) -> str | None:

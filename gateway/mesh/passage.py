@@ -7,7 +7,12 @@ itself: the control plane looks there whether it can be reached, and sees its ce
 
 from __future__ import annotations
 
+import ipaddress
+import logging
+import socket
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 
 from gateway._speedups.certificates import Certificate
@@ -18,12 +23,14 @@ from gateway._speedups.tcp_listener import TcpListener, TcpTarget
 from gateway._speedups.tls import TlsListener
 from gateway.mesh.assignment import Assignment
 from gateway.mesh.identity import Svid
-from gateway.mesh.networks import server_name
+from gateway.mesh.networks import place, server_name
 from gateway.mesh.proxy import EJECT, EVERYBODY, INBOUND, endpoints_of
 from gateway.mesh.raw import IDLE
 from gateway.mesh.spiffe import control_id
 from gateway.mesh.units import seconds
 from gateway.workload.admission import Admit, Revoked, admission
+
+log = logging.getLogger("crossway.mesh")
 
 PASSAGE = "passage"
 ITSELF = "itself"  # the listener for who asks for the gateway by its own name: the control plane, which looks whether it is there
@@ -39,6 +46,7 @@ class Post:
     memory: Any  # SharedState
     most: int  # connections that may pass at once
     itself: str  # host:port on loopback, where it ends the handshakes that are meant for it
+    inbound: tuple[str, int]  # where it listens
 
 
 def build_passage(assignment: Assignment, svid: Svid, post: Post, version: int) -> Snapshot:
@@ -55,7 +63,7 @@ def build_passage(assignment: Assignment, svid: Svid, post: Post, version: int) 
         if asked is None:
             continue
         upstream = upstreams[f"service:{name}"] = Upstream(
-            f"service:{name}", endpoints_of(name, said.get("endpoints", ())), connect=CONNECT, requests=most, table=memory.upstreams, eject=EJECT,
+            f"service:{name}", endpoints_of(name, others(name, said.get("endpoints", ()), post)), connect=CONNECT, requests=most, table=memory.upstreams, eject=EJECT,
         )  # fmt: skip
         known[asked] = TcpTarget(upstream, names.add(f"{PASSAGE}>{name}"))
     if (asked := server_name(svid.service, domain)) is not None:
@@ -69,6 +77,30 @@ def build_passage(assignment: Assignment, svid: Svid, post: Post, version: int) 
     )  # fmt: skip
     itself = ListenerEntry(ITSELF, RouteTrie([]), trusted=EVERYBODY, tls=tls)
     return Snapshot(version, f"{assignment.version}", {INBOUND: listener, ITSELF: itself}, upstreams, [])
+
+
+def others(name: str, endpoints: Iterable[Mapping[str, Any]], post: Post) -> Iterator[Mapping[str, Any]]:
+    """Yield the endpoints that are not this gateway, which would call itself for as long as it has connections."""
+    for each in endpoints:
+        host, port = place(str(each["address"]))
+        if port == str(post.inbound[1]) and is_here(host, ipaddress.ip_address(post.inbound[0])):
+            log.error("an endpoint is left out: it is this gateway", extra={"service": name, "address": each["address"]})
+        else:
+            yield each
+
+
+def is_here(there: IPv4Address | IPv6Address, bound: IPv4Address | IPv6Address) -> bool:
+    """Whether connections to an address come to who listens at `bound`, which may be all addresses of this machine."""
+    if there == bound or not bound.is_unspecified:
+        return there == bound
+    if there.is_loopback:
+        return True
+    try:
+        with socket.socket(socket.AF_INET6 if there.version == 6 else socket.AF_INET, socket.SOCK_DGRAM) as asked:
+            asked.connect((str(there), 9))  # sends nothing; what is this machine's own is reached from itself
+            return ipaddress.ip_address(asked.getsockname()[0]) == there
+    except OSError:
+        return False
 
 
 def visitors(domain: str) -> Admit:

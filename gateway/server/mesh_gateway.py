@@ -93,7 +93,8 @@ class MeshGateway(Sidecar):
     def _build(self, assignment: Assignment, svid: Svid) -> Snapshot:
         self.around.versions += 1
         itself = address(*self.sockets[ITSELF].getsockname()[:2])
-        return build_passage(assignment, svid, Post(self.setup.network, self.memory, self.setup.connections, itself), self.around.versions)
+        host, port = self.sockets[INBOUND].getsockname()[:2]
+        return build_passage(assignment, svid, Post(self.setup.network, self.memory, self.setup.connections, itself, (host, port)), self.around.versions)
 
     def _declared(self, own: dict[str, Any]) -> None:
         """Nothing to compare: build_passage() has."""

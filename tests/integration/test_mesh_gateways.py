@@ -553,3 +553,25 @@ def test_a_gateway_that_is_killed_under_load_costs_what_the_retries_say(tmp_path
             # Each caller has one request under way: no more than that, and none once it is known.
             assert len(failed) <= callers and all(began < heard for began, _ in failed), (killed, gone, failed)
     app.close()
+
+
+def test_a_gateway_does_not_call_itself(tmp_path: Path) -> None:
+    """An instance that says the gateway's address, by mistake or not, would take all of its connections with the first one."""
+    with plane(tmp_path) as control, Passage(control, "west", "--advertise", "127.0.0.2:1", host="0.0.0.0") as passage:
+        ledger, payments = Member(control, "ledger"), Member(control, "payments", 2)
+        try:
+            ledger.inbound = f"127.0.0.1:{passage.inbound}"
+            assert ledger.join(labels={"network": "west"})[0] == 200 and payments.join(labels={"network": "east"})[0] == 200
+            ledger.open()
+            payments.open()
+            eventually(lambda: passage.logged("an endpoint is left out: it is this gateway"), "the mistake in the log")
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            context.load_cert_chain(payments.pair)
+            with socket.create_connection(("127.0.0.1", passage.inbound), PATIENCE) as raw, pytest.raises(OSError):
+                context.wrap_socket(raw, server_hostname="ledger.bank.test")
+            assert passage.metric('crossway_mesh_gateway_refused_total{service="ledger",reason="unreachable"}') == 1
+            assert passage.metric("crossway_mesh_gateway_connections_opened_total") == 0
+        finally:
+            ledger.close()
+            payments.close()

@@ -72,6 +72,13 @@ def test_a_gateway_leads_to_what_somebody_elsewhere_may_call(tmp_path: Path) -> 
     assert "gateway" not in content_of("door", world(tmp_path), "north")["own"]
 
 
+@pytest.mark.parametrize("address", ["192.0.2.1:9443", "192.0.2.2:9443", "[::ffff:192.0.2.1]:9443"])
+def test_an_instance_that_says_a_gateways_address_is_not_led_to(tmp_path: Path, address: str) -> None:
+    mesh = world(tmp_path)
+    mesh.endpoints["ledger"].append(at(address, "west"))
+    assert addresses(content_of("door", mesh, "west"), "ledger") == ["10.0.0.1:1", "10.0.0.2:1"]
+
+
 def test_without_networks_everybody_reaches_everybody(tmp_path: Path) -> None:
     flat = world(tmp_path)
     flat.mesh.__dict__["networks"] = {}
