@@ -203,7 +203,8 @@ class Registry:
             )
         await self.store.run("DELETE FROM certificates WHERE not_after < ?", now - KEPT)
         await self.store.run("DELETE FROM replicas WHERE seen < ?", now - KEPT)
-        await self.store.run("DELETE FROM revocations WHERE until IS NOT NULL AND until < ?", now)
+        # Long after they ended, for a clock that was wrong for a while must not let a stolen certificate in again.
+        await self.store.run("DELETE FROM revocations WHERE until IS NOT NULL AND until < ?", now - KEPT)
 
 
 async def read_instances(store: Store) -> list[Row]:

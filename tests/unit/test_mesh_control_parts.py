@@ -15,6 +15,7 @@ from gateway._speedups.certificates import chain_fault, parse_certificates, pars
 from gateway.config.mesh_load import is_mesh, load_mesh, mesh_findings, mesh_schema
 from gateway.config.values import Rate
 from gateway.errors import ConfigError
+from gateway.mesh import revocation
 from gateway.mesh.assign import Assignments, World, content_of, text_frame
 from gateway.mesh.assignment import Refused, take
 from gateway.mesh.ca import BadRequest, Ca, CaError, read_request
@@ -375,6 +376,24 @@ def test_the_state_is_the_owners_alone_and_lasting(tmp_path: Path) -> None:
 
     assert asyncio.run(use()) == ("wal", 2)  # 2: FULL
     assert stat.S_IMODE(place.stat().st_mode) == 0o600
+
+
+def test_a_clock_that_is_wrong_for_a_while_forgets_no_revocation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work() -> None:
+        store = await open_store(str(tmp_path / "mesh.db"))
+        try:
+            mesh = load_mesh(write(tmp_path))
+            now = time.time()
+            await store.run("INSERT INTO certificates VALUES ('abcdef01', 'ledger', 'ledger-1', ?, ?, 1, 'token')", int(now), int(now) + 3600)
+            await revocation.revoke(store, revocation.SERIAL, "abcdef01", "stolen")
+            monkeypatch.setattr(time, "time", lambda: now + 3 * 86400)
+            await Registry(store, "one", 15).clean()
+            monkeypatch.setattr(time, "time", lambda: now)
+            assert (await revocation.load(store, mesh)).serials == ("abcdef01",)
+        finally:
+            await store.close()
+
+    asyncio.run(work())
 
 
 def test_question_marks_are_numbered() -> None:
