@@ -111,6 +111,8 @@ class Api:
         except tokens.BadToken as error:
             raise Refusal(403, str(error), "token") from None
         self._may_have(service)
+        if how != "kubernetes":  # a pod has proved which instance it is
+            await self._not_anothers(service, instance)
         issued = self._issue(said, service)
         if presented is not None:
             try:
@@ -121,6 +123,12 @@ class Api:
         await self.plane.registry.joined(service, instance, *place)
         self.plane.changed()
         return self._issued(issued)
+
+    async def _not_anothers(self, service: str, instance: str) -> None:
+        """Refuse the name of an instance that is there: whoever joined by it could move it, have it drain and take its stream."""
+        found = await self.plane.store.rows("SELECT serial FROM instances WHERE service = ? AND instance = ? AND connected = 1", service, instance)
+        if found and found[0]["serial"] not in self.plane.deny.serials:
+            raise Refusal(409, f"{instance}: an instance of {service} with this name is there", "instance", **{"retry-after": "15"})
 
     async def _by_cluster(self, said: dict[str, Any], instance: str) -> str:
         """A pod is one instance: its token lets nobody join under another name, and renewing needs no token."""

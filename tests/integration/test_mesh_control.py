@@ -255,8 +255,9 @@ def test_an_instance_can_move(control: ControlProcess, members: list[Member]) ->
 
 def test_who_is_silent_is_out_of_the_registry(tmp_path: Path, members: list[Member]) -> None:
     with ControlProcess(tmp_path, control="  heartbeat: 2s\n") as control:
-        payments = joined(members, control, "payments").open()
-        ledger = joined(members, control, "ledger", 2).open()
+        payments, ledger = joined(members, control, "payments"), joined(members, control, "ledger", 2)
+        payments.open()
+        ledger.open()
 
         def gone() -> bool:
             payments.beat()

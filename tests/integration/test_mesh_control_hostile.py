@@ -132,6 +132,28 @@ def test_networks_that_a_member_invents_cost_no_memory(tmp_path: Path, members: 
         assert resident(control) < before + 30
 
 
+def test_nobody_joins_as_an_instance_that_is_there(control: ControlProcess, members: list[Member]) -> None:
+    """A token lets one more instance in. Under another's name that would be the other: its address, whether it drains, its stream."""
+    ledger, payments = joined(members, control, "ledger").open(), joined(members, control, "payments", 2).open()
+    payments.has(lambda held: payments.endpoints("ledger") == [ledger.inbound], "the ledger")
+    other = Member(control, "ledger")
+    other.pair = control.folder / "other.pem"
+    token = control.token("ledger").read_text()
+    status, answer = other.join(token, inbound="127.0.0.1:1")
+    assert status == 409 and "is there" in answer["error"]
+    joined(members, control, "accounts", 3).open()  # everybody is told something after that
+    assert payments.endpoints("ledger") == [ledger.inbound] and not ledger.closed.is_set()
+    other.instance = "ledger-7"
+    assert other.join(token)[0] == 200, "the token is good for a name of its own"
+    ledger.beat(draining=True)
+    ledger.close()
+
+    def back() -> bool:
+        return ledger.join()[0] == 200
+
+    eventually(back, "who is gone joins under his name again")
+
+
 # -- bad luck with files and the state
 
 
