@@ -251,6 +251,11 @@ async def _until(leaving: asyncio.Event, plane: ControlPlane, sockets: dict[str,
             await working
 
 
+def _not_refused(record: logging.LogRecord) -> bool:
+    """uvicorn calls a handshake that was refused in good order an error of ours, so that anybody could fill the log with them."""
+    return record.msg != "ASGI callable returned without completing handshake."
+
+
 def run(path: Path, level: str) -> None:
     """Be the control plane until a signal. Raises ConfigError, CaError, StoreError or CannotStart when it cannot begin."""
     # Every member holds a connection; many systems give a process 1,024 unless it asks.
@@ -259,5 +264,6 @@ def run(path: Path, level: str) -> None:
     logs.set_up(level=level)
     logs.name_process("control")
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # it tells of its own start and end, and of every client that left
+    logging.getLogger("uvicorn.error").addFilter(_not_refused)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # a handshake that fails is the client's affair
     uvloop.run(_serve(path))

@@ -88,6 +88,19 @@ def test_a_stranger_keeps_no_connection(tmp_path: Path, where: str, rest: bytes)
                 pass
 
 
+def test_a_stranger_writes_no_error_into_the_log(control: ControlProcess) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with socket.create_connection(("127.0.0.1", control.port), PATIENCE) as raw, context.wrap_socket(raw) as client:
+        words = b"upgrade: websocket\r\nconnection: upgrade\r\nsec-websocket-version: 13\r\nsec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+        client.sendall(b"GET /v1/stream?instance=a HTTP/1.1\r\nhost: x\r\n" + words)
+        assert client.recv(4096).startswith(b"HTTP/1.1 401")
+        while client.recv(4096):
+            pass
+    assert control.stop() == 0
+    assert control.logged("a stream is refused") and '"level":"error"' not in control.errors.read_text()
+
+
 def test_an_instance_has_not_any_number_of_certificates(control: ControlProcess, members: list[Member]) -> None:
     """All of them are on the deny list when it is revoked, and every member has to be told that."""
     greedy, other = joined(members, control, "payments"), joined(members, control, "payments", 2)
