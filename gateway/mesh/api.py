@@ -42,6 +42,7 @@ BODY_TIME = 10.0  # seconds
 ATTEMPTS = Rate(20, 10.0)  # to join, from one address
 RENEWALS = 20  # of an instance at once, and in a fifth of a certificate's life: so many of its own are good at the same time, at most six times as many
 CRL_LIFE = 86400.0  # seconds
+SHARED = 64  # instances that one certificate may be of, where nobody wrote down of which: agents of SPIRE give one to all of a service on their machine
 TOP_VERSION = 1 << 53
 UNKNOWN = "?"  # begins the name for an instance whose first certificate nobody wrote down; no instance can call itself so
 UNAVAILABLE = "the control plane's state cannot be used now; try again"
@@ -279,7 +280,12 @@ class Api:
         store = self.plane.store
         found = await store.rows("SELECT instance FROM certificates WHERE serial = ?", peer.serial)
         before = found[0]["instance"] if found else ""  # nobody knows: another authority's, or from before the state was lost
-        if before in ("", instance) or before.startswith(UNKNOWN):
+        if before == instance:
+            return
+        if before == "" or before.startswith(UNKNOWN):
+            others = "SELECT COUNT(*) AS n FROM instances WHERE serial = ? AND NOT (service = ? AND instance = ?)"
+            if (await store.rows(others, peer.serial, service, instance))[0]["n"] >= SHARED:
+                raise Refusal(403, f"{instance}: {SHARED} instances have come with this certificate", "instance")
             return
         taken = "SELECT COUNT(*) AS n FROM instances WHERE service = ? AND (instance = ? OR (instance = ? AND connected = 1))"
         if (await store.rows(taken, service, instance, before))[0]["n"]:

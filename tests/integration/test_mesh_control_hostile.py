@@ -17,6 +17,7 @@ import pytest
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
+from websockets.exceptions import InvalidStatus
 
 from tests.integration.control_kit import ControlProcess, Member, make_request, post, serial_of
 from tests.integration.processes import PATIENCE, eventually
@@ -127,6 +128,24 @@ def test_a_stolen_key_does_not_outlive_its_revocation_when_the_state_was_lost_be
     assert "2 others of its instance" in control.command("revoke", stolen).stdout
     assert thief.closed.wait(PATIENCE)
     assert thief.renew()[0] == 403 and owner.renew()[0] == 403
+
+
+def test_a_certificate_is_not_any_number_of_instances(control: ControlProcess, members: list[Member]) -> None:
+    """One that nobody wrote down, as all are with SPIRE, may be of several; each is a row that is read at every change."""
+    member, other = joined(members, control, "ledger"), joined(members, control, "payments", 2)
+    control.stop()
+    for path in control.folder.glob("mesh.db*"):
+        path.unlink()
+    control.start()
+    opened = 0
+    with pytest.raises(InvalidStatus) as refused:
+        for opened in range(200):
+            member.instance = f"ledger-{opened}"
+            member.open().close()
+    assert opened == 64 and refused.value.response.status_code == 403
+    member.instance = "ledger-5"
+    member.open()
+    other.open().has(lambda held: held["version"], "what others are told")
 
 
 def test_networks_that_a_member_invents_cost_no_memory(tmp_path: Path, members: list[Member]) -> None:
