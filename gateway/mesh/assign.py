@@ -17,7 +17,17 @@ from typing import Any
 from gateway.config.mesh_external import External
 from gateway.config.mesh_file import EVERYBODY, MeshFile, Rule, Service
 from gateway.config.mesh_traffic import traffic_said
-from gateway.mesh.networks import DEFAULT, all_gateways, is_gateway, let_through, network_of, place, scoped, seen_from, ways
+from gateway.mesh.networks import (
+    DEFAULT,
+    all_gateways,
+    is_gateway,
+    let_through,
+    network_of,
+    place,
+    scoped,
+    seen_from,
+    ways,
+)
 from gateway.mesh.revocation import DenyList
 
 APART = {"split", "canary", "sticky", "hosts", "port", "tls", "addresses", "resolver"}  # settings that are said in another form

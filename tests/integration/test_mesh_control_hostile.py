@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from websockets.exceptions import InvalidStatus
@@ -205,13 +204,17 @@ def test_a_file_that_is_still_being_written_is_not_taken(control: ControlProcess
                 time.sleep(0.02)
         return longest
 
+    def rules() -> list[int]:
+        """How many rules each file had that was taken."""
+        return [each["rules"] for each in control.logged("the mesh's file is in force")]
+
     while True:
-        before = len(control.logged("the mesh's file is in force"))
+        before = len(rules())
         smooth = write() < 0.15
-        eventually(lambda: control.logged("the mesh's file is in force")[before:][-1:] and control.logged("the mesh's file is in force")[-1]["rules"] == 2, "the file")
+        eventually(lambda before=before: rules()[before:][-1:] == [2], "the file")  # type: ignore[misc]
         if smooth:
             break
-    assert [each["rules"] for each in control.logged("the mesh's file is in force")[before:]] == [2]
+    assert rules()[before:] == [2]
 
 
 @pytest.mark.timeout(120)
@@ -254,7 +257,7 @@ def test_an_authority_that_cannot_be_read_stops_nothing_else(control: ControlPro
     member.has(lambda held: member.endpoints("ledger"), "the ledger")
     root = control.folder / "ca/1/root.crt"
     good, wrong = root.read_bytes(), (control.folder / "wrong.crt")
-    request, key = make_request()
+    _, key = make_request()
     builder = x509.CertificateBuilder().subject_name(x509.Name([])).issuer_name(x509.Name([])).public_key(key.public_key())
     now = datetime.datetime.now(datetime.UTC)
     builder = builder.serial_number(1).not_valid_before(now).not_valid_after(now + datetime.timedelta(days=1))
