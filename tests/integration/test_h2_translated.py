@@ -8,6 +8,7 @@ import pytest
 
 from tests.integration.bank import WatchedGateway
 from tests.integration.faults import connect, get
+from tests.integration.h2_kit import connect_h2, head
 from tests.integration.h2_origin import Call, TwinOrigin
 
 POLICY = """
@@ -26,10 +27,13 @@ listeners: {{public: {{bind: 127.0.0.1:0, http2: {{clear: true}}}}}}
 upstreams: {{bank: {{targets: [127.0.0.1:{port}], protocol: {protocol}}}}}
 policies:
   sees: {{python: {{class: "rules:Sees"}}}}
+  web: {{grpc_web: {{request: 64KiB}}}}
 routes:
   - {{name: seen, match: {{prefix: /seen}}, policies: [sees], upstream: bank}}
   - {{name: twice, match: {{prefix: /twice}}, policies: [sees, {{python: {{class: "rules:Sees"}}}}], upstream: bank}}
+  - {{name: web, match: {{prefix: /web}}, policies: [web], upstream: bank}}
 """
+WEB = "application/grpc-web+proto"
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +61,7 @@ def calm(origin: TwinOrigin, gateway: WatchedGateway) -> Iterator[None]:
 async def bare(call: Call) -> None:
     """A head that ends the stream, without a length."""
     await call.body()
-    await call.head(201, [("content-type", "application/grpc+proto")], end=True)
+    await call.head(200 if call.path.startswith("/web") else 201, [("content-type", "application/grpc+proto")], end=True)
 
 
 @pytest.mark.parametrize("path", ["/seen", "/twice"])
@@ -83,3 +87,18 @@ def test_an_answer_with_a_body_without_a_length_behind_a_policy(gateway: Watched
         for _ in range(2):
             answer = client.ask(get(path))
             assert (answer.status, answer.body, answer.fields.get("transfer-encoding")) == (201, b"booked", "chunked")
+
+
+def test_the_answer_to_a_head_request_has_no_body_though_it_is_translated(gateway: WatchedGateway, origin: TwinOrigin) -> None:
+    """Bytes behind it would be taken for the next answer (RFC 9112 6.3)."""
+    origin.script = bare
+    with connect(gateway.port()) as client:
+        client.send(get("/web/Pay", f"content-type: {WEB}", method="HEAD"))
+        answer = client.answer("HEAD")
+        assert (answer.status, answer.fields["content-type"]) == (200, WEB)
+        client.send(get("/seen/after", "connection: close"))
+        received, ended = client.rest()
+        assert received.startswith(b"HTTP/1.1 201 ") and ended
+    with connect_h2(gateway.port()) as client2:
+        answer2 = client2.ask(head("/web/Pay", "HEAD", ("content-type", WEB)))
+        assert (answer2.status, answer2.body, answer2.ended) == (200, b"", True)
