@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,7 +20,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.integration.echo import ISSUER, Echo, bearer, client, config, jwks, metric, raw, token
+from tests.integration.echo import HEAD, ISSUER, LISTENER, Echo, bearer, client, config, jwks, metric, raw, token
+from tests.integration.faults import ScriptedOrigin, Stream, connect, post
 from tests.integration.processes import PATIENCE, Gateway, eventually
 
 API_KEY = "api-key-that-nobody-guesses-9876543210"
@@ -305,3 +307,25 @@ def test_an_exchange_that_the_end_of_the_drain_cuts_has_its_record(echo: Echo, t
         (found,) = lines(gateway)
     assert (found["path"], found["outcome"]) == ("/held/cut", "failed")
     echo.release.set()
+
+
+def test_an_answer_that_the_end_of_the_drain_cuts_is_told_as_a_failure(tmp_path: Path) -> None:
+    """It was sent, and executed: no policy refused it."""
+    def script(origin: ScriptedOrigin, stream: Stream) -> None:
+        stream.request()
+        stream.send(b"HTTP/1.1 201 Created\r\ncontent-length: 100\r\n\r\nhalf of it")
+        stream.rest()
+
+    rules = "routes: [{name: pay, match: {prefix: /pay}, policies: [{audit: {file: audit.jsonl}}], upstream: origin}]\ndrain: {deadline: 200ms}\n"
+    with contextlib.closing(ScriptedOrigin(script)) as origin:
+        upstream = f"upstreams: {{origin: {{targets: [127.0.0.1:{origin.port}]}}}}\n"
+        (tmp_path / "edge.yaml").write_text(HEAD.format(workers=1) + LISTENER + upstream + rules)
+        with Gateway(tmp_path / "edge.yaml") as gateway, connect(gateway.port()) as client:
+            client.send(post("/pay/cut", b"pay"))
+            client.until(b"half of it")
+            gateway.signal(signal.SIGTERM)
+            assert gateway.wait() == 0
+            (found,) = lines(gateway)
+            said = [line for line in gateway.log() if line.get("path") == "/pay/cut"]
+    assert (found["status"], found["outcome"]) == (201, "failed")
+    assert [(line["event"], line["status"], line["sent"]) for line in said] == [("an exchange failed", 201, True)]
