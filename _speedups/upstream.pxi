@@ -137,7 +137,7 @@ cdef class UpstreamConnection(Connection):
             downstream = <Downstream>self.x.connection
             self.detach()
             self.close()
-            downstream.abort(True)
+            downstream.close_now()                  # whichever of the two is met first, the record says the same
         elif self.state == U_IDLE:
             self.leave_pool()
         else:
