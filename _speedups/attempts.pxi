@@ -79,6 +79,21 @@ cdef bytes cookie_of(Exchange x, bytes name):
     return None
 
 
+cdef bint keyed(Exchange x) except -1:
+    """Whether the service will see an Idempotency-Key. One that is empty, or that a policy takes away, makes nothing safe."""
+    cdef int i = x.head.first[F_IDEMPOTENCY_KEY]
+    cdef Edits edits = x.route.request_edits
+    cdef list removed = x.request_removed or [], lines = x.request_set or []
+    if i < 0 or x.head.fields[i].value_len == 0:
+        return False
+    if edits is not None:
+        removed, lines = [*removed, *edits.remove], [*lines, *edits.add.splitlines()]
+    for name in removed:
+        if fold(name) == b"idempotency-key":
+            return any([line.startswith(b"idempotency-key: ") and line.strip() != b"idempotency-key:" for line in lines])
+    return True
+
+
 # -- admission --------------------------------------------------------------------------------------------------------
 
 cdef int forward(Downstream d) except -1:
@@ -105,7 +120,7 @@ cdef int forward(Downstream d) except -1:
             return expired(d)
     if x.upgrade and not take_place(d):
         return d.reply()
-    x.repeatable = not x.upgrade and (is_idempotent(x.head.method) or (upstream.honours_key and x.head.first[F_IDEMPOTENCY_KEY] >= 0))
+    x.repeatable = not x.upgrade and (is_idempotent(x.head.method) or (upstream.honours_key and keyed(x)))
     # An HTTP/2 server may refuse a stream unread: whatever the method, that may be sent again.
     x.keeping = x.body.mode != BODY_NONE and x.collected is None and not x.upgrade and \
         (upstream.protocol != PROTOCOL_HTTP1 or

@@ -130,12 +130,12 @@ cdef class Downstream(Connection):
             return 0
         if why == T_UP_HEAD and try_again(self, RETRY_TIMEOUT, 0):
             return 0
+        if why == T_CONNECT:                        # another attempt may go well: whose fault it was is said where there is none
+            upstream = <UpstreamConnection>x.upstream_connection
+            return upstream.connect_failed(504, b"upstream-connect-timeout", b"the upstream did not accept a connection in time; the request was not sent")
         x.side = SIDE_UPSTREAM
         if x.answer_started:
             return self.abort(True)
-        if why == T_CONNECT:
-            upstream = <UpstreamConnection>x.upstream_connection
-            return upstream.connect_failed(504, b"upstream-connect-timeout", b"the upstream did not accept a connection in time; the request was not sent")
         if why == T_UP_HEAD:
             return self.refuse(504, b"upstream-head-timeout", b"the upstream did not answer in time; the request may have been executed")
         if why == T_UP_IDLE and not x.body.done:

@@ -34,7 +34,7 @@ cdef void begin_web_answer(UpstreamConnection u, Head* head) noexcept:
     cdef Exchange x = u.x
     cdef bint over = x.answer.done and grpc_status_of(head) >= 0        # all of it is in the head
     x.web.translating = head.status == 200 and u.stream is not None and is_grpc(head)
-    x.web.framed = x.web.translating and not over
+    x.web.framed = x.web.translating and not over and x.head.method != M_HEAD
     web_reset(&x.web.answer, x.web.wants_text)
     if x.web.framed:                            # whatever its length is: there will be a frame behind it
         x.answer.done = False

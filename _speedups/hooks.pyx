@@ -474,7 +474,7 @@ cdef class HookStep(Step):
 
     cdef int failed(self, Exchange x, object error) except -1:
         request_id = x.request_id[:36].decode("ascii")
-        if isinstance(error, InvalidBody):
+        if isinstance(error, InvalidBody) and x.answer_fields is None:
             return x.refuse(400, b"invalid-body", detail_of(str(error), b"the body is not what the policy needs"))
         said = {"policy": self.name, "route": x.route.name, "request_id": request_id}
         if isinstance(error, asyncio.CancelledError):
@@ -487,6 +487,8 @@ cdef class HookStep(Step):
             log.error("a policy failed", extra={**said, "error": type(error).__name__, "frames": frames_of(error)})
         if self.go_on:
             return STEP_GO
+        if x.answer_fields is not None:             # the service has answered: nobody may take it for a payment that was not made
+            return x.refuse(500, b"policy-failed", b"a policy failed on the answer; the request may have been executed")
         return x.refuse(500, b"policy-failed", b"a policy failed; the request was not completed")
 
     cdef int record(self, Exchange x, int64_t total_us) except -1:

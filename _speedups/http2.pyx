@@ -451,7 +451,7 @@ cdef class Http2Session:
         if self.dead:
             return 0
         self.put_frame(8, GOAWAY, 0, 0)
-        write_word(words, self.last_id if not self.client else 0)
+        write_word(words, 0 if self.client else min(self.last_id, self.refuse_above))
         write_word(words + 4, error)
         buffer_append(&self.out, words, 8)
         self.tell_out()

@@ -198,7 +198,10 @@ cdef int on_block(Http2Session session, uint8_t flags, uint32_t id, const char* 
         return on_request(session, flags, id, p, n)
     if session.decode(NOTHING, NULL, None, p, n) >= BROKEN:
         return 0
-    if stream is None and not fresh:
+    if fresh:                                       # it crossed our GOAWAY, and so may what follows it (RFC 9113 6.8): passed over
+        session.last_id = id
+        session.recent[(id >> 1) & (RECENT - 1)] = id | 0x80000000
+    elif stream is None:
         return of_past_stream(session, id)
     return 0
 

@@ -65,7 +65,7 @@ cdef class Notices:
 
 cdef int kind_of(Exchange x) noexcept:
     """The kind of line that an exchange calls for; -1: none, it was answered, be it by a policy of the user's own."""
-    if x.side == SIDE_UPSTREAM or x.side == SIDE_GATEWAY and (x.status >= 500 or x.status == 101):
+    if x.side == SIDE_UPSTREAM or x.side == SIDE_GATEWAY and (x.status >= 500 or x.answer_started):
         return N_FAILED
     if x.slug is not None:
         return N_REFUSED

@@ -140,4 +140,5 @@ cdef class Upstream:
     cdef bint has_idle(self) noexcept
     cdef int index_of(self, Endpoint wanted) noexcept
     cdef object rebuild(self)
+    cdef object dismiss(self, Endpoint endpoint)
     cdef object join(self, Endpoint endpoint)

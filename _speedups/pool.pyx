@@ -182,7 +182,7 @@ cdef class Upstream:
         self.endpoints = kept
         self.rebuild()
         for endpoint in known.values():
-            retire(endpoint)
+            self.dismiss(endpoint)
         return added, list(known.values())
 
     def adopt(self, Upstream old not None) -> None:
@@ -204,9 +204,15 @@ cdef class Upstream:
                 succeed(endpoint, before, self, same)
                 kept.append(endpoint)
             else:
-                retire(before)
+                self.dismiss(before)
         self.endpoints = kept
         self.rebuild()
+
+    cdef object dismiss(self, Endpoint endpoint):
+        """It is none of ours any more."""
+        retire(endpoint)
+        if self.tls is not None:
+            self.tls.forget(endpoint.address, endpoint.host)
 
     def equivalent(self, Upstream other not None) -> bool:
         """Whether connections made for one can serve the other's requests."""

@@ -523,8 +523,8 @@ cdef str outcome(Exchange x):
     """answered (by the upstream), refused (by a policy), failed (the upstream's or our side), aborted (the client left)."""
     if x.side == SIDE_DOWNSTREAM and x.slug is None:
         return "aborted"
-    # 499 without the client's doing: the end of a drain, or an error of ours, cut it off.
-    if x.side == SIDE_UPSTREAM or x.status == 499 or (x.status == 500 or x.status == 101) and x.side == SIDE_GATEWAY:
+    # Without the client's doing, 499, or an answer that had begun (a tunnel's is 101): the end of a drain, or an error of ours, cut it off.
+    if x.side == SIDE_UPSTREAM or x.status == 499 or (x.status == 500 or x.answer_started) and x.side == SIDE_GATEWAY:
         return "failed"
     return "refused" if x.side != SIDE_NONE else "answered"
 

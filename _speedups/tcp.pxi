@@ -203,6 +203,7 @@ cdef class TcpDownstream(Connection):
             engine.slot.counters[C_TLS_HANDSHAKES] += 1
             if self.tls.resumed:
                 engine.slot.counters[C_TLS_RESUMED] += 1
+            self.tls.push()                         # of TLS 1.2 a client waits for these last words before it says its first
             self.target = self.tcp.only
             self.readable = True
             return 1 if self.tcp.policy is None else self.authorize()

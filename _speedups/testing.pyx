@@ -294,6 +294,11 @@ cdef class Http2Probe(Http2Session):
         self.feed()
         return self.said()
 
+    def leave(self) -> None:
+        """Say both GOAWAYs of a drain (a server's), as if the client's answer to the first one had not been waited for."""
+        self.drain()
+        self.drained()
+
     def said(self) -> bytes:
         """What is to be sent."""
         made = self.out.base[self.out.start:self.out.end] if buffer_length(&self.out) else b""

@@ -490,6 +490,10 @@ cdef class TlsUpstream:
         """Go on with the sessions of the same settings' last snapshot."""
         self.sessions = before.sessions
 
+    def forget(self, str address not None, str host not None) -> None:
+        """The endpoint is gone: its sessions are for nobody."""
+        self.sessions.pop(self.session_key(address, host), None)
+
     cdef str session_key(self, str address, str host):
         """Under which a session is kept: a resumed one shows no certificate, so it is only for the name that was checked when it began."""
         return address if self.server_name is not None else f"{host} {address}"

@@ -137,7 +137,7 @@ cdef class UpstreamConnection(Connection):
             downstream = <Downstream>self.x.connection
             self.detach()
             self.close()
-            downstream.abort(True)
+            downstream.close_now()                  # whichever of the two is met first, the record says the same
         elif self.state == U_IDLE:
             self.leave_pool()
         else:
@@ -718,6 +718,8 @@ cdef class UpstreamConnection(Connection):
         head_reset(head)
         if parse_response(self.inb.base + self.inb.start, self.inb.end - self.inb.start, head, &ANSWER_LIMITS) <= 0:
             return self.fail(502, b"upstream-bad-answer", b"the upstream's answer is malformed")
+        if x.answer.out == BODY_LENGTH and head.content_length < 0:
+            head.content_length = 0                 # start_answer() found a stream that ended with its head
         if x.answer_hook < len(x.route.response_hooks):
             return self.hold(head)
         if head.status == 101:

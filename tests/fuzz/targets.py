@@ -153,20 +153,24 @@ def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
     return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
 
 
-def _http2(pieces: list[bytes], *, client: bool, forgetful: bool = False) -> testing.Http2Probe:
+def _http2(pieces: list[bytes], *, client: bool, leaving: bytes = b"", forgetful: bool = False) -> testing.Http2Probe:
     probe = testing.Http2Probe(client, FEW, forgetful=forgetful)
     for _ in range(3 if client else 0):
         probe.ask(ASKED)
+    if leaving:
+        probe.take(leaving)
+        probe.leave()
     for piece in pieces:
         answer = probe.take(piece)
         assert len(answer) < 1 << 20, "far more is said than was asked for"
     return probe
 
 
-def _http2_side(data: bytes, *, client: bool) -> Signature:
+def _http2_side(data: bytes, *, client: bool, leaving: bytes = b"") -> Signature:
     """Whole and in pieces, and by a side that remembers no head, the same is understood; what is understood as a head is one, and no more than one."""
     at = [0, *_cuts(data), len(data)]
-    whole, cut = _http2([data], client=client), _http2([data[a:b] for a, b in pairwise(at)], client=client, forgetful=True)
+    whole = _http2([data], client=client, leaving=leaving)
+    cut = _http2([data[a:b] for a, b in pairwise(at)], client=client, leaving=leaving, forgetful=True)
     said = [(side.heads, [end[0] for end in side.ends]) for side in (whole, cut)]
     if any(side.over and side.over[0] == CALM for side in (whole, cut)):
         # Budgets fill with time: the slower side may have got further.
@@ -191,6 +195,13 @@ def _http2_side(data: bytes, *, client: bool) -> Signature:
 def http2_server(data: bytes) -> Signature:
     """Frames of a client."""
     return _http2_side(PREFACE + frame(4, 0, 0) + data, client=False)
+
+
+def http2_leaving(data: bytes) -> Signature:
+    """Frames that cross the last GOAWAY of a server, which has one request under way: of no other one is anything taken up."""
+    signature = _http2_side(data, client=False, leaving=PREFACE + frame(4, 0, 0) + frame(1, 4, 1, POST + AUTHORITY))
+    assert signature[0] == 1
+    return signature
 
 
 def http2_client(data: bytes) -> Signature:
@@ -218,8 +229,8 @@ def client_hello(data: bytes) -> Signature:
 
 TARGETS: dict[str, Callable[[bytes], Signature]] = {
     "request": request, "response": response, "chunked": chunked, "path": path, "name_answer": name_answer,
-    "health_answer": health_answer, "grpc_web": grpc_web, "http2_server": http2_server, "http2_client": http2_client,
-    "client_hello": client_hello,
+    "health_answer": health_answer, "grpc_web": grpc_web, "http2_server": http2_server, "http2_leaving": http2_leaving,
+    "http2_client": http2_client, "client_hello": client_hello,
 }
 
 # Header blocks (RFC 7541 appendix C has the like): GET and POST of /, with authority, by static index; 200; a literal field.
@@ -245,6 +256,11 @@ SEEDS: dict[str, list[bytes]] = {
         frame(1, 5, 1, GET + KEPT) + b"".join(frame(1, 5, i, GET + b"\xbf\xbe") for i in (3, 5)) + frame(1, 5, 7, GET + KEPT)
         + b"".join(frame(1, 5, i, GET + b"\xbf\xbe") for i in (9, 11)) + frame(1, 5, 13, b"\x20" + GET) + frame(1, 5, 15, GET + b"\xbe"),
         frame(4, 0, 0, b"\0\4\0\0\0\1") + frame(8, 0, 0, b"\0\0\1\0") + frame(1, 0x2D, 1, b"\1\0\0\0\0\x10" + GET + AUTHORITY + b"\0"),
+    ],
+    "http2_leaving": [
+        frame(1, 4, 3, POST + AUTHORITY) + frame(0, 1, 3, b"late") + frame(0, 1, 1, b"in time"),
+        frame(1, 0, 3, POST) + frame(9, 4, 3, AUTHORITY) + frame(8, 0, 3, b"\0\0\1\0") + frame(3, 0, 3, b"\0\0\0\x08") + frame(0, 1, 1, b"x"),
+        frame(1, 5, 5, GET + KEPT) + frame(1, 5, 7, GET + b"\xbf\xbe") + frame(1, 5, 5, FIELD) + frame(1, 5, 1, FIELD),
     ],
     "http2_client": [
         frame(1, 4, 1, OK + FIELD) + frame(0, 1, 1, b"hello") + frame(1, 5, 3, OK),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 import time
@@ -10,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.integration.echo import Echo, config, exchange, fields_of
+from tests.integration.bank import Ports
+from tests.integration.echo import Echo, config, exchange, fields_of, metric
 from tests.integration.processes import PATIENCE, Gateway, eventually
 
 LISTENERS = "listeners: {public: {bind: 127.0.0.1:0}, behind: {bind: 127.0.0.1:0, proxy_protocol: required}}\n"
@@ -22,17 +24,18 @@ routes:
   - {name: others, match: {prefix: /others}, policies: [allowed], upstream: origin}
   - {name: held, match: {prefix: /held}, upstream: origin}
   - {name: dead, match: {prefix: /dead}, upstream: dead}
+  - {name: half, match: {prefix: /half}, upstream: half}
 """
+HALF = "half: {targets: [127.0.0.1:%d, 127.0.0.1:%d], balance: round_robin, timeouts: {connect: 200ms}}, "
 FLOOD = 300
 
 
 @pytest.fixture(scope="module")
 def gateway(echo: Echo, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     folder = tmp_path_factory.mktemp("log")
-    with socket.socket() as nobody:             # bound, never listening: connections are refused while it is there
-        nobody.bind(("127.0.0.1", 0))
-        dead = f"upstreams: {{dead: {{targets: [127.0.0.1:{nobody.getsockname()[1]}]}}, "
-        (folder / "edge.yaml").write_text(config(RULES, echo, listeners=LISTENERS).replace("upstreams: {", dead))
+    with contextlib.closing(Ports()) as ports:
+        more = f"upstreams: {{dead: {{targets: [127.0.0.1:{ports.gone}]}}, " + HALF % (ports.full, echo.port)
+        (folder / "edge.yaml").write_text(config(RULES, echo, listeners=LISTENERS).replace("upstreams: {", more))
         with Gateway(folder / "edge.yaml") as running:
             yield running
             assert "Traceback" not in running.errors.read_text()
@@ -102,6 +105,15 @@ def test_what_is_answered_has_no_line(gateway: Gateway) -> None:
     assert answer.startswith(b"HTTP/1.1 200 ")
     line_of(gateway, ask(gateway, "/nowhere/after"))        # later, and there
     assert not [line for line in lines(gateway) if line.get("path") == "/all/fine"]
+
+
+def test_what_is_answered_at_a_second_attempt_has_no_line(gateway: Gateway) -> None:
+    """The first endpoint accepts no connection in time: that is told of the endpoint, not of the request."""
+    for number in range(4):
+        assert ask(gateway, f"/half/{number}").startswith(b"HTTP/1.1 200 ")
+    assert metric(gateway, "crossway_retries_total") >= 1
+    line_of(gateway, ask(gateway, "/nowhere/then"))
+    assert not [line for line in lines(gateway) if line.get("path", "").startswith("/half")]
 
 
 def test_a_flood_leaves_few_lines_and_the_number_of_the_others(gateway: Gateway) -> None:

@@ -11,13 +11,18 @@ from pathlib import Path
 import pytest
 
 from tests.integration.h2_kit import (
+    DATA,
+    END_STREAM,
     HEADERS,
     NO_ERROR,
+    PROTOCOL_ERROR,
     REFUSED_STREAM,
     H2Client,
     block,
     frame,
     head,
+    headers,
+    rst,
     window_update,
 )
 from tests.integration.h2_origin import Call
@@ -225,6 +230,40 @@ def test_a_request_that_crosses_the_first_goaway_is_served(own: Subject) -> None
         assert client.ask(head("/bytes/7")).status == 200
         client.ended()
         assert lasts(client)[-1] == (3, NO_ERROR)
+    assert own.watched.wait() == 0
+
+
+def test_a_request_with_a_body_that_crosses_the_last_goaway_costs_nobody_else(own: Subject) -> None:
+    """Its frames are passed over, for the one who sent them could not know (RFC 9113 6.8)."""
+    with own.client(polite=False) as client:            # so far away that its answer to the PING is not waited for
+        streams = [client.open(head("/two/held", "POST", ("x-payment", "1"))), client.open(head("/held"))]
+        own.origin.saw(2)
+        own.watched.signal(signal.SIGTERM)
+        client.until(lambda: len(client.gone) == 2, "both GOAWAYs")
+        late = [client.open(head("/bytes/5", "POST"), end=False) for _ in range(2)]
+        client.send(*(frame(DATA, 0, stream, b"pay") + window_update(stream, 1000) for stream in late))
+        client.send(headers(late[0], [("x-trailer", "1")]), rst(late[1]), frame(DATA, END_STREAM, late[1], b"pay"))
+        client.barrier()
+        own.origin.release()
+        assert [client.answer(stream).status for stream in streams] == [200] * 2
+        client.ended()
+        assert lasts(client) == [(LATEST, NO_ERROR), (streams[-1], NO_ERROR)]
+        assert not any(client.answer_of(stream).fields for stream in late)
+    assert own.watched.wait() == 0
+    assert len(own.origin.calls) == 2
+
+
+def test_a_connection_that_fails_behind_its_last_goaway_does_not_take_back_what_that_said(own: Subject) -> None:
+    """A client may have sent elsewhere what was above it: a later GOAWAY must not claim it."""
+    with own.client(polite=False) as client:
+        stream = client.open(head("/held"))
+        own.origin.saw()
+        own.watched.signal(signal.SIGTERM)
+        client.until(lambda: len(client.gone) == 2, "both GOAWAYs")
+        client.open(head("/bytes/5", "POST"), end=False)
+        client.send(window_update(0, 0))
+        client.ended()
+        assert lasts(client) == [(LATEST, NO_ERROR), (stream, NO_ERROR), (stream, PROTOCOL_ERROR)]
     assert own.watched.wait() == 0
 
 

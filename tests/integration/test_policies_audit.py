@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,7 +20,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.integration.echo import ISSUER, Echo, bearer, client, config, jwks, metric, raw, token
+from tests.integration.echo import HEAD, ISSUER, LISTENER, Echo, bearer, client, config, jwks, metric, raw, token
+from tests.integration.faults import ScriptedOrigin, Stream, connect, post
 from tests.integration.processes import PATIENCE, Gateway, eventually
 
 API_KEY = "api-key-that-nobody-guesses-9876543210"
@@ -305,3 +307,32 @@ def test_an_exchange_that_the_end_of_the_drain_cuts_has_its_record(echo: Echo, t
         (found,) = lines(gateway)
     assert (found["path"], found["outcome"]) == ("/held/cut", "failed")
     echo.release.set()
+
+
+@pytest.mark.parametrize("first", ["client", "upstream"])
+def test_an_answer_that_the_end_of_the_drain_cuts_is_told_as_a_failure(tmp_path: Path, first: str) -> None:
+    """It was sent, and executed: no policy refused it, and it was not answered. `first` is whose descriptor is the lower one, cut before the other."""
+
+    def script(origin: ScriptedOrigin, stream: Stream) -> None:
+        while stream.request().path != "/pay/cut":
+            stream.send(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+        stream.send(b"HTTP/1.1 201 Created\r\ncontent-length: 100\r\n\r\nhalf of it")
+        stream.rest()
+
+    rules = "routes: [{name: pay, match: {prefix: /pay}, policies: [{audit: {file: audit.jsonl}}], upstream: origin}]\ndrain: {deadline: 200ms}\n"
+    with contextlib.closing(ScriptedOrigin(script)) as origin:
+        upstream = f"upstreams: {{origin: {{targets: [127.0.0.1:{origin.port}]}}}}\n"
+        (tmp_path / "edge.yaml").write_text(HEAD.format(workers=1) + LISTENER + upstream + rules)
+        with Gateway(tmp_path / "edge.yaml") as gateway, contextlib.ExitStack() as stack:
+            client = stack.enter_context(connect(gateway.port()))
+            if first == "upstream":
+                assert client.ask(post("/pay/before", b"pay")).status == 200
+                client = stack.enter_context(connect(gateway.port()))
+            client.send(post("/pay/cut", b"pay"))
+            client.until(b"half of it")
+            gateway.signal(signal.SIGTERM)
+            assert gateway.wait() == 0
+            (found,) = [line for line in lines(gateway) if line["path"] == "/pay/cut"]
+            said = [line for line in gateway.log() if line.get("path") == "/pay/cut"]
+    assert (found["status"], found["outcome"]) == (201, "failed")
+    assert [(line["event"], line["status"], line["sent"]) for line in said] == [("an exchange failed", 201, True)]

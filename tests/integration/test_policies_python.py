@@ -229,6 +229,8 @@ class Replaces(Policy):
             return deny(410, "gone", "it was there")
         if response.status == 418:
             raise ValueError(SECRET)
+        if response.status == 422:
+            raise InvalidBody(SECRET)
         if response.status == 420:
             await asyncio.sleep(600)
 
@@ -527,9 +529,9 @@ def test_an_answer_is_replaced(http: httpx.Client) -> None:
 
 
 def test_a_failure_on_the_answer(gateway: Gateway, http: httpx.Client) -> None:
-    for status in (418, 420):
+    for status in (418, 420, 422):
         answer = http.get(f"/replaces?status={status}")
-        problem(answer, 500, "policy-failed")
+        assert problem(answer, 500, "policy-failed")["detail"] == "a policy failed on the answer; the request may have been executed"
         assert logged(gateway, answer)["route"] == "replaces"
         assert http.get(f"/replaces-on?status={status}").status_code == status
 

@@ -26,6 +26,7 @@ from typing import Any
 import uvloop
 
 from gateway._speedups.engine import Engine
+from gateway._speedups.pool import Endpoint
 from gateway.config import load
 from gateway.snapshot import build
 from gateway.telemetry.shared import SharedState
@@ -117,7 +118,8 @@ class Lab:
         shared = SharedState(1)
         self.shared = shared
         self.engine = Engine(0, shared.slot(0), shared.buckets)
-        self.engine.apply(build(load(path), names=shared.names, seed=1, version=1))
+        self.snapshot = build(load(path), names=shared.names, seed=1, version=1)
+        self.engine.apply(self.snapshot)
         self.ports = {}
         for name in ("public", "proxied", "secure"):
             listening = socket.create_server(("127.0.0.1", 0), backlog=1024)
@@ -496,9 +498,31 @@ def tls_upstreams(lab: Lab, turn: int) -> None:
     lab.engine.poll()
 
 
+def tls_moves(lab: Lab, turn: int) -> None:
+    """An upstream behind TLS whose endpoint has another address each time, as where instances come and go."""
+    with socket.create_server((f"127.{1 + turn // 60000}.{turn // 250 % 240}.{1 + turn % 250}", 0)) as listening:
+        host, port = listening.getsockname()
+        lab.snapshot.upstreams["guarded"].replace([Endpoint(f"{host}:{port}", target=f"127.0.0.1:{port}")])
+        with lab.client(b"GET /guarded HTTP/1.1\r\n" + HOST + b"\r\n") as sock:
+            lab.poll_for(listening)
+            upstream = listening.accept()[0]
+            server = lab.secure(upstream, server=True)
+            assert server is not None
+            assert server.read().startswith(b"GET /guarded")
+            server.send(b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nabc")
+            lab.poll_for(sock)
+            assert sock.recv(65536)[9:12] == b"200"
+        lab.engine.poll()
+        upstream.close()
+        lab.engine.poll()
+
+
 PATHS: dict[str, Callable[[Lab, int], None]] = {
-    path.__name__: path for path in (refused, client_leaves, upstream_fails, unreachable, pooled, garbage, late, shaped, tunnels, tls_clients, tls_upstreams)
-}
+    path.__name__: path
+    for path in (
+        refused, client_leaves, upstream_fails, unreachable, pooled, garbage, late, shaped, tunnels, tls_clients, tls_upstreams, tls_moves,
+    )
+}  # fmt: skip
 
 
 def resident() -> int:

@@ -21,7 +21,7 @@ TRACED = 16 << 10  # bytes that Python may hold more after the last twentieth, t
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("path", PATHS)
 def test_nothing_is_left_behind(path: str, tmp_path: Path) -> None:
-    count = COUNT // 5 if path in ("late", "tls_clients", "tls_upstreams") else COUNT  # deadlines and signatures take their time
+    count = COUNT // 5 if path in ("late", "tls_clients", "tls_upstreams", "tls_moves") else COUNT  # deadlines and signatures take their time
     command = [sys.executable, "-m", "tests.leaks.paths", path, str(count), str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE * 10, check=False)
     assert done.returncode == 0, done.stderr
