@@ -135,6 +135,8 @@ cdef class Downstream(Connection):
             return self.abort(True)
         if why == T_CONNECT:
             upstream = <UpstreamConnection>x.upstream_connection
+            if upstream.link is not None and upstream.link.stands:
+                upstream.link.retiring = True       # its SETTINGS never came: nobody shall wait for them again
             return upstream.connect_failed(504, b"upstream-connect-timeout", b"the upstream did not accept a connection in time; the request was not sent")
         if why == T_UP_HEAD:
             return self.refuse(504, b"upstream-head-timeout", b"the upstream did not answer in time; the request may have been executed")
