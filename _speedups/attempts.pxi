@@ -131,7 +131,7 @@ cdef int forward(Downstream d) except -1:
         x.repeatable = False
     if not upstream.waiting and has_way(d.engine, upstream) and upstream.enter(d.engine.now):
         x.entered = True
-        return d.attach(x.upgrade)
+        return d.attach(x.upgrade and upstream.protocol == PROTOCOL_HTTP1)
     return wait(d)
 
 
@@ -208,7 +208,7 @@ cdef int admit_waiting(Downstream d) except -1:
     x.upstream.unqueue(x)
     x.waiting = False
     x.entered = True
-    return d.attach(x.upgrade)
+    return d.attach(x.upgrade and x.upstream.protocol == PROTOCOL_HTTP1)
 
 
 cdef void let_in(Engine engine, Upstream upstream):

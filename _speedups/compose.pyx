@@ -14,7 +14,7 @@ from gateway._speedups.exchange cimport BODY_CHUNKED, BODY_CLOSE, BODY_LENGTH, B
 from gateway._speedups.grpc cimport grpc_code, is_grpc
 from gateway._speedups.grpc_web cimport WEB_TYPE_MAX, web_answer_type, web_request_type
 from gateway._speedups.headers cimport *
-from gateway._speedups.pool cimport HOST_LITERAL, HOST_PRESERVE
+from gateway._speedups.pool cimport HOST_LITERAL, HOST_PRESERVE, PROTOCOL_HTTP1
 from gateway._speedups.wire cimport cw_fold_name, cw_hex, cw_put_decimal, cw_reason
 
 cdef extern from "<sys/random.h>" nogil:
@@ -492,6 +492,24 @@ cdef void put_web_type(cw_out* o, Exchange x, const Head* answer) noexcept:
     cw_lit(o, b"\r\n")
 
 
+cdef void put_handshake_method(cw_out* o, Exchange x) noexcept:
+    """Over HTTP/2 it is an extended CONNECT (RFC 8441 4); hpack_request() says for which protocol."""
+    if x.upstream.protocol == PROTOCOL_HTTP1:
+        cw_lit(o, b"GET")
+    else:
+        cw_lit(o, b"CONNECT")
+
+
+cdef void put_handshake(cw_out* o, Exchange x) noexcept:
+    """Written anew: neither Connection nor an edit can take a part of it away. In HTTP/2 the stream stands for the key's proof (RFC 8441 5)."""
+    if x.upstream.protocol != PROTOCOL_HTTP1:
+        cw_lit(o, b"sec-websocket-version: 13\r\n")
+        return
+    cw_lit(o, b"connection: upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\nsec-websocket-key: ")
+    cw_put(o, x.websocket_key, 24)
+    cw_lit(o, b"\r\n")
+
+
 cdef int compose_request(Exchange x, char* out, int room, int64_t now) except -2:
     cdef Head* head = x.head
     cdef cw_out o
@@ -524,7 +542,9 @@ cdef int compose_request(Exchange x, char* out, int room, int64_t now) except -2
         drop_folded(head, tuple(x.request_removed))
     if x.upgrade:
         drop_folded(head, HANDSHAKE)
-    cw_put(&o, head.base + head.method_at, head.method_len)
+        put_handshake_method(&o, x)
+    else:
+        cw_put(&o, head.base + head.method_at, head.method_len)
     cw_lit(&o, b" ")
     put_path(&o, x)
     cw_lit(&o, b" HTTP/1.1\r\n")
@@ -550,10 +570,8 @@ cdef int compose_request(Exchange x, char* out, int room, int64_t now) except -2
         cw_lit(&o, b"\r\n")
     elif x.body.out == BODY_CHUNKED:
         cw_lit(&o, b"transfer-encoding: chunked\r\n")
-    if x.upgrade:                                   # written anew: neither Connection nor an edit can take a part of it away
-        cw_lit(&o, b"connection: upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\nsec-websocket-key: ")
-        cw_put(&o, x.websocket_key, 24)
-        cw_lit(&o, b"\r\n")
+    if x.upgrade:
+        put_handshake(&o, x)
     put_deadline(&o, x, now)
     cw_lit(&o, b"\r\n")
     return -1 if o.short_ else <int>(o.at - out)

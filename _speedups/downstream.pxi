@@ -132,6 +132,8 @@ cdef class Downstream(Connection):
             return 0
         if why == T_CONNECT:                        # another attempt may go well: whose fault it was is said where there is none
             upstream = <UpstreamConnection>x.upstream_connection
+            if upstream.link is not None and upstream.link.stands:
+                upstream.link.retiring = True       # its SETTINGS never came: nobody shall wait for them again
             return upstream.connect_failed(504, b"upstream-connect-timeout", b"the upstream did not accept a connection in time; the request was not sent")
         x.side = SIDE_UPSTREAM
         if x.answer_started:

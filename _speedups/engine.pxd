@@ -240,6 +240,7 @@ cdef class Link(Connection):
     cdef int over(self) except -1           # the connection is lost or at its end
     cdef int stirred(self) except -1        # after each event: deadlines, and the end of a connection that is to end
     cdef void tell_end(self)
+    cdef list owners(self)                  # the streams' connections, open exchanges among them
 
 cdef class LinkSession(Http2Session):
     cdef Link link                          # None once that is closed
@@ -257,6 +258,7 @@ cdef class BackLink(Link):
     cdef Upstream upstream
     cdef int64_t born                       # monotonic us
     cdef list waiting                       # UpstreamConnections whose streams may be opened once it stands, or is known to be alive
+    cdef list settling                      # ... whose handshakes go out once its SETTINGS say that it takes them, and closed ones; None: none
     cdef bint stands
     cdef bint retiring                      # takes no more streams
     cdef int64_t heard_at                   # when bytes came last
@@ -280,6 +282,9 @@ cdef class BackLink(Link):
     cdef void hold(self, UpstreamConnection u)
     cdef int release_waiting(self) except -1
     cdef int send_elsewhere(self) except -1
+    cdef int settle(self, UpstreamConnection u) except -1
+    cdef int settled(self) except -1
+    cdef int unsettled(self) except -1
     cdef int watch(self) except -1
 
 # A client of a raw TCP listener: D_HANDSHAKE until it is known where it goes, D_ACTIVE until an endpoint is connected, then D_TUNNEL.

@@ -805,7 +805,7 @@ cdef class Engine:
             if not other.usable(self.now) or (fresh and other.doubtful(self.now)):
                 continue
             # What must not be sent twice travels only on a connection that is alive right now.
-            if other.resting and not is_safe(x.head.method) and other.left():
+            if other.resting and (not is_safe(x.head.method) or x.upgrade) and other.left():
                 self.slot.counters[C_UPSTREAM_DISCARDED] += 1
                 other.close()
                 continue

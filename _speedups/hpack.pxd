@@ -11,7 +11,7 @@ from gateway._speedups.buffers cimport Buffer
 
 # Appends the header block of an answer's head, text[0:n); *length becomes that of the text's head with its empty line.
 cdef int hpack_answer(Buffer* out, const char* text, uint32_t n, uint32_t* length) noexcept nogil
-# The same of a request's; `te`: the client of this request understands trailers.
+# The same of a request's; `te`: the client of this request understands trailers. `CONNECT /path` is an extended CONNECT for a WebSocket.
 cdef int hpack_request(Buffer* out, const char* text, uint32_t n, bint secure, bint te, uint32_t* length) noexcept nogil
 # Lines alone, for trailers.
 cdef int hpack_lines(Buffer* out, const char* text, uint32_t n) noexcept nogil

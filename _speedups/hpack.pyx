@@ -273,7 +273,7 @@ cdef int put_indexed(Buffer* out, uint8_t index) noexcept nogil:
 
 
 cdef int hpack_request(Buffer* out, const char* text, uint32_t n, bint secure, bint te, uint32_t* length) noexcept nogil:
-    """text begins with `METHOD target HTTP/1.1`, and its first field is Host."""
+    """text begins with `METHOD target HTTP/1.1`, and its first field is Host. CONNECT is that of a WebSocket: no other is ever sent on."""
     cdef const char* end = <const char*>memchr(text, 13, n)
     cdef const char* space = <const char*>memchr(text, 32, n)
     cdef const char* host
@@ -289,6 +289,8 @@ cdef int hpack_request(Buffer* out, const char* text, uint32_t n, bint secure, b
         if put_indexed(out, 3) < 0:
             return -1
     elif put_pseudo(out, 2, text, method) < 0:
+        return -1
+    elif method == 7 and memcmp(text, b"CONNECT", 7) == 0 and put_protocol(out) < 0:
         return -1
     if put_indexed(out, 7 if secure else 6) < 0:
         return -1
@@ -307,6 +309,15 @@ cdef int hpack_request(Buffer* out, const char* text, uint32_t n, bint secure, b
     if te and put_te(out) < 0:
         return -1
     return put_lines(out, text, n, line, length)
+
+
+cdef int put_protocol(Buffer* out) noexcept nogil:
+    """:protocol: websocket (RFC 8441 4), whose name no table has."""
+    if buffer_reserve(out, MARGIN) < 0:
+        return -1
+    memcpy(out.base + out.end, b"\x00\x09:protocol\x09websocket", 21)
+    out.end += 21
+    return 0
 
 
 cdef int put_te(Buffer* out) noexcept nogil:

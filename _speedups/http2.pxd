@@ -69,7 +69,7 @@ cdef class Http2Stream:
     cdef bint refused                   # the other side has not acted on it (RFC 9113 8.7): it may be sent again
     cdef bint trailing                  # its client understands trailers (te: trailers)
     cdef bint connects                  # extended CONNECT (RFC 8441)
-    cdef bint counted                   # in Http2Session.active
+    cdef bint counted                   # in Http2Session.active; before it is opened: promised a place there
     cdef bint too_long                  # its head was over the limit
     cdef bint grpc                      # ... and that of a gRPC call, which is told so in gRPC
 
@@ -106,7 +106,7 @@ cdef class Http2Session:
     cdef uint32_t next_id               # client
     cdef uint32_t refuse_above          # streams of higher ids are not taken up: GOAWAY was sent
     cdef uint32_t recent[256]           # ids of streams that were, by their lower bits; bit 31: given up by us
-    cdef int active                     # streams, and exchanges that outlived theirs
+    cdef int active                     # streams, exchanges that outlived theirs, and streams that are promised a place
     cdef int64_t send_window
     cdef int64_t window
     cdef uint32_t owed
@@ -114,6 +114,7 @@ cdef class Http2Session:
     cdef uint32_t peer_streams
     cdef bint peer_settings             # they have come
     cdef bint peer_leaves               # GOAWAY came
+    cdef bint peer_connects             # it takes extended CONNECT (RFC 8441 3)
     cdef bint draining                  # GOAWAY was sent
     cdef bint resized                   # our encoder's table size (none) was told
     cdef bint dead                      # nothing more is handled
@@ -151,6 +152,9 @@ cdef class Http2Session:
     cdef void sent(self) except *       # `out` went out: those that waited may go on
     cdef int lost(self) except -1       # the connection ended: so do its streams
     cdef Http2Stream make(self)         # client: a stream to be opened by its head
+    # A place among the streams for one that is not opened yet; given back by redeem(), which goes before its head, or by its close().
+    cdef void promise(self, Http2Stream stream) noexcept
+    cdef void redeem(self, Http2Stream stream) noexcept
     cdef bint room(self) noexcept       # client: whether another stream may be opened now
     cdef void ask(self) noexcept        # client: whether the other side still answers
     cdef void drain(self) noexcept

@@ -525,6 +525,7 @@ cdef class Http2Session:
             before = at
             at = (<Http2Stream>at).following
         if at == NULL:
+            self.redeem(stream)                     # it was never opened
             return
         if before == NULL:
             self.table[slot] = stream.following
@@ -541,6 +542,16 @@ cdef class Http2Session:
         stream.session = self
         stream.window = self.settings.window
         return stream
+
+    cdef void promise(self, Http2Stream stream) noexcept:
+        if not stream.counted:
+            stream.counted = True
+            self.active += 1
+
+    cdef void redeem(self, Http2Stream stream) noexcept:
+        if stream.counted and stream.id == 0:
+            stream.counted = False
+            self.active -= 1
 
     cdef bint room(self) noexcept:
         cdef uint32_t most = self.settings.streams if self.settings.streams < self.peer_streams else self.peer_streams

@@ -266,7 +266,7 @@ cdef int on_trailers(Http2Session session, Http2Stream stream, uint8_t flags, co
     cdef int found = session.decode(TRAILERS, &stream.trailers, stream, p, n)
     if found >= BROKEN:
         return 0
-    if found == MALFORMED or not flags & END_STREAM or \
+    if found == MALFORMED or not flags & END_STREAM or stream.connects or \
             (stream.expected >= 0 and stream.received != stream.expected and not stream.bodiless):
         session.counters[C_H2_MALFORMED] += 1
         return stream_error(session, stream, H2_PROTOCOL_ERROR)
@@ -340,8 +340,10 @@ cdef int on_settings(Http2Session session, uint8_t flags, uint32_t id, const cha
             return session.fail(H2_PROTOCOL_ERROR, b"a setting that cannot be")
         elif which == MAX_FRAME_SIZE and (value < FRAME_MAX or value > 16777215):
             return session.fail(H2_PROTOCOL_ERROR, b"a frame size that cannot be")
-        elif which == ENABLE_CONNECT_PROTOCOL and value > 1:
-            return session.fail(H2_PROTOCOL_ERROR, b"a setting that cannot be")
+        elif which == ENABLE_CONNECT_PROTOCOL:
+            if value > 1 or (session.client and session.peer_connects and not value):       # it may not be taken back (RFC 8441 3)
+                return session.fail(H2_PROTOCOL_ERROR, b"a setting that cannot be")
+            session.peer_connects = value
     session.put_frame(0, SETTINGS, ACK, 0)
     session.peer_settings = True
     session.wake()

@@ -162,6 +162,20 @@ cdef class Link(Connection):
         """Why the connection fails, for the log."""
         pass
 
+    cdef list owners(self):
+        cdef Http2Stream stream
+        cdef list found = []
+        cdef void* at
+        cdef int i
+        for i in range(64):
+            at = self.h2.table[i]
+            while at != NULL:
+                stream = <Http2Stream>at
+                if stream.owner is not None:
+                    found.append(stream.owner)
+                at = stream.following
+        return found
+
     cdef int stirred(self) except -1:
         return 0
 
@@ -196,21 +210,6 @@ cdef class Link(Connection):
 
 cdef class FrontLink(Link):
     """A client's connection that speaks HTTP/2."""
-
-    def owners(self) -> list:
-        """The streams' connections, open exchanges among them."""
-        cdef Http2Stream stream
-        cdef list found = []
-        cdef void* at
-        cdef int i
-        for i in range(64):
-            at = self.h2.table[i]
-            while at != NULL:
-                stream = <Http2Stream>at
-                if stream.owner is not None:
-                    found.append(stream.owner)
-                at = stream.following
-        return found
 
     cdef int on_events(self, uint32_t events) except -1:
         if self.state == D_LINGER:
@@ -542,6 +541,42 @@ cdef class BackLink(Link):
                     self.engine.report(u, error)
         return 0
 
+    cdef int settle(self, UpstreamConnection u) except -1:
+        """Its handshake waits for the server's SETTINGS, as long as connecting may take; its stream has a place among the others until then."""
+        cdef UpstreamConnection each
+        u.state = U_CONNECTING
+        self.h2.promise(u.stream)
+        self.settling = [each for each in self.settling or () if each.fd >= 0]
+        self.settling.append(u)
+        (<Downstream>u.x.connection).arm(T_CONNECT, u.born + u.upstream.connect_us - self.engine.now)
+        self.h2.tell_out()                          # it rests no more: seen to at the end of the batch
+        return 0
+
+    cdef int settled(self) except -1:
+        """The server has said what it takes."""
+        cdef UpstreamConnection u
+        settling, self.settling = self.settling, None
+        for u in settling:
+            if u.x is not None and u.fd >= 0:
+                self.h2.redeem(u.stream)
+                try:
+                    u.serve()
+                except BaseException as error:
+                    self.engine.report(u, error)
+        return 0
+
+    cdef int unsettled(self) except -1:
+        """It has ended without a word about that. An endpoint which does so serves nobody: this counts as a failure to connect."""
+        cdef UpstreamConnection u
+        settling, self.settling = self.settling, None
+        for u in settling:
+            if u.x is not None and u.fd >= 0:
+                try:
+                    u.connect_failed(503, b"upstream-unreachable", b"the upstream's connection ended before its SETTINGS came; the request was not sent")
+                except BaseException as error:
+                    self.engine.report(u, error)
+        return 0
+
     cdef int refuse(self, int status, bytes slug, bytes detail) except -1:
         """It could not be made: nothing was sent of what waits for it."""
         cdef UpstreamConnection u
@@ -565,6 +600,10 @@ cdef class BackLink(Link):
     cdef int stirred(self) except -1:
         if self.h2.peer_settings:
             self.endpoint.streams_said = self.h2.peer_streams
+            if self.settling is not None and not self.h2.dead:
+                self.settled()
+                if self.fd < 0:
+                    return 0
         if self.h2.dead or self.h2.peer_leaves or (self.h2.peer_settings and self.h2.peer_streams == 0):
             self.retiring = True
         if self.waiting and not self.asked_at and not self.h2.dead:
@@ -615,6 +654,10 @@ cdef class BackLink(Link):
 
     cdef void close_now(self):
         self.waiting = []                           # all is being closed, or has met an error of ours: no new attempts from here
+        self.settling = None
+        for owner in self.owners():
+            if (<UpstreamConnection>owner).state == U_TUNNEL:
+                (<UpstreamConnection>owner).close_now()     # not the upstream's doing: so says its record
         self.close()
 
     cdef void close(self):
@@ -631,6 +674,8 @@ cdef class BackLink(Link):
         Link.close(self)
         if self.stands and self.waiting:
             self.send_elsewhere()
+        if self.settling is not None:
+            self.unsettled()
 
 
 cdef int unproven(UpstreamConnection u) except -1:

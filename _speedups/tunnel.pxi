@@ -1,10 +1,12 @@
-# Tunnels: WebSockets over HTTP/1.1, from the handshake to the last byte (included by engine.pyx).
+# Tunnels: WebSockets from the handshake to the last byte (included by engine.pyx).
 #
 # Strategy: a handshake (RFC 6455 section 4) is checked before the policies see it, travels on a connection of its own, and is the
 # last request of its client's connection whatever becomes of it: bytes behind it are never a request. Nothing that follows it is
 # read before the upstream has answered 101 and proved by Sec-WebSocket-Accept that it read this handshake; from then on bytes
 # pass in both directions as they come, and frames are not looked at. A side is read only while the other one has taken
-# everything (relay.pxi). An end of one side is passed on as such. Python is called
+# everything (relay.pxi). An end of one side is passed on as such. To an upstream that speaks HTTP/2 the handshake is an extended
+# CONNECT (RFC 8441) on a stream among others, sent once the server's SETTINGS have said that it takes one; 200 is its 101, and the
+# stream itself the proof. Python is called
 # from here: per handshake, for the proof.
 
 from base64 import b64encode
@@ -73,6 +75,7 @@ cdef bint take_handshake(Exchange x) except -1:
         return False
     memcpy(x.websocket_key, head.base + head.fields[key].value, 24)
     x.upgrade = True
+    x.body.mode = x.body.out = BODY_NONE            # whatever length it gave: none is told to the upstream, which would hold a tunnel to it
     return True
 
 
@@ -131,6 +134,50 @@ cdef int take_switch(UpstreamConnection u, int length) except -1:
         u.hold(head)
         return 0
     return switch_protocols(u, head)
+
+
+cdef int ask_tunnel(UpstreamConnection u, int n) except -1:
+    """composed[0:n) is a handshake for a stream: it goes out when the server is known to take it, and does not end the stream. Always 0."""
+    cdef Exchange x = u.x
+    cdef Downstream d = <Downstream>x.connection
+    if not u.link.h2.peer_settings:
+        return u.link.settle(u)
+    if not u.link.h2.peer_connects:
+        u.record(OUTCOME_NONE, 0, 0)                # it serves what it offers: handshakes shall not take it away from other requests
+        return u.fail(502, b"upstream-no-websocket", b"the upstream's HTTP/2 offers no WebSockets (SETTINGS_ENABLE_CONNECT_PROTOCOL); this one was not"
+                      b" asked for")
+    dress_stream(u, d)
+    u.stream.connects = True
+    u.reused = False                                # once it is out, no race with the server's end excuses a second one
+    if u.put_message(u.engine.composed, n, False) < 0:
+        if u.stream.id == 0:
+            u.stream.reset = u.stream.refused = True            # no place on this connection any more: nothing of it went out
+        return u.lost(ECONNRESET)
+    x.upstream_from = cw_monotonic_us()
+    u.sent_at = u.engine.now
+    u.engine.slot.counters[C_UPSTREAM_BYTES_OUT] += n
+    x.sent = True
+    d.arm_head()
+    return 0
+
+
+cdef bint opens_tunnel(UpstreamConnection u, Head* head) except -1:
+    """A final head came to a handshake. True when it opened the tunnel; any other answer goes on as one, and is the last of its connection."""
+    cdef Exchange x = u.x
+    if u.stream is None or head.status != 200:
+        head.close = True
+        if u.stream is not None:
+            u.stream.connects = False
+            u.stream.end()                          # nothing follows the CONNECT
+        return False
+    u.stream.expected = -1                          # a length means nothing here (RFC 9110 9.3.6)
+    x.status = 101
+    memset(&x.answer, 0, sizeof(Body))
+    if x.answer_hook < len(x.route.response_hooks):
+        u.hold(head)
+    else:
+        switch_protocols(u, head)
+    return True
 
 
 cdef int switch_protocols(UpstreamConnection u, Head* head) except -1:
@@ -221,7 +268,8 @@ cdef int pump_tunnel(Downstream d) except -1:
         if down < 0:
             return source_lost(d, u, d)
         if up:
-            d.engine.slot.counters[C_BYTES_IN] += up
+            if d.stream is None:                    # its link has counted them
+                d.engine.slot.counters[C_BYTES_IN] += up
             count_in(x, up)
         if down:
             d.engine.slot.counters[C_UPSTREAM_BYTES_IN] += down
@@ -230,6 +278,11 @@ cdef int pump_tunnel(Downstream d) except -1:
             # Of a stream there is no second event: who has ended already, or whose words are not taken, would be waited for.
             if d.stream is not None and d.stream.reset:
                 return source_lost(d, d, u)
+            if u.stream is not None and u.stream.reset:
+                if not u.stream.ended:
+                    return source_lost(d, u, d)
+                u.shut_out = True                   # all that it has said is whole; it takes nothing more (RFC 9113 8.1)
+                buffer_release(&u.out)
             break
         moved = True
     else:

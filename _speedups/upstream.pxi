@@ -237,6 +237,8 @@ cdef class UpstreamConnection(Connection):
             self.close()
             return downstream.refuse(500, b"head-too-large", b"the request head is too large after the policies' changes")
         if self.stream is not None:
+            if x.upgrade:
+                return ask_tunnel(self, n)
             dress_stream(self, downstream)
         if x.collected is not None:
             result = self.put_message(out, n, len(x.collected) == 0)
@@ -413,6 +415,8 @@ cdef class UpstreamConnection(Connection):
             self.head_length = length
             if self.judge(head):
                 return 0
+            if x.upgrade and opens_tunnel(self, head):
+                return 0
             self.start_answer(head)
             return 1
         if x.hedge is self:                         # it is not the one that the client hears yet
@@ -508,7 +512,7 @@ cdef class UpstreamConnection(Connection):
             x.keep_alive = False
         # An answer that begins before its request has left completely makes the connection's next answer doubtful.
         self.keep = (not head.close if head.minor else head.keep_alive and not head.close) and x.answer.mode != BODY_CLOSE \
-            and x.body.done and self.out.end == self.out.start and not x.upgrade
+            and x.body.done and self.out.end == self.out.start
         if not x.body.done or self.engine.draining:
             x.keep_alive = False
         if x.answer_hook < len(x.route.response_hooks):
@@ -722,7 +726,7 @@ cdef class UpstreamConnection(Connection):
             head.content_length = 0                 # start_answer() found a stream that ended with its head
         if x.answer_hook < len(x.route.response_hooks):
             return self.hold(head)
-        if head.status == 101:
+        if x.status == 101:
             return switch_protocols(self, head)
         if self.send_answer(head) == 1:
             self.pump_answer()

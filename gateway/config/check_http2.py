@@ -87,11 +87,11 @@ def _route(config: Config, route: Route, place: Place, document: Document) -> No
             continue
         shown = document.show(at, name)
         line = document.spot(("upstreams", name)).line
-        if route.websocket is not None and upstream.protocol != "http1":
+        if route.websocket is not None and upstream.protocol == "grpc":
             document.report(
                 at,
-                f"WebSockets to an upstream that is spoken to in HTTP/2: {shown} has `protocol: {upstream.protocol}` (line {line})",
-                "WebSockets reach a server over HTTP/1.1 only (RFC 8441 is offered to clients): give them an upstream of their own",
+                f"WebSockets to an upstream of gRPC: {shown} has `protocol: grpc` (line {line})",
+                "write `protocol: http2` there (or http1), or give the WebSockets an upstream of their own",
             )
         if route.match.grpc is not None and upstream.protocol == "http1":
             document.report(

@@ -23,6 +23,7 @@ import h2.connection
 import h2.errors
 import h2.events
 import h2.exceptions
+import h2.settings
 import h11
 
 from tests.integration.faults import PATTERN
@@ -190,6 +191,8 @@ class Link:
 
     async def send(self, data: bytes) -> None:
         """Any bytes."""
+        if self.writer.transport.is_closing():          # asyncio's TLS fails in its own way
+            raise ConnectionError("closed")
         self.writer.write(data)
         await self.writer.drain()
 
@@ -290,6 +293,8 @@ class TwoLink(Link):
     async def serve(self) -> None:
         config = h2.config.H2Configuration(client_side=False, header_encoding=None, validate_outbound_headers=False, normalize_outbound_headers=False)
         self.h2 = h2.connection.H2Connection(config)
+        if self.origin.first:                           # before anything else is said
+            self.h2.local_settings = h2.settings.Settings(client=False, initial_values=self.origin.first)
         self.room = asyncio.Event()                     # a window has grown
         self.goaways: list[h2.events.ConnectionTerminated] = []
         self.pings = 0
@@ -425,7 +430,8 @@ class TwinOrigin:
 
     def __init__(self, folder: Path | None = None) -> None:
         self.script: Script = by_path
-        self.offer: dict[int, int] = {}                 # SETTINGS of the HTTP/2 side
+        self.first: dict[Any, int] = {}                 # the first SETTINGS of the HTTP/2 side; empty: the library's own
+        self.offer: dict[int, int] = {}                 # ... and a second one's
         self.calls: list[Call] = []
         self.links: list[Link] = []
         self.failures: list[BaseException] = []

@@ -125,13 +125,11 @@ class Servers:
 
 
 @dataclass
-class Tunnels:
-    """The gateway between them."""
+class Between:
+    """A gateway that carries tunnels, and what it writes down of them."""
 
     folder: Path
     root: Authority
-    servers: Servers
-    origin: ScriptedOrigin
     gateway: WatchedGateway = field(init=False)
 
     def trust(self) -> ssl.SSLContext:
@@ -169,6 +167,14 @@ class Tunnels:
 
     def number(self, name: str) -> float:
         return self.gateway.metrics().get(f"crossway_{name}", 0)
+
+
+@dataclass
+class Tunnels(Between):
+    """The gateway between servers in HTTP/1.1."""
+
+    servers: Servers
+    origin: ScriptedOrigin
 
     def configure(self, **changes: Any) -> Path:
         known = {

@@ -30,6 +30,7 @@ from gateway._speedups.pool import Endpoint
 from gateway.config import load
 from gateway.snapshot import build
 from gateway.telemetry.shared import SharedState
+from tests.integration.h2_kit import DATA, END_STREAM, EXTENDED_CONNECT, HEADERS, PREFACE, frame, headers, rst, settings
 from tests.integration.pki import Authority
 
 CONFIG = """
@@ -48,6 +49,7 @@ upstreams:
   origin: {{targets: [127.0.0.1:{origin}], timeouts: {{head: 1ms}}}}
   twin: {{targets: [127.0.0.1:{origin}]}}
   gone: {{targets: [127.0.0.1:{gone}]}}
+  two: {{targets: [127.0.0.1:{origin}], protocol: http2, retries: 0, health: {{eject: {{share: 0%}}}}}}
 policies:
   raises: {{python: {{class: "leaky:Raises"}}}}
   waits: {{python: {{class: "leaky:Waits"}}}}
@@ -63,6 +65,7 @@ routes:
   - {{name: reads, match: {{path: /reads}}, upstream: origin, policies: [reads]}}
   - {{name: inside, match: {{path: /inside}}, upstream: origin, policies: [inside]}}
   - {{name: socket, match: {{prefix: /socket}}, upstream: origin, websocket: {{tunnels: 8}}}}
+  - {{name: stream, match: {{path: /stream}}, upstream: two, websocket: {{tunnels: 8}}}}
   - {{name: silent, match: {{path: /silent}}, upstream: origin, websocket: {{idle: 1ms}}}}
   - name: shaped
     match: {{path: /shaped}}
@@ -427,6 +430,70 @@ def tunnels(lab: Lab, turn: int) -> None:
             lab.engine.poll()
 
 
+OFFER = settings((EXTENDED_CONNECT, 1))
+
+
+def tunnels_on_streams(lab: Lab, turn: int) -> None:
+    """The same to an upstream of HTTP/2: SETTINGS that do not come or offer nothing, answers that are none, tunnels that end in every way."""
+    kind = turn % 10
+    sock = lab.client(b"GET /stream HTTP/1.1\r\n" + HANDSHAKE + b"early")
+    upstream = lab.accepted()
+    if kind == 0:                                   # the client leaves before the SETTINGS
+        reset(sock)
+    elif kind == 1:                                 # the server does
+        upstream.close()
+        answered(lab, sock, b"503")
+    elif kind == 2:
+        upstream.send(settings())
+        answered(lab, sock, b"502")
+    else:
+        upstream.send(OFFER)
+        taken = b""
+        while headers_of(taken) is None:
+            lab.poll_for(upstream)
+            taken += upstream.recv(65536)
+        number = headers_of(taken) or 0
+        if kind == 3:
+            upstream.send(headers(number, [(":status", "403")], end=True))
+            answered(lab, sock, b"403")
+        elif kind == 4:
+            upstream.send(rst(number))
+            answered(lab, sock, b"502")
+        else:
+            upstream.send(headers(number, [(":status", "200")], end=False) + frame(DATA, 0, number, b"late"))
+            answered(lab, sock, b"101")
+            sock.send(b"up")
+            upstream.send(frame(DATA, 0, number, b"down" * 4000) * 4)
+            lab.engine.poll()
+            if kind == 5:
+                reset(sock)
+            elif kind == 6:
+                upstream.send(rst(number))
+            elif kind == 7:                         # both ends, one after the other
+                sock.shutdown(socket.SHUT_WR)
+                lab.engine.poll()
+                upstream.send(frame(DATA, END_STREAM, number))
+            elif kind == 8:                         # a client that takes nothing, of a server that sends all it may and leaves
+                upstream.send(frame(DATA, 0, number, b"x" * 16000) * 11)
+                lab.engine.poll()
+                upstream.send(frame(DATA, END_STREAM, number) + rst(number, 0))
+    lab.engine.poll()
+    for each in (sock, upstream):
+        each.close()
+    for _ in range(4):
+        lab.engine.poll()
+
+
+def headers_of(taken: bytes) -> int | None:
+    """The stream of the first HEADERS in what a server has received; None when there are none yet."""
+    at = len(PREFACE)
+    while len(taken) >= at + 9:
+        if taken[at + 3] == HEADERS:
+            return int.from_bytes(taken[at + 5 : at + 9], "big")
+        at += 9 + int.from_bytes(taken[at : at + 3], "big")
+    return None
+
+
 def tls_clients(lab: Lab, turn: int) -> None:
     """Handshakes begun, broken and complete; requests answered and cut; clients that leave in every way."""
     kind = turn % 8
@@ -520,7 +587,8 @@ def tls_moves(lab: Lab, turn: int) -> None:
 PATHS: dict[str, Callable[[Lab, int], None]] = {
     path.__name__: path
     for path in (
-        refused, client_leaves, upstream_fails, unreachable, pooled, garbage, late, shaped, tunnels, tls_clients, tls_upstreams, tls_moves,
+        refused, client_leaves, upstream_fails, unreachable, pooled, garbage, late, shaped, tunnels, tunnels_on_streams, tls_clients,
+        tls_upstreams, tls_moves,
     )
 }  # fmt: skip
 

@@ -283,13 +283,19 @@ def test_two_routes_of_one_method_compete(folder: Path) -> None:
     only(write(folder, upstream=", protocol: grpc", routes=routes), "error", "exactly the requests of route 'one'", 9)
 
 
-@pytest.mark.parametrize("protocol", ["http2", "grpc"])
-@pytest.mark.parametrize("way", ["upstream: origin", "split: [{upstream: plain, weight: 1}, {upstream: origin, weight: 1}]"])
-def test_websockets_reach_no_upstream_in_http2(folder: Path, protocol: str, way: str) -> None:
+WAYS = ["upstream: origin", "split: [{upstream: plain, weight: 1}, {upstream: origin, weight: 1}]"]
+
+
+@pytest.mark.parametrize("protocol", ["http1", "http2", "grpc"])
+@pytest.mark.parametrize("way", WAYS)
+def test_websockets_reach_every_upstream_but_one_of_grpc(folder: Path, protocol: str, way: str) -> None:
     route = f"{{name: ws, match: {{prefix: /, headers: {{origin: 'https://a.test'}}}}, {way}, websocket: true}}"
     more = "  plain: {targets: [127.0.0.1:9002]}\n" if "split" in way else ""
     path = write(folder, upstream=f", protocol: {protocol}", routes=route, more=more)
-    only(path, "error", f"'origin' has `protocol: {protocol}` (line 6)", 8 + bool(more), "over HTTP/1.1 only (RFC 8441 is offered to clients)")
+    if protocol == "grpc":
+        only(path, "error", "WebSockets to an upstream of gRPC: 'origin' has `protocol: grpc` (line 6)", 8 + bool(more), "`protocol: http2`")
+    else:
+        assert problems(path) == []
 
 
 @pytest.mark.parametrize(
