@@ -335,7 +335,6 @@ cdef class TcpUpstream(Connection):
     cdef int asked(self) except -1
     cdef int begin(self) except -1
     cdef int secure(self) except -1
-    cdef bint fallen(self) except -1
     cdef int failed(self) except -1
     cdef int stands(self) except -1
     cdef void part(self, int outcome)
