@@ -636,6 +636,11 @@ cdef class BackLink(Link):
             self.send_elsewhere()
 
 
+cdef Tls tls_under(UpstreamConnection u):
+    """The TLS of the connection that carries it; None: clear text, or none yet."""
+    return None if u is None else u.tls if u.link is None else u.link.tls
+
+
 cdef bint server_fallen(Engine engine, Upstream upstream, Tls tls) except -1:
     """Whether a server was shut out while the handshake with it went on."""
     cdef Upstream now = engine.snapshot.upstreams.get(upstream.name)

@@ -7,6 +7,7 @@ itself: the control plane looks there whether it can be reached, and sees its ce
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from gateway.mesh.networks import server_name
 from gateway.mesh.proxy import EJECT, EVERYBODY, INBOUND, endpoints_of
 from gateway.mesh.raw import IDLE
 from gateway.mesh.spiffe import control_id
+from gateway.mesh.tunnels import WEBSOCKET, silence
 from gateway.mesh.units import seconds
 from gateway.workload.admission import Admit, Revoked, admission
 
@@ -60,7 +62,7 @@ def build_passage(assignment: Assignment, svid: Svid, post: Post, version: int) 
         known[asked] = TcpTarget(upstream, names.add(f"{PASSAGE}>{name}"))
     if (asked := server_name(svid.service, domain)) is not None:
         known[asked] = TcpTarget(Upstream(ITSELF, [Endpoint(post.itself)], table=memory.upstreams), names.add(f"tcp:{ITSELF}"))
-    idle = max([IDLE, *(seconds(said["idle"]) for said in body["services"].values() if said.get("idle") is not None)])
+    idle = max([IDLE, *(each for said in body["services"].values() for each in _silences(said))])
     tcp = TcpListener(names.add(f"tcp:{PASSAGE}"), sni=known, idle=idle, hello=HELLO, connections=most)
     listener = ListenerEntry(INBOUND, RouteTrie([]), trusted=EVERYBODY, tcp=tcp)
     tls = TlsListener(
@@ -69,6 +71,14 @@ def build_passage(assignment: Assignment, svid: Svid, post: Post, version: int) 
     )  # fmt: skip
     itself = ListenerEntry(ITSELF, RouteTrie([]), trusted=EVERYBODY, tls=tls)
     return Snapshot(version, f"{assignment.version}", {INBOUND: listener, ITSELF: itself}, upstreams, [])
+
+
+def _silences(said: Mapping[str, Any]) -> Iterator[float]:
+    """For how long connections of a service may be silent: the members at its ends are the ones to end them."""
+    if said.get("idle") is not None:
+        yield seconds(said["idle"])
+    if said.get(WEBSOCKET) is not None:
+        yield silence(said[WEBSOCKET])
 
 
 def visitors(domain: str) -> Admit:
