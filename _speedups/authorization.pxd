@@ -39,6 +39,8 @@ cdef class Authorization:
     cdef object target_of               # ... its TcpTarget, or None
     cdef object record                  # called for each denial, as `Record` in gateway/mesh/authorization.py
     cdef Caller who(self, ClientCertificate certificate)
+    # Whether an open tunnel's handshake would be let in now; nothing is recorded.
+    cdef bint stays(self, Exchange x) except -1
     cdef int deny(self, Exchange x, Caller caller) except -1
     # Whether a raw connection of the caller (None: nobody known) may go on. `recorded`: a denial is told, and audit mode lets it pass.
     cdef bint connects(self, Caller caller, bint recorded) except -1

@@ -163,6 +163,17 @@ cdef class Authorization:
         """Tell whether a raw connection of the certificate's holder may stay; nothing is recorded."""
         return self.audit or self.connects(self.who(certificate), False)
 
+    cdef bint stays(self, Exchange x) except -1:
+        cdef Caller caller = None if x.certificate is None else self.who(x.certificate)
+        cdef Rule rule
+        if self.audit:
+            return True
+        if caller is not None:
+            for rule in caller.rules:
+                if rule.allows(x):
+                    return True
+        return False
+
     cdef bint connects(self, Caller caller, bint recorded) except -1:
         cdef Rule rule
         if caller is not None:

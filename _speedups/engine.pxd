@@ -7,7 +7,7 @@ the connections; an event carries (descriptor, generation), so that an event of 
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from gateway._speedups.buffers cimport Buffer
-from gateway._speedups.exchange cimport Exchange, ListenerEntry, Snapshot
+from gateway._speedups.exchange cimport Exchange, ListenerEntry, RouteEntry, Snapshot
 from gateway._speedups.headers cimport Head
 from gateway._speedups.histogram cimport TcpSeries, WorkerSlot
 from gateway._speedups.http2 cimport Http2Session, Http2Stream
@@ -340,7 +340,6 @@ cdef class TcpUpstream(Connection):
     cdef int asked(self) except -1
     cdef int begin(self) except -1
     cdef int secure(self) except -1
-    cdef bint fallen(self) except -1
     cdef int failed(self) except -1
     cdef int stands(self) except -1
     cdef void part(self, int outcome)
@@ -429,3 +428,6 @@ cdef class Engine:
     cdef BackLink link_to(self, Exchange x, Endpoint endpoint)
     cdef void uncork(self)
     cdef void force_held(self)
+    cdef list switching(self)
+    cdef int close_unwelcome(self, str name, RouteEntry route) except -1
+    cdef int close_all(self, list condemned) except -1

@@ -26,7 +26,7 @@ from gateway._speedups.headers cimport *
 from gateway._speedups.histogram cimport *
 from gateway._speedups.http1 cimport *
 from gateway._speedups.http2 cimport *
-from gateway._speedups.authorization cimport Caller
+from gateway._speedups.authorization cimport AuthorizationStep, Caller
 from gateway._speedups.balance cimport SAMPLE_GOOD, hash_key
 from gateway._speedups.certificates cimport ClientCertificate
 from gateway._speedups.client_hello cimport HELLO_MAX, HELLO_NAME, HELLO_TOO_LONG, parse_client_hello
@@ -287,10 +287,21 @@ cdef class Engine:
     def close_clients(self, judge) -> int:
         """Close at once the connections of clients whose ClientCertificate `judge` condemns; returns how many.
 
-        Of raw TCP the server's certificate is judged as well: such a connection may last as long as it likes.
+        Exchanges under way are cut.
         """
         cdef Connection client
+        condemned = []
+        for each in self.by_fd:
+            if isinstance(each, (Downstream, FrontLink, TcpDownstream)):
+                client = <Connection>each
+                if client.tls is not None and client.tls.certificate is not None and judge(client.tls.certificate):
+                    condemned.append(client)
+        return self.close_all(condemned)
+
+    def close_servers(self, judge) -> int:
+        """Close at once what may last as long as it likes, raw TCP and WebSockets, to servers whose ClientCertificate `judge` condemns."""
         cdef TcpUpstream server
+        cdef Downstream client
         condemned = []
         for each in self.by_fd:
             if isinstance(each, TcpUpstream):
@@ -298,19 +309,34 @@ cdef class Engine:
                 if server.downstream is not None and server.tls is not None and server.tls.certificate is not None and \
                         judge(server.tls.certificate):
                     condemned.append(server.downstream)
-            elif isinstance(each, (Downstream, FrontLink, TcpDownstream)):
-                client = <Connection>each
-                if client.tls is not None and client.tls.certificate is not None and judge(client.tls.certificate):
-                    condemned.append(client)
+        for client in self.switching():
+            tls = tls_under(<UpstreamConnection>client.x.upstream_connection)
+            if tls is not None and (<Tls>tls).certificate is not None and judge((<Tls>tls).certificate):
+                condemned.append(client)
+        return self.close_all(condemned)
+
+    cdef int close_all(self, list condemned) except -1:
+        cdef Connection client
         for client in condemned:
             client.close_now()
         self.go_on()
-        return len(condemned)
+        return <int>len(condemned)
+
+    cdef list switching(self):
+        """The clients whose WebSockets are open, or asked for at an upstream."""
+        streams = [stream for link in self.by_fd if isinstance(link, FrontLink) for stream in (<FrontLink>link).owners()]
+        return [each for each in [*self.by_fd, *streams] if isinstance(each, Downstream) and (<Downstream>each).x is not None and
+                (<Downstream>each).x.place is not None]
 
     def close_denied(self, str name not None) -> int:
-        """Close at once the raw TCP connections of a listener that its policy of now does not let in; returns how many."""
+        """Close at once the raw TCP connections and WebSockets of a listener that its policy of now does not let in; returns how many."""
         cdef ListenerEntry listener = self.snapshot.listeners.get(name)
         cdef TcpDownstream client
+        cdef RouteEntry route
+        if listener is not None and listener.tcp is None:
+            for route in self.snapshot.routes:
+                if route.name == name:              # a sidecar's way in: one route, whose gate is that of all callers
+                    return self.close_unwelcome(name, route)
         if listener is None or listener.tcp is None or (<TcpListener>listener.tcp).policy is None:
             return 0
         policy = (<TcpListener>listener.tcp).policy
@@ -321,6 +347,15 @@ cdef class Engine:
             client.end(END_DENIED, True)
         self.go_on()
         return len(denied)
+
+    cdef int close_unwelcome(self, str name, RouteEntry route) except -1:
+        cdef list gates = [step for step in route.steps if isinstance(step, AuthorizationStep)]
+        cdef list condemned = []
+        cdef Downstream client
+        for client in self.switching():
+            if gates and client.listener_name == name and not (<AuthorizationStep>gates[0]).policy.stays(client.x):
+                condemned.append(client)
+        return self.close_all(condemned)
 
     def active(self) -> int:
         """Client connections that still have something to finish, and exchanges whose clients have left."""

@@ -120,6 +120,7 @@ cdef class RouteEntry(Route):
     cdef object cors                    # CorsStep or None
     cdef Shape shape                    # None: one upstream, no mirror
     cdef Tunnels tunnels                # None: Upgrade is stripped
+    cdef bytes unswitched               # a line for the answers to WebSocket handshakes that are passed on as plain requests; None: nothing is said
     cdef bint grpc_web                  # its clients may speak gRPC-Web
 
 cdef class ListenerEntry:
@@ -145,6 +146,7 @@ cdef class Snapshot:
     cdef readonly list routes
     cdef public list journals
     cdef public list sources            # background work with start(loop) and stop()
+    cdef public object condemned        # a function of a server's ClientCertificate: whether it is shut out of the mesh; None: there is no mesh
     cdef public tuple identity_names    # names under which policies assert identities: deleted in every spelling first
     cdef public uint32_t unrouted       # metric id of requests that reached no route
 

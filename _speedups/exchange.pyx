@@ -149,7 +149,7 @@ cdef class RouteEntry(Route):
                  double head=0, double idle=0, double total=0, Edits request_edits=None, Edits response_edits=None,
                  bytes rewrite_prefix=None, tuple rewrite_path=None, bytes rewrite_host=None, tuple audits=(),
                  tuple response_hooks=(), tuple end_hooks=(), bint strip_authorization=False, cors=None, Shape shape=None,
-                 Tunnels tunnels=None, bint grpc_web=False):
+                 Tunnels tunnels=None, bytes unswitched=None, bint grpc_web=False):
         cdef int i
         Route.__init__(self, name, index)
         self.upstream = upstream
@@ -181,6 +181,7 @@ cdef class RouteEntry(Route):
         self.cors = cors
         self.shape = shape
         self.tunnels = tunnels
+        self.unswitched = unswitched
         self.grpc_web = grpc_web
 
     def __dealloc__(self):

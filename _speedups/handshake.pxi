@@ -41,6 +41,11 @@ cdef int secure_client(Downstream client, uint32_t events) except -1:
     engine.slot.counters[C_TLS_HANDSHAKES] += 1
     if client.tls.resumed:
         engine.slot.counters[C_TLS_RESUMED] += 1
+    if client_fallen(client):
+        client.state = D_IDLE
+        client.cut_short()
+        client.close()
+        return 0
     client.state = D_IDLE
     client.outer = client.tls
     if client.tls.alpn == ALPN_HTTP2:
@@ -51,6 +56,13 @@ cdef int secure_client(Downstream client, uint32_t events) except -1:
     if client.tls is not None and client.x is None:
         client.tls.push()                         # no answer is on its way that would take the tickets along
     return 0
+
+
+cdef bint client_fallen(Downstream client) except -1:
+    """Whether who has proved who he is was shut out while he did: the handshake began under another deny list."""
+    cdef ListenerEntry now = client.engine.snapshot.listeners.get(client.listener_name)
+    return client.tls.certificate is not None and now is not None and now is not client.listener and now.tls is not None and \
+        now.tls.admit is not None and now.tls.admit(client.tls.certificate.leaf) is not None
 
 
 cdef int handshake_failed(Downstream client) except -1:

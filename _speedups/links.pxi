@@ -490,6 +490,9 @@ cdef class BackLink(Link):
         if result > 0 and self.tls.alpn != ALPN_HTTP2:
             result = -1
             reason = "the server does not offer HTTP/2 (ALPN h2)"
+        if result > 0 and server_fallen(self.engine, self.upstream, self.tls):
+            result = -1
+            reason = "the server was shut out of the mesh meanwhile"
         if result < 0:
             self.engine.slot.counters[C_UPSTREAM_TLS_FAILURES] += 1
             self.engine.slot.counters[C_UPSTREAM_CONNECT_FAILURES] += 1
@@ -676,6 +679,18 @@ cdef class BackLink(Link):
             self.send_elsewhere()
         if self.settling is not None:
             self.unsettled()
+
+
+cdef Tls tls_under(UpstreamConnection u):
+    """The TLS of the connection that carries it; None: clear text, or none yet."""
+    return None if u is None else u.tls if u.link is None else u.link.tls
+
+
+cdef bint server_fallen(Engine engine, Upstream upstream, Tls tls) except -1:
+    """Whether a server was shut out while the handshake with it went on."""
+    cdef Upstream now = engine.snapshot.upstreams.get(upstream.name)
+    return now is not None and now.tls is not None and now.tls is not tls.settings and now.tls.admit is not None and \
+        tls.certificate is not None and now.tls.admit(tls.certificate.leaf) is not None
 
 
 cdef int unproven(UpstreamConnection u) except -1:

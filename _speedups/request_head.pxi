@@ -177,8 +177,11 @@ cdef int find_route(Downstream client) except -1:
         x.total_at = client.engine.now + x.route.total_us
     if (x.grpc or x.web is not None) and head.first[F_GRPC_TIMEOUT] >= 0 and limit_grpc(client):
         return 0
-    if head.upgrade and x.route.tunnels is not None and not take_handshake(x):
-        return client.reply()
+    if head.upgrade:
+        if x.route.tunnels is None:
+            pass_plain(client)
+        elif not take_handshake(x):
+            return client.reply()
     if client.stream is not None and client.stream.connects and not x.upgrade:
         x.side = SIDE_DOWNSTREAM
         return client.refuse(501, b"no-tunnel", b"no WebSockets are offered here")

@@ -625,13 +625,7 @@ cdef class TcpUpstream(Connection):
         counters[C_UPSTREAM_TLS_HANDSHAKES] += 1
         if self.tls.resumed:
             counters[C_UPSTREAM_TLS_RESUMED] += 1
-        return self.failed() if self.fallen() else self.stands()
-
-    cdef bint fallen(self) except -1:
-        """Whether the server was shut out while the handshake with it went on."""
-        cdef Upstream upstream = self.engine.snapshot.upstreams.get(self.upstream.name)
-        return upstream is not None and upstream is not self.upstream and upstream.tls is not None and upstream.tls.admit is not None \
-            and self.tls.certificate is not None and upstream.tls.admit(self.tls.certificate.leaf) is not None
+        return self.failed() if server_fallen(self.engine, self.upstream, self.tls) else self.stands()
 
     cdef int stands(self) except -1:
         cdef int event

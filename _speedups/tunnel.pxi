@@ -79,6 +79,17 @@ cdef bint take_handshake(Exchange x) except -1:
     return True
 
 
+cdef void pass_plain(Downstream d):
+    """A route that lets no WebSockets pass: a handshake goes on without its Upgrade. Where members expect more of each other, both are told."""
+    cdef Exchange x = d.x
+    if x.route.unswitched is None or not offers_websocket(x.head):
+        return
+    x.add_answer_header(x.route.unswitched)
+    d.engine.complain("a WebSocket handshake is passed on as a plain request", {
+        "route": x.route.name, "reason": x.route.unswitched.decode("ascii").partition("; ")[2].rstrip(),
+        "request_id": x.request_id[:36].decode("ascii")})
+
+
 cdef bint take_place(Downstream d) except -1:
     """One of the route's places for tunnels, for as long as the exchange lasts. False: refused."""
     cdef Exchange x = d.x

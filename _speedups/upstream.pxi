@@ -188,6 +188,8 @@ cdef class UpstreamConnection(Connection):
         self.engine.slot.counters[C_UPSTREAM_TLS_HANDSHAKES] += 1
         if self.tls.resumed:
             self.engine.slot.counters[C_UPSTREAM_TLS_RESUMED] += 1
+        if server_fallen(self.engine, self.upstream, self.tls):
+            return self.connect_failed(503, b"upstream-tls-failed", b"the upstream was shut out of the mesh meanwhile; the request was not sent")
         if not self.tls.at_rest() and not self.silent():
             self.engine.slot.counters[C_UPSTREAM_BAD] += 1
             return self.connect_failed(502, b"upstream-bad-answer", b"the upstream spoke or left before it was asked; the request was not sent")

@@ -1,9 +1,10 @@
 """What Python sees of _speedups/exchange.pyx."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from gateway._speedups.certificates import ClientCertificate
 from gateway._speedups.http2_settings import Http2
 from gateway._speedups.journal import Journal
 from gateway._speedups.pool import Upstream
@@ -64,6 +65,7 @@ class RouteEntry(Route):
         cors: Step | None = None,
         shape: Shape | None = None,
         tunnels: Tunnels | None = None,
+        unswitched: bytes | None = None,
         grpc_web: bool = False,
     ) -> None: ...
     @property
@@ -113,6 +115,7 @@ class ListenerEntry:
 class Snapshot:
     journals: list[Journal]
     sources: list[Any]
+    condemned: Callable[[ClientCertificate], bool] | None
     identity_names: tuple[bytes, ...]
     unrouted: int
     def __init__(

@@ -283,6 +283,11 @@ def _route(config: Config, number: int, route: Route, document: Document) -> Non
     _reachable(config, route, place, document)
     if route.websocket is not None:
         _websocket(route, place, document, by_origin="cors" in first)
+        for service in [found.service for name in route.upstreams if (found := config.upstreams.get(name)) and found.carries_websockets is False]:
+            document.warn(
+                (*place, "websocket"), f"the mesh does not let the service {service} carry WebSockets: its sidecar passes handshakes on as plain requests",
+                f"write `{service}: {{websocket: true}}` under `services` in the mesh's file, or remove it",
+            )  # fmt: skip
     check_shaping(config, number, identified="jwt" in first or "api_key" in first, faults=[at for at, policy in used if policy.fault])
 
 

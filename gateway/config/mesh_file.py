@@ -44,6 +44,7 @@ from gateway.config.values import (
     text_of,
 )
 from gateway.config.web import BindText, FieldName, KeySource, Method, Prefix, Template
+from gateway.config.websocket import AS_TRUE, ServiceWebSocket
 
 EVERYBODY = "*"
 _DOMAIN = re.compile(r"(?=.{1,255}\Z)[a-z0-9](?:[a-z0-9._-]*[a-z0-9])?")
@@ -263,6 +264,9 @@ class Service(Model):
     canary: Annotated[tuple[ServiceCanary, ...], Field(max_length=MOST)] = setting(
         [], "requests that go to instances of their own; the first that matches counts, before `split`"
     )
+    websocket: Annotated[ServiceWebSocket | None, AS_TRUE] = setting(
+        None, "with http: lets WebSocket handshakes switch to a tunnel; `true`: with the defaults; default: Upgrade is stripped"
+    )
     idle: Deadline | None = setting(None, "with tcp: without a byte in either direction; default: 1h")
     connections: Annotated[int, BeforeValidator(parse_int), Field(ge=1, le=10_000_000)] | None = setting(
         None, "with tcp: open at once at each sidecar, its app's side and each caller's; default: 1024"
@@ -283,6 +287,11 @@ class Service(Model):
         for name in ("idle", "connections"):
             if self.protocol != "tcp" and getattr(self, name) is not None:
                 raise fault(f"`{name}` is of tcp services", "requests have `timeout`, and limits of their own", at=(name,))
+        if self.protocol != "http" and self.websocket is not None:
+            hint = "tcp carries them as any other bytes: remove it" if self.protocol == "tcp" else (
+                "between members they pass over HTTP/1.1: write `protocol: http`; whoever opens one may speak HTTP/2 to an edge or his own sidecar"
+            )
+            raise fault(f"`websocket` for a service that speaks {self.protocol}", hint, at=("websocket",))
         return self
 
     @model_validator(mode="after")

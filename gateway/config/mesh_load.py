@@ -70,6 +70,8 @@ def mesh_findings(mesh: MeshFile) -> list[Problem]:
     kept, document.problems = document.problems, []
     for name, service in mesh.services.items():
         warn_traffic(document, name, service)
+        if service.websocket is not None:
+            _warn_websocket(document, mesh, name)
     for number, rule in enumerate(mesh.authorization.rules):
         at = ("authorization", "rules", number)
         tcp = [name for name, service in mesh.services.items() if service.protocol == "tcp"]
@@ -94,6 +96,14 @@ def mesh_findings(mesh: MeshFile) -> list[Problem]:
         document.warn(("authorization", "default"), "audit: what no rule allows passes", "write deny when the record shows nothing more")
     found, document.problems = document.problems, kept
     return _sorted(found)
+
+
+def _warn_websocket(document: Document, mesh: MeshFile, name: str) -> None:
+    """Note that nobody can open what a service offers: a handshake is a GET."""
+    rules = [rule for rule in mesh.authorization.rules if name in rule.to or EVERYBODY in rule.to]
+    if mesh.authorization.default == "deny" and rules and not any(rule.methods is None or "GET" in rule.methods for rule in rules):
+        at = ("services", name, "websocket")
+        document.warn(at, f"WebSockets, but a handshake is a GET, which no rule allows at {name}", "add GET to the `methods` of a rule, or remove it")
 
 
 def mesh_schema() -> dict[str, Any]:

@@ -24,6 +24,7 @@ from gateway.config.values import FilePath, Name, fault, text_of
 
 # Below the state folder, written by gateway.mesh.
 SVID, BUNDLE, ENDPOINTS, REVOKED, TRAFFIC = "svid.pem", "bundle.pem", "endpoints", "revoked.json", "traffic.json"
+CARRIES = "~websocket"  # in TRAFFIC, beside services (whose names have no ~): service -> whether it carries WebSockets
 SERVICE = re.compile(r"spiffe://([a-z0-9._-]+)/service/([A-Za-z0-9._-]+)")
 # What a mesh gateway is asked by; a service of another name is reached within its own network only.
 HOST = re.compile(r"(?=.{1,253}\Z)(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)*[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")

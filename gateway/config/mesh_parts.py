@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gateway.config.mesh_member import CARRIES
 from gateway.errors import Problem
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def add_parts(config: Config) -> list[Problem]:
     try:
         said: dict[str, Any] = json.loads(content)
         for name, upstream in list(config.upstreams.items()):
+            upstream._carries = said.get(CARRIES, {}).get(upstream.service)
             if upstream.service in said and upstream.discovery.file is not None:  # else it joined this moment
                 _divide(config, name, upstream, said[upstream.service])
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -61,6 +61,7 @@ from gateway.config.web import (
     parse_address,
     parse_host_pattern,
 )
+from gateway.config.websocket import AS_TRUE, WebSocket
 
 
 class Drain(Model):
@@ -250,11 +251,17 @@ class Upstream(Model):
 
     _traffic: ServiceTraffic | None = PrivateAttr(default=None)
     _part: bool = PrivateAttr(default=False)
+    _carries: bool | None = PrivateAttr(default=None)
 
     @property
     def traffic(self) -> ServiceTraffic | None:
         """Return how the mesh deals the service's requests out; None when all its instances are alike."""
         return self._traffic
+
+    @property
+    def carries_websockets(self) -> bool | None:
+        """Tell whether the mesh lets the service carry WebSockets; None where that is not known, or no service's."""
+        return self._carries
 
     @property
     def is_part(self) -> bool:
@@ -355,22 +362,6 @@ class RouteTimeouts(Model):
     idle: Deadline | None = setting(None, "without a byte of the response")
 
 
-class WebSocket(Model):
-    """WebSockets of one route: tunnels once the handshake has passed the policies."""
-
-    idle: Deadline = setting("5m", "without a byte in either direction; the tunnel is closed after it")
-    tunnels: Int = Field(default=1024, ge=1, le=10_000_000, description="open at once, over all workers; 503 above it")
-    expiry: Literal["close", "ignore"] = setting(
-        "close", "when the token by which it was opened expires: close the tunnel, or let it go on"
-    )
-
-
-def _widen_websocket(raw: Any) -> Any:
-    if isinstance(raw, bool):
-        return {} if raw else None
-    return raw
-
-
 class RouteLimits(Model):
     """Bounds of one route; what is absent is the listener's."""
 
@@ -396,9 +387,9 @@ class Route(Model):
         [], "requests that go elsewhere; the first that matches counts, before `split` and `upstream`"
     )
     mirror: Mirror | None = setting(None, "copies for another upstream")
-    websocket: Annotated[
-        WebSocket | None, Shorthand(_widen_websocket, {"type": "boolean", "x-is": "`true`"})
-    ] = setting(None, "lets WebSocket handshakes switch to a tunnel; `true`: with the defaults; default: Upgrade is stripped")
+    websocket: Annotated[WebSocket | None, AS_TRUE] = setting(
+        None, "lets WebSocket handshakes switch to a tunnel; `true`: with the defaults; default: Upgrade is stripped"
+    )
     listeners: Annotated[tuple[Name, ...], listed("listener name"), Field(min_length=1)] | None = setting(
         None, "listeners that offer it; default: all"
     )

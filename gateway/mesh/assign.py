@@ -119,7 +119,7 @@ def rule_said(rule: Rule, mesh: MeshFile) -> dict[str, Any]:
 def own(service: Service) -> dict[str, Any]:
     """Return what a service's own sidecars need to know of it."""
     said = settings_of(service)
-    return {key: said[key] for key in ("protocol", "idle", "connections") if key in said}
+    return {key: said[key] for key in ("protocol", "idle", "connections", "websocket") if key in said}
 
 
 def endpoints_for(service: str, network: str, world: World) -> list[dict[str, Any]]:

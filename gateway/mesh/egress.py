@@ -32,7 +32,7 @@ KEPT_INSIDE = (
     b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host", b"forwarded", b"x-real-ip", b"x-crossway-mirror", b"tracestate", b"baggage",
 )  # fmt: skip
 # Of answers: words that mean something when this mesh says them.
-KEPT_OUTSIDE = (b"crossway-denied", b"crossway-would-deny", b"x-crossway-attempts-left", b"x-crossway-fault")
+KEPT_OUTSIDE = (b"crossway-denied", b"crossway-would-deny", b"crossway-websocket", b"x-crossway-attempts-left", b"x-crossway-fault")
 
 Network = IPv4Network | IPv6Network
 

@@ -123,6 +123,24 @@ def istio_tcp(memory: Any, labels_of: Callable[[str], dict[str, str] | None]) ->
         yield from family(name, "counter", text, (line(name, dict(key), values[index]) for key, values in totals.items()))
 
 
+def tunnels(slot: Any, name_of: Callable[[int], str]) -> Iterator[str]:
+    """WebSockets, in the words of an edge; the routes are `inbound` and `outbound>SERVICE`."""
+    one = [("crossway_tunnels_total", "counter", "WebSockets that were opened.", slot.counter("tunnels")),
+           ("crossway_tunnels_refused_total", "counter", "WebSockets refused because their service had as many as it may.", slot.counter("tunnels_refused")),
+           ("crossway_tunnels_open", "gauge", "WebSockets that are open.", slot.gauge("tunnels"))]  # fmt: skip
+    yield from numbers(one)
+    for name, text, label, counters in (
+        ("crossway_tunnels_ended_total", "WebSockets that the sidecar ended.", "cause", {"idle": "tunnels_idle", "cut": "tunnels_cut"}),
+        ("crossway_tunnel_bytes_total", "Bytes that passed through WebSockets: in from clients, out to them.", "direction",
+         {"in": "tunnel_bytes_in", "out": "tunnel_bytes_out"}),
+    ):  # fmt: skip
+        yield from family(name, "counter", text, (line(name, {label: key}, slot.counter(counter)) for key, counter in counters.items()))
+    name = "crossway_route_tunnels_open"
+    yield from family(name, "gauge", "WebSockets that are open or asked for, by way.", (
+        line(name, {"http_route": name_of(route)}, count) for route, count in slot.tunnels()
+    ))  # fmt: skip
+
+
 def denied(denials: Denials) -> Iterator[str]:
     """Denials, real and supposed, by caller, rule and policy version."""
     for audit, name, text in (

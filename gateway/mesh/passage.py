@@ -27,6 +27,7 @@ from gateway.mesh.networks import place, server_name
 from gateway.mesh.proxy import EJECT, EVERYBODY, INBOUND, endpoints_of
 from gateway.mesh.raw import IDLE
 from gateway.mesh.spiffe import control_id
+from gateway.mesh.tunnels import WEBSOCKET, silence
 from gateway.mesh.units import seconds
 from gateway.workload.admission import Admit, Revoked, admission
 
@@ -68,7 +69,7 @@ def build_passage(assignment: Assignment, svid: Svid, post: Post, version: int) 
         known[asked] = TcpTarget(upstream, names.add(f"{PASSAGE}>{name}"))
     if (asked := server_name(svid.service, domain)) is not None:
         known[asked] = TcpTarget(Upstream(ITSELF, [Endpoint(post.itself)], table=memory.upstreams), names.add(f"tcp:{ITSELF}"))
-    idle = max([IDLE, *(seconds(said["idle"]) for said in body["services"].values() if said.get("idle") is not None)])
+    idle = max([IDLE, *(each for said in body["services"].values() for each in _silences(said))])
     tcp = TcpListener(names.add(f"tcp:{PASSAGE}"), sni=known, idle=idle, hello=HELLO, connections=most)
     listener = ListenerEntry(INBOUND, RouteTrie([]), trusted=EVERYBODY, tcp=tcp)
     tls = TlsListener(
@@ -101,6 +102,14 @@ def is_here(there: IPv4Address | IPv6Address, bound: IPv4Address | IPv6Address) 
             return ipaddress.ip_address(asked.getsockname()[0]) == there
     except OSError:
         return False
+
+
+def _silences(said: Mapping[str, Any]) -> Iterator[float]:
+    """For how long connections of a service may be silent: the members at its ends are the ones to end them."""
+    if said.get("idle") is not None:
+        yield seconds(said["idle"])
+    if said.get(WEBSOCKET) is not None:
+        yield silence(said[WEBSOCKET])
 
 
 def visitors(domain: str) -> Admit:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from gateway._speedups.exchange import Edits, ListenerEntry, RouteEntry, Shape, Snapshot, Step
+from gateway._speedups.exchange import Edits, ListenerEntry, RouteEntry, Shape, Snapshot, Step, Tunnels
 from gateway._speedups.http2_settings import Http2
 from gateway._speedups.journal import Journal
 from gateway._speedups.pool import SHARED_WINDOW, Endpoint, Upstream
@@ -34,6 +34,7 @@ from gateway.mesh.networks import server_name
 from gateway.mesh.raw import places, way_in, way_out
 from gateway.mesh.spiffe import control_id
 from gateway.mesh.traffic import Dealer, Traffic, read
+from gateway.mesh.tunnels import WEBSOCKET, tunnels_of, unspoken, untold
 from gateway.mesh.units import seconds, share, size
 from gateway.workload.admission import Admit, Revoked, admission
 from gateway.workload.user import HEADER, PROOF, Author, Reader
@@ -152,7 +153,7 @@ def build(assignment: Assignment, svid: Svid, around: Surroundings) -> Snapshot:
     heard = parts.get(
         ("heard", digest), lambda: UserStep("user", partial(reader.check, keep=True), TokenCache(CONTEXTS), from_caller=False)
     )
-    rules = ("rules", digest, canonical(body["authorization"]), around.raw and canonical(own))
+    rules = ("rules", digest, canonical(body["authorization"]), canonical(own) if around.raw or own.get(WEBSOCKET) is not None else None)
     inbound: RouteEntry | TcpListener
     if around.raw:
         inbound = parts.get(rules, lambda: way_in(
@@ -160,14 +161,16 @@ def build(assignment: Assignment, svid: Svid, around: Surroundings) -> Snapshot:
             lambda identity: around.named(identity, svid.domain), around.port,
         ))  # fmt: skip
     else:
-        inbound = parts.get(rules, lambda: _inbound(body["authorization"], svid, app, around, user))
+        inbound = parts.get(rules, lambda: _inbound(body["authorization"], svid, app, around, user, own))
     services = {name: settings for name, settings in body["services"].items() if spoken(name, settings)}
     dealt: dict[str, Traffic | None] = {}
+    carried: dict[str, Tunnels | None] = {}
     for name, settings in services.items():
         try:
             alpn = () if settings.get("protocol") == TCP else ("http/1.1",) if _protocol(settings) == "http1" else ("h2",)
             tls = parts.get(("tls", name, digest, alpn), partial(_tls, name, svid, digest, admit, alpn))
             dealt[name] = traffic = read(settings)
+            carried[name] = tunnels_of(settings, partial(around.memory.names.add, f"{OUTBOUND}>{name}"))
             for label, some in around.split.of(name, settings, traffic):
                 made = ("service", name, label, digest, canonical(some))
                 upstreams[upstream_name(name, label)] = parts.get(made, partial(upstream_of, name, some, tls, around, label))
@@ -177,7 +180,7 @@ def build(assignment: Assignment, svid: Svid, around: Surroundings) -> Snapshot:
         if settings.get("protocol") == TCP:
             continue
         told = parts.get(("tell", name, digest), partial(_teller, svid, name))
-        routes.append(_outbound(name, upstreams, dealt[name], around, (heard, told)))
+        routes.append(_outbound(name, upstreams, dealt[name], around, (heard, told), carried[name]))
     out = _ways_out(body, svid, around, parts, heard)
     listeners = _listeners(
         inbound, routes, services, upstreams, out, svid.domain, around,
@@ -240,29 +243,37 @@ def _tell(author: Author, audience: str, user: Principal) -> tuple[bytes, int]:
     return author.sign(user, (audience,), user.claims[PROOF])
 
 
-def _inbound(said: Mapping[str, Any], svid: Svid, app: Upstream, around: Surroundings, user: Step) -> RouteEntry:
-    """The way in: authorization, then the app. Each caller's requests are counted as its own."""
+def _inbound(said: Mapping[str, Any], svid: Svid, app: Upstream, around: Surroundings, user: Step, own: Mapping[str, Any]) -> RouteEntry:
+    """The way in: authorization, then the app. Each caller's requests are counted as its own; tunnels share the places of the app."""
+    tunnels = tunnels_of(own, partial(around.memory.names.add, INBOUND))
+    unswitched = untold(svid.service)
+    if tunnels is not None and around.app_protocol != "http1":
+        tunnels, unswitched = None, unspoken(svid.service, around.app_protocol)
+    ways: dict[str, Any] = {"tunnels": tunnels, "unswitched": unswitched}
 
     def entry(identity: str, step: Step) -> RouteEntry | None:
         name = around.named(identity, svid.domain)
         told = Edits((CALLER,), CALLER + b": " + identity.encode("ascii") + b"\r\n")
-        return RouteEntry(name, 0, upstream=app, metric=around.memory.names.add(name), steps=(user, step), request_edits=told)
+        return RouteEntry(name, 0, upstream=app, metric=around.memory.names.add(name), steps=(user, step), request_edits=told, **ways)
 
     step = make_step(said, svid.domain, around.denials, entry, around.port)
     return RouteEntry(
         INBOUND, 0, upstream=app, metric=around.memory.names.add(around.named("", svid.domain)), steps=(user, step),
-        request_edits=Edits((CALLER,)),
+        request_edits=Edits((CALLER,)), **ways,
     )  # fmt: skip
 
 
 def _outbound(
-    name: str, upstreams: Mapping[str, Upstream], traffic: Traffic | None, around: Surroundings, steps: tuple[Step, ...]
+    name: str, upstreams: Mapping[str, Upstream], traffic: Traffic | None, around: Surroundings, steps: tuple[Step, ...], tunnels: Tunnels | None
 ) -> RouteEntry:
     """The way to a service; with splits or canaries one for each part, which the same native choice leads to as in a route."""
 
     def entry(label: str, version: str, shape: Shape | None = None) -> RouteEntry:
         metric = around.memory.names.add(f"{OUTBOUND}>{name}" + (f">{version}" if version else ""))
-        return RouteEntry(f"{OUTBOUND}>{name}", 1, upstream=upstreams[upstream_name(name, label)], metric=metric, steps=steps, shape=shape)
+        return RouteEntry(
+            f"{OUTBOUND}>{name}", 1, upstream=upstreams[upstream_name(name, label)], metric=metric, steps=steps, shape=shape, tunnels=tunnels,
+            unswitched=untold(name),
+        )  # fmt: skip
 
     if traffic is None:
         return entry("", "")
@@ -343,7 +354,7 @@ def upstream_of(name: str, said: Mapping[str, Any], tls: TlsUpstream, around: Su
 
     All of a part may be ejected, since the other parts take its share; with all parts out, they are used as if none were.
     """
-    unknown = set(said) - {"protocol", "timeout", "retries", "balance", "endpoints", "labels", "zone", "http2", "idle", "connections"}
+    unknown = set(said) - {"protocol", "timeout", "retries", "balance", "endpoints", "labels", "zone", "http2", "idle", "connections", WEBSOCKET}
     if unknown:
         raise ValueError(f"{', '.join(sorted(unknown))} is not known to this version")
     options: dict[str, Any] = {**_retries(said.get("retries")), **_balance(said.get("balance")), **_total(said.get("timeout"))}

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gateway.config.mesh_member import ENDPOINTS, REVOKED, TRAFFIC
+from gateway.config.mesh_member import CARRIES, ENDPOINTS, REVOKED, TRAFFIC
 from gateway.mesh import metrics
 from gateway.mesh.assignment import Assignment, Refused
 from gateway.mesh.contact import EnrolError
@@ -27,6 +27,7 @@ from gateway.mesh.pod import BadPod
 from gateway.mesh.pod import read_token as read_pod
 from gateway.mesh.state import BUNDLE, State, StateError
 from gateway.mesh.traffic import Dealer, Part, Traffic, read
+from gateway.mesh.tunnels import WEBSOCKET
 from gateway.mesh.workload_api import Agent, AgentError, agent_at
 
 if TYPE_CHECKING:
@@ -168,9 +169,10 @@ def write_down(state: State, assignment: Assignment, zone: str | None) -> None:
 
     One that is gone has no endpoint. The files of parts are there before it is said that there are parts.
     """
-    wanted, dealt = {}, {}
+    wanted, dealt, carries = {}, {}, {}
     for name, settings in assignment.body["services"].items():
         wanted[name] = _list(settings, zone)
+        carries[name] = settings.get(WEBSOCKET) is not None
         traffic = read(settings)
         if traffic is not None:
             dealt[name] = _traffic(name, traffic)
@@ -180,7 +182,7 @@ def write_down(state: State, assignment: Assignment, zone: str | None) -> None:
         wanted.setdefault(path.stem, b"[]\n")
     files = {f"{ENDPOINTS}/{name}.yaml": content for name, content in wanted.items()}
     files[REVOKED] = json.dumps(assignment.body.get("revoked") or {}, sort_keys=True).encode()
-    files[TRAFFIC] = json.dumps(dealt, sort_keys=True).encode()
+    files[TRAFFIC] = json.dumps({**dealt, CARRIES: carries}, sort_keys=True).encode()
     for name, content in files.items():
         if state.read(name) != content:
             state.write(name, content)

@@ -29,6 +29,7 @@ from gateway.mesh.pod import BadPod
 from gateway.mesh.pod import read_token as read_pod
 from gateway.mesh.proxy import INBOUND, OUTBOUND, TCP, Surroundings, build
 from gateway.mesh.state import BUNDLE, State, StateError
+from gateway.mesh.tunnels import WEBSOCKET
 from gateway.server import log as logs
 from gateway.server.exchanged import follow
 from gateway.server.pages import Pages, bound
@@ -77,7 +78,7 @@ class Sidecar:
         self.left: float | None = None  # when it left the registry, on the loop's clock
         self.revoked = Revoked({})
         self.raw: frozenset[str] = frozenset()  # listeners of connections, not of requests
-        self.declared: str | None = None  # the service's protocol, as the mesh's file has it
+        self.declared: tuple[str | None, bool] | None = None  # the service's protocol as the mesh's file has it, and whether WebSockets pass
         self.cut = 0  # connections of revoked members
         self.ended: asyncio.Future[None] = loop.create_future()
         self.hurry = asyncio.Event()
@@ -271,14 +272,20 @@ class Sidecar:
 
     def _declared(self, own: dict[str, Any]) -> None:
         """Tell, once, that the command line and the mesh's file do not mean the same."""
-        declared = own.get("protocol")
+        declared = own.get("protocol"), own.get(WEBSOCKET) is not None
         if declared == self.declared:
             return
         self.declared = declared
-        if declared is not None and (declared == TCP) != self.around.raw:
+        protocol, carries = declared
+        if carries and self.around.app_protocol not in ("http1", TCP):
+            log.error(
+                "the mesh's file lets WebSockets pass, and --app-protocol does not: their handshakes are passed on as plain requests",
+                extra={"service": self.setup.service, "app_protocol": self.setup.app_protocol},
+            )  # fmt: skip
+        if protocol is not None and (protocol == TCP) != self.around.raw:
             log.error(
                 "the mesh's file and --app-protocol do not mean the same: calls will fail",
-                extra={"service": self.setup.service, "file": declared, "app_protocol": self.setup.app_protocol},
+                extra={"service": self.setup.service, "file": protocol, "app_protocol": self.setup.app_protocol},
             )  # fmt: skip
 
     def _cut(self, revoked: Revoked) -> None:
@@ -287,7 +294,7 @@ class Sidecar:
         def condemned(certificate: ClientCertificate) -> bool:
             return revoked.holds(certificate.leaf)
 
-        closed = self.engine.close_clients(condemned)
+        closed = self.engine.close_clients(condemned) + self.engine.close_servers(condemned)
         self.cut += closed
         if closed:
             log.warning("connections of revoked members closed", extra={"connections": closed})

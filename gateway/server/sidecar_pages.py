@@ -85,5 +85,6 @@ class Answers:
             return metrics.hop(route, sidecar.setup.service, domain, version)
 
         hops = [*metrics.istio(sidecar.memory, hop), *metrics.istio_tcp(sidecar.memory, hop)]
-        text = [*metrics.numbers(rows), *metrics.denied(sidecar.around.denials), *hops]
+        tunnels = metrics.tunnels(sidecar.gauges, sidecar.memory.route_name)
+        text = [*metrics.numbers(rows), *tunnels, *metrics.denied(sidecar.around.denials), *hops]
         return 200, metrics.MEDIA_TYPE, ("\n".join(text) + "\n").encode()

@@ -200,6 +200,8 @@ class Worker:
             self.engine.unlisten(name)
         old, self.snapshot = self.snapshot, prepared.snapshot
         self.engine.apply(prepared.snapshot)
+        if prepared.snapshot.condemned is not None and (closed := self.engine.close_servers(prepared.snapshot.condemned)):
+            log.warning("connections to revoked members closed", extra={"connections": closed})
         for name, fd in prepared.listen.items():
             self._listen(name, fd)
         old.stop()

@@ -29,7 +29,7 @@ from gateway.snapshot.faults import Faults, Place
 from gateway.snapshot.matching import RouteSpec, spec_of
 from gateway.snapshot.resolve import Endpoints
 from gateway.snapshot.shaping import Way, edits, service_shape, shape_of
-from gateway.snapshot.tls import listener_tls, member_tls, upstream_tls
+from gateway.snapshot.tls import listener_tls, member_tls, shut_out, upstream_tls
 from gateway.workload.user import HEADER, Author
 
 if TYPE_CHECKING:
@@ -96,6 +96,8 @@ def _build(config: Config, names: Names, version: int, workshop: Workshop, table
     snapshot.sources = workshop.sources
     snapshot.identity_names = tuple(sorted(workshop.identity_names))
     snapshot.unrouted = UNROUTED
+    if config.mesh is not None and any(each.service is not None for each in config.upstreams.values()):
+        snapshot.condemned = shut_out(config.mesh)
     return snapshot, problems
 
 

@@ -10,12 +10,14 @@ import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from gateway._speedups.certificates import (
     PEM_MAX,
     Certificate,
+    ClientCertificate,
     OcspResponse,
     PrivateKey,
     RevocationList,
@@ -81,10 +83,20 @@ def listener_tls(name: str, tls: ListenerTls, alpn: Sequence[str]) -> TlsListene
 
 def member_tls(tls: UpstreamTls, mesh: Mesh, alpn: tuple[str, ...] = ("http/1.1",)) -> TlsUpstream:
     """The same for a service of the mesh, whose certificate keeps the rules of members and is not on the deny list."""
-    domain, said = mesh.joined, {}
-    with contextlib.suppress(FileNotFoundError):
-        said = json.loads(read_file(mesh.revoked, PEM_MAX + 1))
+    domain, said = mesh.joined, _deny_list(mesh)
     return upstream_tls(tls, alpn, None if domain is None else admission(domain, Revoked(said)), json.dumps(said))
+
+
+def _deny_list(mesh: Mesh) -> dict[str, Any]:
+    with contextlib.suppress(FileNotFoundError):
+        return dict(json.loads(read_file(mesh.revoked, PEM_MAX + 1)))
+    return {}
+
+
+def shut_out(mesh: Mesh) -> Callable[[ClientCertificate], bool]:
+    """Return whether a member's certificate is on the deny list of now."""
+    revoked = Revoked(_deny_list(mesh))
+    return lambda certificate: revoked.holds(certificate.leaf)
 
 
 def upstream_tls(

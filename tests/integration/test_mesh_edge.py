@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import http.server
 import json
@@ -19,8 +20,10 @@ from urllib.parse import urlsplit
 import jwt
 import pytest
 
+from tests.integration.faults import ScriptedOrigin, connect
 from tests.integration.mesh_kit import Control, Sidecar, key_pem
 from tests.integration.processes import PATIENCE, Gateway, Origin, environment, eventually
+from tests.integration.test_tcp_streams import echo
 
 EDGE = """version: 1
 workers: 1
@@ -215,6 +218,28 @@ def test_an_edge_does_not_speak_to_a_server_that_is_revoked(control: Control, pa
         control.revoked["serials"] = []
         control.change()
         eventually(lambda: ask(edge.addresses["public"]) == 200, "the service again")
+
+
+def test_an_edge_ends_raw_connections_to_a_server_that_is_revoked(control: Control) -> None:
+    origin = ScriptedOrigin(echo)
+    control.rules = [{"name": "edge-to-db", "from": ["edge"], "to": "db"}]
+    control.own["db"] = {"protocol": "tcp"}
+    with Sidecar(control, "db", origin.port, "--app-protocol", "tcp") as db:
+        control.services["db"] = {"protocol": "tcp", "endpoints": [{"address": f"127.0.0.1:{db.inbound}", "weight": 1, "zone": None, "labels": {}}]}
+        control.change()
+        path = write_edge(control)
+        text = path.read_text().replace("listeners: {", "listeners: {db: {bind: 127.0.0.1:0, tcp: {upstream: db}}, ")
+        path.write_text(text.replace("upstreams:\n", "upstreams:\n  db: {service: db}\n"))
+        with Gateway(path) as edge:
+            eventually(lambda: control.acked("edge") == control.version, "the stream of the admin process")
+            with connect(edge.port("db")) as client:
+                client.send(b"hello")
+                assert client.exactly(5) == b"hello"
+                control.revoked["identities"] = ["spiffe://bank.test/service/db"]
+                control.change()
+                with contextlib.suppress(ConnectionError):
+                    assert client.sock.recv(1) == b""
+    origin.close()
 
 
 def token_text(joined: dict[str, str]) -> dict[str, str]:

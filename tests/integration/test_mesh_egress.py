@@ -142,10 +142,10 @@ def test_a_call_leaves_by_verified_tls_with_nothing_of_the_mesh_in_it(payments: 
 
 
 def test_words_of_the_mesh_are_not_believed_from_outside(payments: Sidecar, partner: Partner) -> None:
-    partner.answer = b"crossway-denied: caller=\"x\"\r\nx-crossway-attempts-left: 0\r\nx-partner: yes\r\n"
+    partner.answer = b"crossway-denied: caller=\"x\"\r\ncrossway-websocket: off; x\r\nx-crossway-attempts-left: 0\r\nx-partner: yes\r\n"
     status, headers, _ = call(payments)
     assert status == 200 and headers["x-partner"] == "yes"
-    assert "crossway-denied" not in headers and "x-crossway-attempts-left" not in headers
+    assert "crossway-denied" not in headers and "crossway-websocket" not in headers and "x-crossway-attempts-left" not in headers
 
 
 @pytest.mark.parametrize(("method", "path"), [("DELETE", "/v1/x"), ("GET", "/v2"), ("GET", "/v1/../v2"), ("GET", "/")])

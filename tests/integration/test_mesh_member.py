@@ -301,6 +301,66 @@ def test_a_revoked_identity_is_out_within_seconds(control: Control, ledger: Side
     assert ledger.metric("crossway_mesh_revoked_connections_closed_total") == 1
 
 
+def test_who_is_revoked_while_he_shakes_hands_does_not_get_in(control: Control, ledger: Sidecar, tmp_path: Path) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.load_verify_locations(cadata=control.ca.bundle)
+    context.load_cert_chain(control.ca.pair(tmp_path, "payments", "spiffe://bank.test/service/payments"))
+    control.change()
+    control.settled()
+    with socket.create_connection(("127.0.0.1", ledger.inbound), PATIENCE) as raw:
+        arrived, leaving = ssl.MemoryBIO(), ssl.MemoryBIO()
+        client = context.wrap_bio(arrived, leaving)
+        while True:
+            try:
+                client.do_handshake()
+                break  # his certificate and his proof are in `leaving`, and nobody has seen them
+            except ssl.SSLWantReadError:
+                raw.sendall(leaving.read())
+                arrived.write(raw.recv(1 << 16))
+        control.revoked["identities"] = ["spiffe://bank.test/service/payments"]
+        control.change()
+        control.settled()
+        client.write(b"GET /v1/x HTTP/1.1\r\nhost: ledger\r\n\r\n")
+        raw.sendall(leaving.read())
+        with contextlib.suppress(ConnectionError):
+            assert raw.recv(1 << 16) == b""
+    assert ledger.metric("istio_requests_total") == 0
+
+
+@pytest.mark.parametrize("protocol", ["http", "http2"])
+def test_a_server_that_is_revoked_while_it_shakes_hands_is_told_nothing(control: Control, origin: Origin, tmp_path: Path, protocol: str) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.set_alpn_protocols(["h2", "http/1.1"])
+    context.load_cert_chain(control.ca.pair(tmp_path, "ledger", "spiffe://bank.test/service/ledger"))
+    context.load_verify_locations(cadata=control.ca.bundle)
+    with socket.create_server(("127.0.0.1", 0)) as server, Sidecar(control, "payments", origin.port) as payments:
+        server.settimeout(PATIENCE)
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        control.services["ledger"] = {"protocol": protocol, "retries": 0, "endpoints": [{"address": address, "weight": 1, "zone": None, "labels": {}}]}
+        heard: list[bytes] = []
+        said: list[int] = []
+
+        def attempt() -> bool:
+            """The time for connecting is 2 s, in which the sidecar has to have heard of it."""
+            for identities in ([], ["spiffe://bank.test/service/ledger"]):
+                control.revoked["identities"] = identities
+                control.change()
+                control.settled()
+                if not identities:
+                    caller = threading.Thread(target=lambda: said.append(call(payments.outbound)[0]))
+                    caller.start()
+                    raw, _ = server.accept()
+                    raw.settimeout(PATIENCE)
+            with raw, contextlib.suppress(OSError), context.wrap_socket(raw, server_side=True) as secure:
+                heard.append(secure.recv(1 << 16))
+            caller.join(PATIENCE)
+            assert said[-1] in (503, 504) and b"".join(heard) == b""
+            return said[-1] == 503
+
+        eventually(attempt, "a handshake that ends in time")
+
+
 def test_a_revoked_serial_is_one_certificate_alone(control: Control, ledger: Sidecar, tmp_path: Path) -> None:
     one = control.ca.pair(tmp_path, "one", "spiffe://bank.test/service/payments")
     two = control.ca.pair(tmp_path, "two", "spiffe://bank.test/service/payments")
