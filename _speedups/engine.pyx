@@ -801,8 +801,13 @@ cdef class Engine:
         """A stream on a link that has room, or on a new one on its way; `fresh`: not on one that may be dead."""
         cdef UpstreamConnection connection
         cdef BackLink link = None, other
-        for other in list(endpoint.links):
+        cdef Py_ssize_t at = 0
+        # The list may change in close() alone, which takes the link out and makes none: so its size is asked for each time, and the next one stands
+        # where this one stood. Were it not taken out, it would be passed by as unusable, since it is closed. `other` is held meanwhile.
+        while at < PyList_GET_SIZE(endpoint.links):
+            other = <BackLink>cw_item(endpoint.links, at)
             if not other.usable(self.now) or (fresh and other.doubtful(self.now)):
+                at += 1
                 continue
             # What must not be sent twice travels only on a connection that is alive right now.
             if other.resting and not is_safe(x.head.method) and other.left():
