@@ -378,9 +378,12 @@ cdef class Engine:
     cdef int said[2]                # log lines of TCP connections that were served, and of others
     cdef uint64_t unsaid[2]         # those left out since the last one
     cdef uint32_t generations
-    cdef int64_t now                # monotonic us, once a batch
-    cdef int64_t wall_ahead         # what the wall clock is ahead of that one, us: looked up with every poll() and tick()
+    # The time as it was when this batch began, monotonic us. While nothing happens nobody looks at the clock: whatever comes into the engine
+    # from outside, be it an event or a call of the worker's, begins with take_time().
+    cdef int64_t now
+    cdef int64_t wall_ahead         # what the wall clock is ahead of that one, us: looked up with it, once a poll()
     cdef int64_t ticked             # last tick handled
+    cdef int64_t tick_at            # when tick() is called next; INT64_MAX: not before something happens; 0: nobody may ask for it now
     cdef void* wheel[1024]          # Connection*, borrowed
     cdef object tick_handle
     cdef bint draining
@@ -408,6 +411,9 @@ cdef class Engine:
     cdef void give_exchange(self, Exchange x)
     cdef void meet_idle(self, epoll_event* events, int n)
     cdef void dispatch(self, epoll_event* events, int n)
+    cdef void take_time(self) noexcept
+    cdef void tick_by(self, int64_t tick) noexcept
+    cdef int64_t next_tick(self) noexcept
     cdef void expire(self)
     cdef void run_again(self)
     cdef void go_on(self)

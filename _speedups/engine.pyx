@@ -13,7 +13,7 @@ cimport cython
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.list cimport PyList_GET_SIZE
 from cpython.ref cimport PyObject
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memchr, memcmp, memcpy, memmove, memset, strlen
 from gateway._speedups.buffers cimport *
@@ -64,7 +64,8 @@ cdef enum:
     LINGER_BYTES = 1048576
     HANDSHAKES = 8              # steps per batch: a signature takes up to a millisecond, and the others have a turn between
     COMPLAINT_US = 1000000      # between two log lines about failed handshakes: strangers cause them at will
-    STALL_US = 2000000          # the worker slept (SIGSTOP, a blocking hook): look at the sockets before the deadlines
+    STALL_US = 2000000          # the worker slept (SIGSTOP, a blocking hook, nothing to do): look at the sockets before the deadlines
+    EARLY_TIMER_US = 1500       # the loop counts in ms, cut off: asked for the very end of a tick it would call before it, and once more
 
 cdef Limits ANSWER_LIMITS
 ANSWER_LIMITS.head = HEAD_MAX
@@ -193,8 +194,7 @@ cdef class Engine:
         self.epoll = epoll_create1(EPOLL_CLOEXEC)
         if self.epoll < 0:
             raise OSError(errno, "epoll_create1")
-        self.now = cw_monotonic_us()
-        self.wall_ahead = cw_wall_us() - self.now
+        self.take_time()
         self.ticked = self.now // TICK_US
 
     def __dealloc__(self):
@@ -211,11 +211,13 @@ cdef class Engine:
         seed_random()
         self.loop = loop
         loop.add_reader(self.epoll, self.poll)
-        self.tick_handle = loop.call_later(TICK_US / 1e6, self.tick)
+        self.tick_at = INT64_MAX
+        self.take_time()
 
     def apply(self, Snapshot snapshot not None) -> None:
         """Swap to `snapshot`: exchanges under way finish on theirs. Pools of endpoints that stay are kept."""
         cdef Snapshot old = self.snapshot
+        self.take_time()
         self.snapshot = snapshot
         if old is not None:
             snapshot.adopt(old)
@@ -234,6 +236,7 @@ cdef class Engine:
     def unlisten(self, str name not None) -> None:
         """Stop accepting for `name`. What waits in the backlog is taken first: closing would reset it."""
         cdef ListenSocket listening
+        self.take_time()
         for listening in self.listening.pop(name, ()):
             while not listening.paused and listening.accept_some() == ACCEPTS:
                 pass
@@ -241,6 +244,7 @@ cdef class Engine:
 
     def drain(self) -> None:
         """Stop accepting, close idle client connections, and let the others end with their present exchange."""
+        self.take_time()
         self.draining = True
         for name in list(self.listening):
             self.unlisten(name)
@@ -290,6 +294,7 @@ cdef class Engine:
         Exchanges under way are cut.
         """
         cdef Connection client
+        self.take_time()
         condemned = []
         for each in self.by_fd:
             if isinstance(each, (Downstream, FrontLink, TcpDownstream)):
@@ -302,6 +307,7 @@ cdef class Engine:
         """Close at once what may last as long as it likes, raw TCP and WebSockets, to servers whose ClientCertificate `judge` condemns."""
         cdef TcpUpstream server
         cdef Downstream client
+        self.take_time()
         condemned = []
         for each in self.by_fd:
             if isinstance(each, TcpUpstream):
@@ -333,6 +339,7 @@ cdef class Engine:
         cdef ListenerEntry listener = self.snapshot.listeners.get(name)
         cdef TcpDownstream client
         cdef RouteEntry route
+        self.take_time()
         if listener is not None and listener.tcp is None:
             for route in self.snapshot.routes:
                 if route.name == name:              # a sidecar's way in: one route, whose gate is that of all callers
@@ -380,6 +387,8 @@ cdef class Engine:
 
     def close(self) -> None:
         """Close every connection at once and stop watching."""
+        self.take_time()
+        self.tick_at = 0
         if self.tick_handle is not None:
             self.tick_handle.cancel()
         if self.look_handle is not None:
@@ -409,12 +418,12 @@ cdef class Engine:
         """Handle what is ready, in batches, for at most about BUDGET_US."""
         cdef epoll_event events[EVENTS]
         cdef int batch, n
-        cdef int64_t began = cw_monotonic_us()
+        cdef int64_t began
         if self.polling:
             return
         self.polling = True
-        self.now = began
-        self.wall_ahead = cw_wall_us() - began
+        self.take_time()
+        began = self.now
         try:
             for batch in range(BATCHES):
                 n = epoll_wait(self.epoll, events, EVENTS, 0)
@@ -446,19 +455,59 @@ cdef class Engine:
             self.polling = False
 
     def tick(self) -> None:
-        """Every 100 ms: deadlines and gauges."""
-        cdef int64_t now = cw_monotonic_us()
-        self.tick_handle = self.loop.call_later(TICK_US / 1e6, self.tick)
-        if now - self.ticked * TICK_US > STALL_US:
-            self.poll()                 # bytes that arrived while the process slept come before its deadlines
+        """Every 100 ms while anything happens: deadlines and gauges. Then only when a deadline may be due, or never."""
+        cdef bint rested = cw_monotonic_us() - self.now > STALL_US
+        cdef bint warm = True
+        self.tick_handle = None
+        self.tick_at = 0                    # what is asked for from here on is seen to at the end
+        try:
+            if rested:
+                self.poll()                 # bytes that arrived while the process slept, if it was stopped, come before its deadlines
+            self.take_time()
+            self.closed.clear()
+            self.expire()
+            warm = tls_cool()
+            if self.held:
+                self.force_held()
+            self.go_on()
+            self.show()
+        finally:
+            self.tick_at = INT64_MAX
+            self.tick_by(self.ticked + 1 if warm or self.held else self.next_tick())
+
+    cdef void take_time(self) noexcept:
+        """What time it is. Whatever comes from outside begins with this, since nobody has looked while nothing happened; a tick will follow it."""
         self.now = cw_monotonic_us()
         self.wall_ahead = cw_wall_us() - self.now
-        self.closed.clear()
-        self.expire()
-        tls_cool()
-        if self.held:
-            self.force_held()
-        self.go_on()
+        if self.tick_at > self.now + TICK_US:
+            self.tick_by(self.now // TICK_US + 1)
+
+    cdef void tick_by(self, int64_t tick) noexcept:
+        """Has tick() called when `tick` begins, or earlier if it was asked for before; 0: no matter when."""
+        cdef int64_t at = tick * TICK_US
+        cdef int64_t wait = at - cw_monotonic_us()
+        if tick == 0 or at >= self.tick_at:
+            return
+        try:
+            handle = self.loop.call_later(((wait if wait > 0 else 0) + EARLY_TIMER_US) / 1e6, self.tick)
+        except BaseException as error:
+            self.log.error("no timer to be had", exc_info=error)        # whatever comes next asks again
+            return
+        if self.tick_handle is not None:
+            self.tick_handle.cancel()
+        self.tick_handle = handle
+        self.tick_at = at
+
+    cdef int64_t next_tick(self) noexcept:
+        """The first tick after the last one in which a deadline may be due; 0 when there is none at all."""
+        cdef int64_t tick
+        for tick in range(self.ticked + 1, self.ticked + 1 + WHEEL):
+            if self.wheel[tick % WHEEL] != NULL:
+                return tick                 # perhaps of a later turn: then it is one call for nothing
+        return 0
+
+    def show(self) -> None:
+        """Put what is held now into the gauges. Of what changes between two ticks the worker's heartbeat tells: an address that is gone."""
         self.slot.gauges[G_CONNECTIONS] = self.connections
         self.slot.gauges[G_EXCHANGES] = self.exchanges
         self.slot.gauges[G_UPSTREAM_ACTIVE] = self.upstreams - self.upstreams_idle
@@ -614,6 +663,8 @@ cdef class Engine:
 
     cdef void link_timer(self, Connection connection, int64_t tick) noexcept:
         cdef int slot = <int>(tick % WHEEL)
+        if tick * TICK_US < self.tick_at:
+            self.tick_by(tick)
         connection.timer_tick = tick
         connection.timer_prev = NULL
         connection.timer_next = self.wheel[slot]
@@ -724,7 +775,7 @@ cdef class Engine:
         if x.generation != generation or x.task is not task:
             return                              # the exchange ended meanwhile
         x.task = None
-        self.now = cw_monotonic_us()
+        self.take_time()
         if task.cancelled():
             import asyncio
             error = asyncio.CancelledError()
@@ -765,7 +816,7 @@ cdef class Engine:
         if x.generation == generation and x.timer is not None:
             client = x.connection                   # the attempt may end the exchange, which knows nobody then
             x.timer = None
-            self.now = cw_monotonic_us()
+            self.take_time()
             try:
                 client.attach(True)
                 client.advance()
@@ -779,7 +830,7 @@ cdef class Engine:
         if x.generation == generation and x.timer is not None:
             client = x.connection
             x.timer = None
-            self.now = cw_monotonic_us()
+            self.take_time()
             try:
                 hedge(self, x)
             except BaseException as error:
@@ -800,7 +851,7 @@ cdef class Engine:
         """Whether room was made at a full upstream, by whichever worker."""
         cdef Upstream upstream
         self.look_handle = None
-        self.now = cw_monotonic_us()
+        self.take_time()
         for upstream in list(self.full):
             if upstream.waiting:
                 let_in(self, upstream)
@@ -836,8 +887,13 @@ cdef class Engine:
         """A stream on a link that has room, or on a new one on its way; `fresh`: not on one that may be dead."""
         cdef UpstreamConnection connection
         cdef BackLink link = None, other
-        for other in list(endpoint.links):
+        cdef Py_ssize_t at = 0
+        # The list may change in close() alone, which takes the link out and makes none: so its size is asked for each time, and the next one stands
+        # where this one stood. Were it not taken out, it would be passed by as unusable, since it is closed. `other` is held meanwhile.
+        while at < PyList_GET_SIZE(endpoint.links):
+            other = <BackLink>cw_item(endpoint.links, at)
             if not other.usable(self.now) or (fresh and other.doubtful(self.now)):
+                at += 1
                 continue
             # What must not be sent twice travels only on a connection that is alive right now.
             if other.resting and (not is_safe(x.head.method) or x.upgrade) and other.left():

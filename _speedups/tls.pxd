@@ -110,4 +110,4 @@ cdef class TlsUpstream:
 
 cdef int tls_live() noexcept
 # To be called now and then: sessions that rested since the last call give their buffers back.
-cdef void tls_cool() noexcept
+cdef bint tls_cool() noexcept

@@ -591,17 +591,20 @@ cdef void cool(Tls tls) noexcept:
         SSL_free_buffers(ssl)
 
 
-cdef void tls_cool() noexcept:
+cdef bint tls_cool() noexcept:
     cdef int i
     cdef Tls tls
+    cdef bint warm = False
     for i in range(1, WARM + 1):
         if keeping[i] == NULL:
             continue
         tls = <Tls>keeping[i]
         if tls.used:
             tls.used = False
+            warm = True
         else:
             cool(tls)
+    return warm
 
 
 cdef class Tls:

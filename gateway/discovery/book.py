@@ -141,7 +141,13 @@ class Book:
         self.lookups = 0  # counters
         self.failures = 0
         self.rejected = 0  # versions of watched files that could not be used
+        self._began = loop.time() - random.random()
         self._watches: dict[Wanted, Watch] = {}
+
+    def until_look(self, period: float) -> float:
+        """Seconds until everything of this process that is looked at once in `period` is looked at again; other processes have other moments."""
+        ahead = period - (self.loop.time() - self._began) % period
+        return ahead if ahead > period / 10 else ahead + period  # a timer may come a little early; that look has been taken
 
     def watch(self, wanted: Wanted, interval: float, on_change: Callable[[], object]) -> Subscription:
         """Begin to use a question; `on_change` is called when its values change, and when it was tried for the first time."""

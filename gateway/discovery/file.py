@@ -1,15 +1,15 @@
 """A watched file of endpoints: noticed within about a second, used only when all of it is right.
 
 Strategy: one stat() a look. It follows symbolic links, so a rename over the file and Kubernetes' swap of a link are seen like a
-change in place. What is still being written is left alone until it rests; parsing is done in small steps, so that a
-worker's loop serves requests in between. A file that is missing or wrong changes nothing but the log.
+change in place. All files of a process are looked at in the same moment, so that many of them wake it no oftener than one. What is
+still being written is left alone until it rests; parsing is done in small steps, so that a worker's loop serves requests in
+between. A file that is missing or wrong changes nothing but the log.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -54,7 +54,7 @@ class FileWatch:
             except Exception as error:  # noqa: BLE001 - a defect of ours must not end the looks
                 self._failed([Problem(str(self._path), 0, 0, repr(error))])
             self.tried = True
-            await asyncio.sleep(LOOK * random.uniform(0.9, 1.1))
+            await asyncio.sleep(self._book.until_look(LOOK))
 
     async def _look(self) -> None:
         try:

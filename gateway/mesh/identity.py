@@ -29,7 +29,8 @@ JITTER = 0.1  # of half a life, in both directions
 FIRST, LONGEST = 1.0, 150.0  # seconds between two attempts
 LATE, URGENT = 0.6, 0.7  # parts of a life after which it is told that no renewal has succeeded
 EXPIRED = 15.0  # seconds between two attempts once the certificate is over, at most
-LOOK = 1.0  # seconds; a clock that was set is noticed so soon
+LOOK = 5.0  # seconds; a clock that was set is noticed so soon
+SOONEST = 1.0  # seconds from one renewal to the next
 PATIENCE = 60.0  # seconds that one attempt may take
 
 
@@ -137,7 +138,7 @@ class Identity:
         """When the certificate that has just come is due, in unix seconds: with a clock that is ahead of its half, at half of what is left."""
         assert self.svid is not None
         due, now = due_at(self.svid, self.draw()), self.clock.latest()
-        return due if due > now else now + max(LOOK, (self.svid.leaf.not_after - now) / 2)
+        return due if due > now else now + max(SOONEST, (self.svid.leaf.not_after - now) / 2)
 
     def _hurry(self) -> float:
         """A certificate of minutes is not let expire over a pause made for one of days; one that is over needs no more hurry than the stream."""

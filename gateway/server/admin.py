@@ -14,6 +14,7 @@ import logging
 import signal
 import time
 from collections.abc import Iterator
+from email.utils import formatdate
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -62,6 +63,7 @@ class Admin:
         self.reloads: dict[int, asyncio.Future[Message]] = {}
         self.numbers = itertools.count(1)
         self.leaving = asyncio.Event()
+        self.watch = Watch(lambda: self.state, self.reload_unheard)
         self.member: Member | None = None
         routes = [
             Route("/livez", self.livez),
@@ -156,6 +158,7 @@ class Admin:
     def _take(self, message: Message) -> None:
         if message["type"] == "state":
             self.state = message
+            self.watch.reported()
         elif message["type"] == "reloaded":
             future = self.reloads.get(message["id"])
             if future is not None and not future.done():
@@ -191,7 +194,7 @@ async def _failed(request: Request, error: Exception) -> Response:
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol with a bound on the head, which its parser does not have."""
+    """uvicorn's protocol with a bound on the head, which its parser does not have, and a Date that needs no clock."""
 
     _head = 0
 
@@ -200,6 +203,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._head > MAX_HEAD:
             self.transport.close()
             return
+        self.server_state.default_headers = [(b"date", formatdate(usegmt=True).encode("ascii"))]
         super().data_received(data)
 
     def on_headers_complete(self) -> None:
@@ -212,7 +216,20 @@ class BoundedProtocol(HttpToolsProtocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn without its signal handling: this process has its own."""
+    """uvicorn without its signal handling, which this process has of its own, and without the ten turns a second of its main loop."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._over = asyncio.Event()
+
+    async def main_loop(self) -> None:
+        """Nothing is to be done until leave()."""
+        await self._over.wait()
+
+    def leave(self) -> None:
+        """Let serve() finish what is in flight, and return."""
+        self.should_exit = True
+        self._over.set()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -241,7 +258,7 @@ async def _serve(launch: AdminLaunch) -> None:
     loop.add_signal_handler(signal.SIGUSR1, logs.reopen)
     serving = asyncio.ensure_future(server.serve(sockets=[launch.sock]))
     admin.tell({"type": "ready"})
-    watching = asyncio.ensure_future(Watch(lambda: admin.state, admin.reload_unheard).run())
+    watching = asyncio.ensure_future(admin.watch.run())
     membership = None
     if launch.config.mesh is not None:
         from gateway.server.member import Member
@@ -253,7 +270,7 @@ async def _serve(launch: AdminLaunch) -> None:
     watching.cancel()
     if membership is not None:
         membership.cancel()
-    server.should_exit = True
+    server.leave()
     await serving
 
 

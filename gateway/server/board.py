@@ -1,13 +1,14 @@
 """One shared word per worker slot that says when its loop last turned.
 
 Strategy: an anonymous shared mapping made before the first fork; a heartbeat is a plain aligned 8-byte store by the one
-worker that owns the word, read by the supervisor. A word of its own, and not a metric, because a metric may be folded or
+worker that owns the word, read by the supervisor. It is all that an idle worker wakes up for, hence so rare. A word of its own, and not a metric, because a metric may be folded or
 reset while the watchdog must never see a time that was not written by the worker it watches.
 """
 
 import mmap
 import time
 
+HEARTBEAT = 2.0  # seconds between two
 WORD = 8
 LINE = 64  # bytes between two words: two workers never write to one cache line
 

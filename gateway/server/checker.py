@@ -17,11 +17,10 @@ from gateway.discovery.book import book_of
 from gateway.discovery.found import Found
 from gateway.health.runner import Checks, Verdict
 from gateway.server import log as logs
+from gateway.server.board import HEARTBEAT
 from gateway.server.channel import ChannelClosed
 from gateway.server.launch import CheckerLaunch
 from gateway.server.log import log
-
-HEARTBEAT = 0.5  # seconds
 
 
 class Checker:

@@ -244,7 +244,7 @@ async def _until(leaving: asyncio.Event, plane: ControlPlane, sockets: dict[str,
     finally:
         waiting.cancel()
         for server in servers:
-            server.should_exit = True
+            server.leave()
         await asyncio.gather(*serving, return_exceptions=True)
         working.cancel()
         with contextlib.suppress(asyncio.CancelledError):

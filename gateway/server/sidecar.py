@@ -159,7 +159,8 @@ class Sidecar:
             self._task(follow(own, self._again))
         self._task(self.identity.keep())
         self._task(self.link.run())
-        self._tick()
+        if self.notifier.watchdog:
+            self._ping(self.notifier.watchdog)
         gc.collect()
         gc.freeze()
         try:
@@ -368,11 +369,9 @@ class Sidecar:
             if not self.ended.done():
                 self.ended.set_exception(CannotStart("a part of the sidecar failed; see the log"))
 
-    def _tick(self) -> None:
-        self.gauges.set_gauge("cpu_us", time.process_time_ns() // 1000)
-        if self.notifier.watchdog:
-            self.notifier.ping()
-        self.loop.call_later(self.notifier.watchdog or LOOK, self._tick)
+    def _ping(self, seconds: float) -> None:
+        self.notifier.ping()
+        self.loop.call_later(seconds, self._ping, seconds)
 
     # -- the app
 

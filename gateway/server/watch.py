@@ -1,7 +1,7 @@
 """Watches the files of TLS: their change reloads the configuration, and what nears its end is told.
 
-Strategy: in the admin process, so that a slow disk delays nobody. Every two seconds the files are compared with the versions
-that were loaded; a reload is asked for once they have rested for one look, since a certificate and its key are two files. A
+Strategy: in the admin process, so that a slow disk delays nobody. Every two seconds the files, if there are any, are compared with the
+versions that were loaded; a reload is asked for once they have rested for one look, since a certificate and its key are two files. A
 refused reload keeps what was loaded, and the next change tries again.
 """
 
@@ -29,6 +29,11 @@ class Watch:
         self._last: Mapping[str, FileVersion] = {}
         self._asked: Mapping[str, FileVersion] = {}
         self._reminded: dict[tuple[str, str], float] = {}
+        self._news = asyncio.Event()
+
+    def reported(self) -> None:
+        """The supervisor has said something new: there may be files to watch."""
+        self._news.set()
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -39,7 +44,11 @@ class Watch:
                 if not self._state()["reload"]["running"]:
                     self.compare(loaded, seen)
             self.remind(self._state()["certificates"], time.time())
-            await asyncio.sleep(LOOK)
+            if loaded:
+                await asyncio.sleep(LOOK)
+            else:
+                self._news.clear()
+                await self._news.wait()
 
     def compare(self, loaded: Mapping[str, FileVersion], seen: Mapping[str, FileVersion]) -> None:
         """Ask for a reload when `seen` is not what is loaded, has not changed since the last look, and was not asked for."""

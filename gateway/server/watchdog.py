@@ -11,20 +11,21 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
+from gateway.server.board import HEARTBEAT
 from gateway.server.children import Child, Condition, Role
 from gateway.server.log import log
 
 if TYPE_CHECKING:
     from gateway.server.supervisor import Supervisor
 
-SILENCE = 10.0  # seconds without a heartbeat
+SILENCE = 10.0 + HEARTBEAT  # seconds without one: who stands still for 10 s may have been about to give his next
 START_LIMIT = 60.0  # seconds a worker may take to build its snapshot before its first heartbeat
-OVERSLEPT = 3.0  # seconds between two looks after which nobody is blamed
+OVERSLEPT = 5.0  # seconds between two looks after which nobody is blamed
 LAST_WORDS = 1.0  # seconds between SIGABRT and SIGKILL
 
 
 class Watchdog:
-    """Looks at every worker about once a second, for as long as the supervisor turns."""
+    """Looks at every worker once for each heartbeat that it gives, for as long as the supervisor turns."""
 
     def __init__(self, supervisor: Supervisor, silence: float) -> None:
         self.supervisor = supervisor
@@ -46,7 +47,7 @@ class Watchdog:
             silent = self._silence(checker, self.supervisor.board.silence(self.supervisor.capacity), now)
             if silent > (START_LIMIT if checker.condition is Condition.STARTING else self.silence):
                 self._replace(checker, silent)
-        self.supervisor.wait.after(min(1.0, self.silence / 4), self.look)
+        self.supervisor.wait.after(min(HEARTBEAT, self.silence / 4), self.look)
 
     def _silence(self, child: Child, silence: float, now: float) -> float:
         return min(silence, now - self._trusted_since, child.age)

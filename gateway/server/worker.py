@@ -24,6 +24,7 @@ from gateway._speedups.engine import Engine
 from gateway.discovery.book import counts
 from gateway.errors import ConfigError
 from gateway.server import log as logs
+from gateway.server.board import HEARTBEAT
 from gateway.server.channel import ChannelClosed, Message
 from gateway.server.launch import Launch
 from gateway.server.log import log
@@ -31,7 +32,6 @@ from gateway.server.store import problems_of, read_config
 from gateway.snapshot import Snapshot, build, settled
 from gateway.snapshot.resolve import Endpoints
 
-HEARTBEAT = 0.5  # seconds
 PAGE = os.sysconf("SC_PAGESIZE")
 LAST_WORDS = 2.0  # seconds for what policies do after the last exchange
 DRAIN_CHECK = 0.02  # seconds between two looks at what is still in flight
@@ -109,6 +109,7 @@ class Worker:
         self.gauges.set_gauge("cpu_us", time.process_time_ns() // 1000)
         for name, total in counts().items():
             self.gauges.add(name, total - self.gauges.counter(name))
+        self.engine.show()
         self.gauges.set_gauge("rss", int(os.pread(self.memory, 128, 0).split()[1]) * PAGE)
 
     def _gauge_start(self) -> None:

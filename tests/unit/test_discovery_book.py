@@ -198,3 +198,24 @@ def test_names_of_this_machine_are_not_asked_of_name_servers(tmp_path: Path) -> 
     assert asked == {"pay": False, "ledger.bank.test": False, "localhost": True}
     hosts.write_text("192.0.2.1 other.bank.test\n")
     assert "ledger.bank.test" not in file and "other.bank.test" in file
+
+
+class Clock:
+    """A loop of which only the time is asked."""
+
+    now = 100.0
+
+    def time(self) -> float:
+        return self.now
+
+
+def test_what_is_looked_at_in_turns_shares_them() -> None:
+    clock = Clock()
+    book = Book(clock)  # type: ignore[arg-type]
+    first = clock.now + book.until_look(1.0)
+    for _ in range(40):
+        clock.now += 0.37
+        wait = book.until_look(1.0)
+        assert 0.1 < wait <= 1.1
+        turns = clock.now + wait - first
+        assert turns == pytest.approx(round(turns), abs=1e-6)
