@@ -34,7 +34,7 @@ from gateway.mesh.networks import server_name
 from gateway.mesh.raw import places, way_in, way_out
 from gateway.mesh.spiffe import control_id
 from gateway.mesh.traffic import Dealer, Traffic, read
-from gateway.mesh.tunnels import WEBSOCKET, tunnels_of, unspoken, untold
+from gateway.mesh.tunnels import SPOKEN, WEBSOCKET, tunnels_of, unspoken, untold
 from gateway.mesh.units import seconds, share, size
 from gateway.workload.admission import Admit, Revoked, admission
 from gateway.workload.user import HEADER, PROOF, Author, Reader
@@ -247,7 +247,7 @@ def _inbound(said: Mapping[str, Any], svid: Svid, app: Upstream, around: Surroun
     """The way in: authorization, then the app. Each caller's requests are counted as its own; tunnels share the places of the app."""
     tunnels = tunnels_of(own, partial(around.memory.names.add, INBOUND))
     unswitched = untold(svid.service)
-    if tunnels is not None and around.app_protocol != "http1":
+    if tunnels is not None and around.app_protocol not in SPOKEN:
         tunnels, unswitched = None, unspoken(svid.service, around.app_protocol)
     ways: dict[str, Any] = {"tunnels": tunnels, "unswitched": unswitched}
 

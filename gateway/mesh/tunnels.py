@@ -16,6 +16,7 @@ from gateway.mesh.units import seconds
 WEBSOCKET = "websocket"  # of a service's settings
 IDLE = 300.0  # seconds without a byte in either direction
 TUNNELS = 1024  # open at once
+SPOKEN = frozenset({"http1", "http2"})  # by apps that can be asked for a WebSocket, over HTTP/2 by RFC 8441
 
 
 def tunnels_of(said: Mapping[str, Any], metric: Callable[[], int]) -> Tunnels | None:
@@ -53,6 +54,6 @@ def untold(service: str) -> bytes:
 
 def unspoken(service: str, app_protocol: str) -> bytes:
     """The same where the file says it and the sidecar's command line contradicts."""
-    return b"crossway-websocket: off; the sidecar of %b speaks %b to its app, and WebSockets need http1\r\n" % (
+    return b"crossway-websocket: off; the sidecar of %b speaks %b to its app, which knows no WebSockets\r\n" % (
         service.encode("ascii"), app_protocol.encode("ascii"),
     )  # fmt: skip

@@ -29,7 +29,7 @@ from gateway.mesh.pod import BadPod
 from gateway.mesh.pod import read_token as read_pod
 from gateway.mesh.proxy import INBOUND, OUTBOUND, TCP, Surroundings, build
 from gateway.mesh.state import BUNDLE, State, StateError
-from gateway.mesh.tunnels import WEBSOCKET
+from gateway.mesh.tunnels import SPOKEN, WEBSOCKET
 from gateway.server import log as logs
 from gateway.server.exchanged import follow
 from gateway.server.pages import Pages, bound
@@ -278,7 +278,7 @@ class Sidecar:
             return
         self.declared = declared
         protocol, carries = declared
-        if carries and self.around.app_protocol not in ("http1", TCP):
+        if carries and self.around.app_protocol not in (*SPOKEN, TCP):
             log.error(
                 "the mesh's file lets WebSockets pass, and --app-protocol does not: their handshakes are passed on as plain requests",
                 extra={"service": self.setup.service, "app_protocol": self.setup.app_protocol},

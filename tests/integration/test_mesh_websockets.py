@@ -28,13 +28,16 @@ from gateway._speedups.certificates import parse_certificates, parse_key
 from gateway._speedups.token_cache import Principal
 from gateway.workload.user import LIFE, Author
 from tests.integration.control_kit import ControlProcess
+from tests.integration.h2_origin import TwinOrigin
 from tests.integration.h2_tunnels import TunnelClient
 from tests.integration.mesh_kit import Control, Sidecar, free_port
+from tests.integration.pki import Authority
 from tests.integration.processes import PATIENCE, Gateway, environment, eventually
 from tests.integration.test_mesh_edge import EDGE, SECRET, SIGNED, token_of
 from tests.integration.test_mesh_gateways import Passage, member, plane
 from tests.integration.test_mesh_intercept import APP, PAYMENTS, Host, Net, networks
 from tests.integration.test_mesh_member import RULE, call, endpoint, secured
+from tests.integration.websocket_h2_kit import NOTHING, OFFERS, messages, tunnelled
 from tests.integration.websocket_kit import echo, handshake
 
 CALLER = "spiffe://bank.test/service/payments"
@@ -360,13 +363,33 @@ def test_other_upgrades_are_stripped_without_a_word(pair: Pair, app: App) -> Non
     assert status == 426 and "crossway-websocket" not in headers and "upgrade" not in app.plain[-1]
 
 
-def test_an_app_that_is_spoken_to_in_http2_cannot_be_asked(control: Control, app: App) -> None:
-    pair = Pair(control, app, "--app-protocol", "http2")
+def test_an_app_that_is_spoken_to_in_http2_is_asked_in_it(control: Control, app: App, tmp_path: Path) -> None:
+    Authority("Behind", number=98).issue("127.0.0.1").write(tmp_path, "edge")
+    with TwinOrigin(tmp_path) as twin:
+        twin.first, twin.script = dict(OFFERS), tunnelled(messages)
+        app.port = twin.two
+        pair = Pair(control, app, "--app-protocol", "http2")
+        with pair.ledger, pair.payments:
+            with dial(pair.payments.outbound, subprotocols=[Subprotocol("pay.v2")]) as client:
+                assert client.subprotocol == "pay.v2"
+                for message in ("hello", b"\0\xff" * 1000, LARGE):
+                    assert echoes(client, message)
+            (asked,) = [each for each in twin.calls if each.method == "CONNECT"]
+            assert asked.get("x-crossway-caller") == CALLER and asked.path == "/v1/quotes"
+            # One that does not offer them is told apart from one that refuses.
+            twin.reset()
+            twin.first, twin.script = dict(NOTHING), tunnelled(messages)
+            answer = refused(pair.payments.outbound)
+            assert answer.status_code == 502 and b"upstream-no-websocket" in answer.body
+
+
+def test_an_app_that_is_spoken_to_in_grpc_cannot_be_asked(control: Control, app: App) -> None:
+    pair = Pair(control, app, "--app-protocol", "grpc")
     with pair.ledger, pair.payments:
         event = "the mesh's file lets WebSockets pass, and --app-protocol does not: their handshakes are passed on as plain requests"
-        assert eventually(lambda: pair.ledger.logged(event), "the contradiction")[0]["app_protocol"] == "http2"
+        assert eventually(lambda: pair.ledger.logged(event), "the contradiction")[0]["app_protocol"] == "grpc"
         answer = refused(pair.payments.outbound)
-        assert answer.headers["crossway-websocket"] == "off; the sidecar of ledger speaks http2 to its app, and WebSockets need http1"
+        assert answer.headers["crossway-websocket"] == "off; the sidecar of ledger speaks grpc to its app, which knows no WebSockets"
 
 
 @pytest.mark.parametrize(

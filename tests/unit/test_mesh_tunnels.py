@@ -127,5 +127,5 @@ def test_silence_is_five_minutes_unless_it_is_said() -> None:
 
 
 def test_the_line_of_an_answer_is_one_line() -> None:
-    for line in (untold("ledger"), unspoken("ledger", "http2")):
+    for line in (untold("ledger"), unspoken("ledger", "grpc")):
         assert line.startswith(b"crossway-websocket: off; ") and line.endswith(b"\r\n") and line.count(b"\r\n") == 1
