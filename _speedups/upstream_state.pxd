@@ -242,6 +242,7 @@ cdef class EndpointState:
     cdef int put_out(self, UpstreamState upstream, uint64_t word, uint64_t exponent, int64_t now, int event) noexcept nogil
     cdef int probed(self, UpstreamState upstream, int outcome, uint64_t word, int64_t now) noexcept nogil
     cdef bint put_back(self, uint64_t word, int64_t now) noexcept nogil
+    cdef void let_probe(self, int64_t now) noexcept nogil
 
 # Where a state's words lie, as the table has laid them out; valid as long as `owner` lives.
 cdef struct Places:
@@ -274,6 +275,8 @@ cdef enum:
     ACTIVE_UNKNOWN = 0
     ACTIVE_HEALTHY = 1
     ACTIVE_UNHEALTHY = 2
+    GOOD = 1                    # a run of checks that passed
+    RECOVERY = 3                # the same, after one that failed
 
 cdef inline uint64_t health_word(uint64_t until_ms, uint64_t state, uint64_t exponent, uint64_t generation) noexcept nogil:
     return until_ms << 24 | state << 22 | exponent << 17 | generation

@@ -336,6 +336,12 @@ cdef class EndpointState:
         sw_add(&self.block.counters[E_RETURNS], 1)
         return True
 
+    cdef void let_probe(self, int64_t now) noexcept nogil:
+        """Its time out is over now instead of later: the next request is the probe."""
+        cdef uint64_t word = sw_load(&self.slot.health), now_ms = <uint64_t>now // 1000
+        if state_of(word) == OUT and now_ms < word >> 24:
+            sw_swap(&self.slot.health, word, health_word(now_ms, OUT, exponent_of(word), generation_after(word)))
+
     cpdef bint enter(self, uint32_t limit) noexcept nogil:
         if take(self.active, self.index, self.processes, limit):
             return True
@@ -369,23 +375,23 @@ cdef class EndpointState:
         """Let the jitter of ejections be reproducible."""
         self.random = seed * <uint64_t>0x9E3779B97F4A7C15 | 1
 
-    def checked(self, bint good, int64_t now, int64_t valid_us, *, int healthy=2, int unhealthy=3, bint clears=False) -> int:
+    def checked(self, bint good, int64_t now, int64_t valid_us, *, int healthy=2, int unhealthy=3) -> int:
         """Note the result of an active check; returns EVENT_CHECK_PASSED or EVENT_CHECK_FAILED when the verdict changes.
 
-        The verdict holds for `valid_us` microseconds: a checker that hangs keeps no endpoint out for ever. With `clears`, a
-        passed check also ends an ejection. For the checker process alone.
+        The verdict holds for `valid_us` microseconds: a checker that hangs keeps no endpoint out for ever. Checks that failed and
+        then pass end the time of an ejection; the probe still decides. Those that passed all along saw nothing of what the
+        requests suffered, and end nothing. For the checker process alone.
         """
-        cdef uint64_t before = sw_look(&self.slot.active) & 3, word
+        cdef uint64_t before = sw_look(&self.slot.active) & 3
         cdef uint64_t run = check_run(sw_look(&self.slot.active_run), good)
         cdef uint64_t verdict = check_verdict(before, run, healthy, unhealthy)
         sw_put(&self.slot.active_run, run)
         if verdict == ACTIVE_HEALTHY and before == ACTIVE_UNHEALTHY:
             sw_put(&self.slot.opened, <uint64_t>now)
         sw_put(&self.slot.active, <uint64_t>(now + valid_us) << 2 | verdict)
-        if clears and good and verdict == ACTIVE_HEALTHY:
-            word = sw_load(&self.slot.health)
-            if state_of(word) >= OUT:
-                self.put_back(word, now)
+        if verdict == ACTIVE_HEALTHY and (before == ACTIVE_UNHEALTHY
+                                          or run == (<uint64_t>RECOVERY << 32 | <uint32_t>healthy)):
+            self.let_probe(now)
         if verdict == before or (before == ACTIVE_UNKNOWN and verdict == ACTIVE_HEALTHY):
             return EVENT_NONE
         return EVENT_CHECK_FAILED if verdict == ACTIVE_UNHEALTHY else EVENT_CHECK_PASSED
@@ -416,12 +422,12 @@ cdef uint64_t strike(EndpointSlot* slot, uint64_t word, uint64_t now_ms) noexcep
 
 
 cpdef uint64_t check_run(uint64_t run, bint good) noexcept nogil:
-    """The run of equal results after one more: its length, and bit 32 if they are good ones."""
-    cdef uint64_t kind = <uint64_t>1 << 32 if good else 0
-    cdef uint64_t length = <uint32_t>run
-    if (run >> 32) << 32 != kind:
+    """The run of equal results after one more: its length, above it 0 for failures, GOOD or RECOVERY."""
+    cdef uint64_t before = run >> 32, length = <uint32_t>run
+    cdef uint64_t kind = 0 if not good else before if before else RECOVERY if length else GOOD
+    if kind != before:
         length = 0
-    return kind | (length + 1 if length < UINT32_MAX else length)
+    return kind << 32 | (length + 1 if length < UINT32_MAX else length)
 
 
 cpdef uint64_t check_verdict(uint64_t before, uint64_t run, int healthy, int unhealthy) noexcept nogil:

@@ -73,11 +73,12 @@ def show(ca: Ca) -> None:
 
 
 async def waiting(store: Store, mesh: MeshFile) -> list[str]:
-    """Return the members that are there and have not acknowledged what they were sent last."""
+    """Return the members that are there and have not acknowledged what they were sent last, or cannot be sent anything."""
     from gateway.mesh.report import report
 
     said = await report(store, mesh)
-    return [f"{row['service']}/{row['instance']}" for row in said["instances"] if row["state"] != "gone" and (row["seconds_waiting"] is not None or row["refused"])]
+    behind = [row for row in said["instances"] if row["state"] == "silent" or (row["state"] != "gone" and (row["seconds_waiting"] is not None or row["refused"]))]
+    return [f"{row['service']}/{row['instance']}" for row in behind]
 
 
 async def living(store: Store, generation: int) -> int:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 PIPE_COLUMNS = 200
 RECENT = 3600.0  # seconds that who is gone is shown
-STYLES = {"healthy": "green", "unreachable": "red", "unhealthy": "red", "draining": "yellow", "gone": "dim"}
+STYLES = {"healthy": "green", "silent": "yellow", "unreachable": "red", "unhealthy": "red", "draining": "yellow", "gone": "dim"}
 
 
 def register(subparsers: Subparsers) -> None:

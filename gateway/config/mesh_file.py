@@ -220,7 +220,7 @@ class Control(Model):
     join: Join | None = setting(None, "joining by a certificate of the bank's PKI or as a pod; default: by token only")
     spire: SpireText | None = setting(None, "certificates of members and of the control plane come from SPIRE: the agent's socket, unix:PATH or env; default: from `ca`")
     requests: RateText = setting("50/s", "certificate requests that are answered; 429 above it")
-    heartbeat: Deadline = setting("15s", "without a word of an instance: out of the registry")
+    heartbeat: Deadline = setting("15s", "without a word of an instance: out of the registry, unless it can be reached")
     network: ServiceName = setting("default", "of `networks`, where this control plane is: of others it looks at the gateways only")
     health: Annotated[Probe | None, BeforeValidator(_probe), _OrOff()] = setting({}, "looking whether instances can be reached, or `off`")
     fresh: Deadline = setting("1h", "how old an assignment may get before members say so")

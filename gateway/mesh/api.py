@@ -291,7 +291,7 @@ class Api:
         if (await store.rows(taken, service, instance, before))[0]["n"]:
             raise Refusal(403, f"{instance}: this certificate was issued to the instance {before}", "instance")
         await store.run("UPDATE certificates SET instance = ? WHERE serial = ?", instance, peer.serial)
-        await store.run("DELETE FROM instances WHERE service = ? AND instance = ? AND connected = 0", service, before)
+        await store.run("DELETE FROM instances WHERE service = ? AND instance = ? AND connected <> 1", service, before)
 
 
 class Pages:

@@ -78,7 +78,8 @@ class ControlPlane:
         self.hub = Hub(self.assignments, self.registry, self.changed)
         self.metrics = Metrics(self)
         self.hub.on_push, self.hub.on_answer = self.metrics.pushed, self.metrics.answered
-        self.prober = Prober(self.registry, ca, lambda: set(self.hub.streams), self.changed, self.metrics.probed, way=self._way)
+        self.prober = Prober(self.registry, ca, self.changed, self.metrics.probed, way=self._way)
+        self.registry.keeps, self.hub.found = self._keeps, self.prober.found
         self._take_settings()
         self.policy = 0
         self._version = 0  # drawn last, here
@@ -351,6 +352,12 @@ class ControlPlane:
         if is_gateway(row["service"], network, self.mesh):
             return True, server_name(row["service"], self.mesh.trust_domain)
         return not self.mesh.networks or network == self.mesh.control.network, None
+
+    def _keeps(self, row: Row) -> bool:
+        """Whether an instance whose stream was lost may be an endpoint for as long as it can be reached: it said that it is well, and nothing speaks against it."""
+        well = row["healthy"] and not row["draining"] and row["inbound"] and row["unreachable"] is None and (row["not_after"] or 0) > time.time()
+        allowed = row["service"] in self.mesh.services and row["service"] not in self.deny.services and row["serial"] not in self.deny.serials
+        return bool(well and allowed and self.mesh.control.health is not None and self._way(row)[0])
 
     def _take_settings(self) -> None:
         self.prober.settings = probe = self.mesh.control.health

@@ -1,9 +1,9 @@
 """Whether instances can be reached: the control plane shakes hands with each one where its callers would.
 
-Strategy: an instance that says it is well may still be behind a wall, so its word alone is not enough. Each control plane looks at the
-instances whose streams it holds, spread over the interval and a bounded number at once, and says in the store which ones it cannot reach: a row
+Strategy: an instance that says it is well may still be behind a wall, so its word alone is not enough; and one whose stream is lost may serve all the
+same, so its silence is not either. Each control plane looks at the instances whose streams it holds or held last, spread over the interval and a bounded number at once, and says in the store which ones it cannot reach: a row
 for each, which the next control plane that holds the stream inherits, so that verdicts do not change with streams. What is made of the rows,
-and that never more than a part of a service is taken out, is the registry's (`judged`).
+and that never more than a part of a service is taken out, is the registry's (`judge`), and of those without a stream the hub's.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gateway.config.mesh_file import Probe
 from gateway.config.values import Rate
 from gateway.config.web import parse_address
 from gateway.mesh.limit import Bucket
-from gateway.mesh.registry import OTHER, Registry
+from gateway.mesh.registry import OTHER, REACHED, Registry
 from gateway.mesh.spiffe import service_id
 from gateway.mesh.store import Row, StoreError
 
@@ -66,18 +66,20 @@ class Target:
     looking: bool = False
     reason: str = ""
     asked: str | None = None  # the server's name to ask for
+    seen: float = 0.0  # monotonic, when it was reached last ...
+    serial: str = ""  # ... and with which certificate,
+    not_after: int = 0  # which is over then
 
 
 @dataclass
 class Prober:
-    """Looks at the instances of one control plane. `held` says whose streams are here, `changed` is called with every verdict.
+    """Looks at the instances of one control plane. `changed` is called with every verdict.
 
     way: whether there is a way to an instance from here, and the server's name by which it is asked for, if any.
     """
 
     registry: Registry
     ca: Ca | SpireAuthority
-    held: Callable[[], set[Key]]
     changed: Callable[[], None]
     counted: Callable[[bool], None] = lambda reached: None
     settings: Probe | None = None
@@ -108,10 +110,10 @@ class Prober:
         if self.settings is None or self.registry.rows is self._rows:
             return
         self._rows = self.registry.rows
-        held, now, before, self.targets = self.held(), time.monotonic(), self.targets, {}
+        now, before, self.targets = time.monotonic(), self.targets, {}
         for row in self._rows:
             key = row["service"], row["instance"]
-            if key not in held or row["replica"] != self.registry.replica or not row["inbound"] or row["draining"] or not row["healthy"]:
+            if not row["connected"] or row["replica"] != self.registry.replica or not row["inbound"] or row["draining"] or not row["healthy"]:
                 continue
             there, asked = self.way(row)
             if not there:
@@ -122,9 +124,15 @@ class Prober:
             if target is None or (target.inbound, target.asked) != (row["inbound"], asked):
                 wait = self.settings.interval if self.settings is not None else 0.0
                 out = row["unreachable"] is not None
-                # Who was found out of reach and has a new stream or place may be back.
-                target = Target(key, row["inbound"], out=out, asked=asked, due=now + random.uniform(0, min(wait, AGAIN) if out else wait))
+                # Who was found out of reach and has a new stream or place may be back; who has no stream may be gone.
+                soon = out or row["connected"] == REACHED
+                target = Target(key, row["inbound"], out=out, asked=asked, due=now + random.uniform(0, min(wait, AGAIN) if soon else wait))
             self.targets[key] = target
+
+    def found(self, key: Key) -> Target | None:
+        """Return what is known of an instance that can be reached, as far as anybody knows; None for one that cannot, or at which nobody looks."""
+        target = self.targets.get(key) if self.settings is not None else None
+        return None if target is None or target.out else target
 
     def _begin(self, settings: Probe) -> None:
         now = time.monotonic()
@@ -154,6 +162,7 @@ class Prober:
             self.counted(fault is None)
             target.reason = fault or ""
             target.failures = 0 if fault is None else target.failures + 1
+            target.seen = time.monotonic() if fault is None else target.seen
             if fault is None and target.out:
                 await self.registry.reached(*target.key)
                 target.out = False
@@ -181,6 +190,7 @@ class Prober:
                 uris = [value for kind, value in shown.get("subjectAltName", ()) if kind == "URI"]
                 if uris != [service_id(self.ca.domain, target.key[0])]:
                     return f"{OTHER}{', '.join(uris) or 'nobody of the mesh'} at {target.inbound}"[:REASON]
+                target.serial, target.not_after = str(shown["serialNumber"]).lower().lstrip("0"), int(ssl.cert_time_to_seconds(str(shown["notAfter"])))
                 with contextlib.suppress(OSError):
                     await reader.read(1)  # it ends the connection: going first could reset it in the middle of its handshake
         except TimeoutError:

@@ -2,28 +2,37 @@
 
 Strategy: the store holds the truth for all control planes; each one writes what it hears itself and reads the rest. Whoever is silent is out: an
 instance by its control plane's judgement, and all instances of a control plane that is silent itself, when they had time to come to another. One that
-starts, or stood still, gives everybody time to come back before it calls them gone, so that its own restart takes no endpoint away.
+starts, or stood still, gives everybody time to come back before it calls them gone, so that its own restart takes no endpoint away. Then another one
+takes the rows over: who has no stream and can be reached all the same stays an endpoint (gateway.mesh.stream), the rest is gone.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from gateway.config.web import parse_address
 from gateway.mesh.networks import network_of
 from gateway.mesh.store import Row, Store, Value
 
+log = logging.getLogger("crossway.mesh")
+
+GONE, HEARD, REACHED = 0, 1, 2  # `connected`: no stream; a stream, perhaps until a moment ago; none since longer, but it can be reached
 INSTANCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,62}")
 LABELS, LABEL_VALUE = 32, 128
 OTHER = "there is "  # how the reason begins when somebody else than the instance is at its address
 NOWHERE = ("0.0.0.0:0", "[::]:0")  # of a member that nobody calls, such as an edge
 COMEBACK = 45.0  # seconds that members have after a start: a pause, a try that hangs, and one more pause of a member (gateway.mesh.link)
+STALL = 5.0  # seconds between two looks at who is there, after which it was not they who were away
 KEPT = 7 * 86400  # seconds that an instance without a certificate is remembered
+STATES = {HEARD: "healthy", REACHED: "silent"}  # of those that said that they are well
+
+Place = tuple[str, str, str]  # service, network, address
 
 
 class BadInstance(Exception):
@@ -39,9 +48,11 @@ class Registry:
         self.heartbeat = heartbeat
         self.started = time.time()
         self.rows: list[Row] = []  # as they were read last
+        self.known: dict[tuple[str, str], Row] = {}  # the same by service and instance
+        self.keeps: Callable[[Row], bool] = lambda row: False  # whether it may be an endpoint without a stream, for as long as it can be reached
         self.most: float | None = None  # part of a service that may be out because it cannot be reached; None: nobody looks
         self.spared: set[str] = set()  # services of which more than that cannot be reached: nobody is taken out
-        self._came = time.monotonic()
+        self._came = self._listened = time.monotonic()
         self._signs: dict[str, tuple[float, float]] = {}  # of each control plane: what it wrote last, and when that was seen here
 
     async def start(self) -> None:
@@ -66,7 +77,8 @@ class Registry:
         await self.store.run(
             "INSERT INTO instances (service, instance, inbound, labels, zone, replica, connected, healthy, draining, since)"
             " VALUES (?, ?, ?, ?, ?, ?, 0, 0, 0, ?) ON CONFLICT (service, instance) DO UPDATE SET"
-            " inbound = excluded.inbound, labels = excluded.labels, zone = excluded.zone",
+            " inbound = excluded.inbound, labels = excluded.labels, zone = excluded.zone,"
+            " connected = CASE WHEN instances.connected = 2 THEN 0 ELSE instances.connected END",  # it begins anew: what was known of it is over
             service, instance, inbound, json.dumps(labels, sort_keys=True), zone, self.replica, time.time(),
         )  # fmt: skip
         await self.touch()
@@ -76,7 +88,7 @@ class Registry:
         await self.store.run(
             "INSERT INTO instances (service, instance, labels, replica, connected, healthy, draining, since, serial, not_after)"
             " VALUES (?, ?, '{}', ?, 1, 0, 0, ?, ?, ?) ON CONFLICT (service, instance) DO UPDATE SET"
-            " replica = excluded.replica, healthy = CASE WHEN instances.connected = 1 THEN instances.healthy ELSE 0 END,"
+            " replica = excluded.replica, healthy = CASE WHEN instances.connected = 0 THEN 0 ELSE instances.healthy END,"
             " connected = 1, draining = 0, since = excluded.since, serial = excluded.serial, not_after = excluded.not_after",
             service, instance, self.replica, time.time(), serial, not_after,
         )  # fmt: skip
@@ -116,10 +128,19 @@ class Registry:
         statement = "INSERT INTO clocks (service, instance, ahead) VALUES (?, ?, ?) ON CONFLICT (service, instance) DO UPDATE SET ahead = excluded.ahead"
         await self.store.many(statement, rows)
 
+    async def silent(self, service: str, instance: str, since: float, serial: str, not_after: int) -> None:
+        """Note that an instance has no stream since then and can be reached all the same, with this certificate."""
+        await self.store.run(
+            "UPDATE instances SET since = CASE WHEN connected = 2 THEN since ELSE ? END, connected = 2, serial = ?, not_after = ?"
+            " WHERE service = ? AND instance = ? AND replica = ? AND connected <> 0",
+            since, serial, not_after, service, instance, self.replica,
+        )  # fmt: skip
+        await self.touch()
+
     async def left(self, service: str, instance: str) -> None:
         """Note that an instance is gone, unless another control plane has it by now."""
         changed = await self.store.run(
-            "UPDATE instances SET connected = 0, healthy = 0, since = ? WHERE service = ? AND instance = ? AND replica = ?",
+            "UPDATE instances SET connected = 0, healthy = 0, since = ? WHERE service = ? AND instance = ? AND replica = ? AND connected <> 0",
             time.time(), service, instance, self.replica,
         )  # fmt: skip
         if changed:
@@ -147,13 +168,34 @@ class Registry:
     # -- what is known
 
     async def load(self) -> None:
-        """Read who is there."""
-        hearing = await self.hearing()
-        rows = await read_instances(self.store)
-        for row in rows:
-            row["present"] = bool(row["connected"]) and hearing.get(row["replica"], self._starting())
+        """Read who is there, and take over those whom nobody hears any more."""
+        rows = await self._read()
+        if lost := [row for row in rows if row["connected"] and not row["present"]]:
+            await self._take_over(lost)
+            rows = await self._read()
         self.spared = judge(rows, self.most)
         self.rows = rows
+        self.known = {(row["service"], row["instance"]): row for row in rows}
+
+    async def _read(self) -> list[Row]:
+        rows = await read_instances(self.store)
+        hearing = await self.hearing()  # after them: whose they are is known by now, also when it has just started
+        for row in rows:
+            row["present"] = bool(row["connected"]) and hearing.get(row["replica"], self._starting())
+        return rows
+
+    async def _take_over(self, lost: list[Row]) -> None:
+        """Their control plane is over. Each row is changed once: another control plane may be doing the same, or have its stream by now."""
+        kept, gone = [row for row in lost if self.keeps(row)], [row for row in lost if not self.keeps(row)]
+        since = "since = CASE WHEN connected = 2 THEN since ELSE COALESCE((SELECT seen FROM replicas WHERE id = instances.replica), since) END"
+        for rows, connected, more in (kept, REACHED, ""), (gone, GONE, ", healthy = 0"):
+            if rows:
+                await self.store.many(
+                    f"UPDATE instances SET {since}, replica = ?, connected = ?{more} WHERE service = ? AND instance = ? AND replica = ? AND connected <> 0",
+                    [(self.replica, connected, row["service"], row["instance"], row["replica"]) for row in rows],
+                )
+        await self.touch()
+        log.warning("a control plane is not heard any more; its instances are taken over", extra={"looked_at": len(kept), "gone": len(gone)})
 
     async def hearing(self) -> dict[str, bool]:
         """Whether each control plane still hears its instances, or may be about to be followed by another.
@@ -161,8 +203,12 @@ class Registry:
         Judged by its signs going on, not by the time in them: clocks of several machines differ.
         """
         # Its members notice by their pings when it goes without a word (its machine's power, a network), and then come to another: longer than a heartbeat.
+        replicas = await self.store.rows("SELECT id, seen FROM replicas")
         now, patience = time.monotonic(), max(COMEBACK, self.heartbeat)
-        for row in await self.store.rows("SELECT id, seen FROM replicas"):
+        if now - self._listened > STALL:
+            self.wait()  # nobody was heard because nobody listened
+        self._listened = now
+        for row in replicas:
             if self._signs.get(row["id"], (None, 0.0))[0] != row["seen"]:
                 self._signs[row["id"]] = row["seen"], now
         return {
@@ -222,11 +268,16 @@ def judge(rows: list[Row], most: float | None) -> set[str]:
     When more than `most` of a service that is well cannot be reached, the wall is likelier around the control plane than around
     them: then nobody of that service is taken out. But no wall answers with another member's certificate: who is not where he says
     he is is out, and counts for nothing.
+
+    An address is offered once. Who has no stream is gone when a later one is where he was (`replaced`): it is that one which a look at him finds.
     """
     well: dict[str, list[Row]] = {}
+    latest = latest_at(rows)
     for row in rows:
-        row["state"] = "gone" if not row["present"] else "draining" if row["draining"] else "healthy" if row["healthy"] else "unhealthy"
-        row["offered"] = row["state"] == "healthy" and bool(row["inbound"])
+        row["replaced"] = latest.get(row["place"], row) is not row
+        there = row["present"] and not (row["connected"] == REACHED and row["replaced"])
+        row["state"] = "gone" if not there else "draining" if row["draining"] else "unhealthy" if not row["healthy"] else STATES[row["connected"]]
+        row["offered"] = row["state"] in STATES.values() and bool(row["inbound"])
         if row["offered"]:
             well.setdefault(row["service"], []).append(row)
     spared = set()
@@ -240,7 +291,23 @@ def judge(rows: list[Row], most: float | None) -> set[str]:
         for row in out:
             row["state"] = "unreachable"
             row["offered"] = service in spared
+    for row in rows:
+        row["offered"] = row["offered"] and not (row["replaced"] and latest[row["place"]]["offered"])
     return spared
+
+
+def latest_at(rows: list[Row]) -> dict[Place, Row]:
+    """Return who of a service came last to each address, of those that are there: one with a stream before any without."""
+    found: dict[Place, Row] = {}
+    for row in rows:
+        row["place"] = place = (row["service"], network_of(json.loads(row["labels"])), row["inbound"]) if row["present"] and row["inbound"] else None
+        if place is not None and (place not in found or _rank(found[place]) < _rank(row)):
+            found[place] = row
+    return found
+
+
+def _rank(row: Row) -> tuple[bool, float, int, str]:
+    return row["connected"] == HEARD, row["since"], row["not_after"] or 0, row["instance"]
 
 
 def read_place(said: dict[str, Any]) -> tuple[str | None, dict[str, str], str | None]:

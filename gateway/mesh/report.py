@@ -32,6 +32,8 @@ def problems(row: dict[str, Any], now: float, begun: int | None) -> list[str]:
         found.append(f"sent {row['sent']} {span(row['seconds_waiting'])} ago, no answer yet")
     if row["state"] == "unhealthy":
         found.append("says that its app does not answer")
+    if row["state"] == "silent":
+        found.append(f"no stream for {span(now - row['since'])}, but it can be reached: offered as it was last. How its app is is not known, and what it was told may be old")
     if row["state"] == "unreachable":
         since = span(now - row["unreachable_since"])
         found.append(f"cannot be reached: {row['unreachable']} (for {since})" + ("; offered all the same, since too many of the service cannot" if row["offered"] else ""))

@@ -5,6 +5,9 @@ it acknowledged. A refusal is remembered and the same version is not sent again.
 
 A change of a popular endpoint is a message to every stream and an answer from each, so both go past ASGI: a frame is made once for all that are
 told the same and written as it is, and what comes is heard in the moment in which it comes. No task and no timer is made for a message.
+
+Who said goodbye is gone. Who vanished has time to come back, and after that stays an endpoint for as long as he can be reached (gateway.mesh.probe): a
+way to the control plane that is broken says nothing of the way of calls.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import orjson
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -26,8 +30,11 @@ from gateway.mesh.clock import DIFFERS, compared, read
 from gateway.mesh.limit import Bucket
 from gateway.mesh.networks import DEFAULT, network_of, scope
 from gateway.mesh.peers import Peer
-from gateway.mesh.registry import COMEBACK, BadInstance, Registry, read_place
-from gateway.mesh.store import StoreError, Value
+from gateway.mesh.registry import COMEBACK, HEARD, REACHED, STALL, BadInstance, Registry, read_place
+from gateway.mesh.store import Row, StoreError, Value
+
+if TYPE_CHECKING:
+    from gateway.mesh.probe import Target
 
 log = logging.getLogger("crossway.mesh")
 
@@ -35,7 +42,6 @@ ANSWER = 30.0  # seconds that a member has for an assignment
 MESSAGE_MAX = 64 << 10  # bytes from a member
 REASON = 500  # characters of a refusal
 CHANGES = Rate(20, 10.0)  # of an instance's state or place: each one is told to all of its callers
-STALL = 5.0  # seconds between two looks at who is silent, after which it was not they
 MOST_AHEAD = 10**10  # seconds of difference that are written down
 AGAIN = 1.0  # seconds until what could not be written down is tried again
 TURN = 100  # streams that are sent something before others have their turn
@@ -69,7 +75,7 @@ class Stream:
         self.applied_at: float | None = None
         self.refused: int | None = None
         self.reason: str | None = None
-        self.heard = time.monotonic()
+        self.heard = self.began = time.monotonic()
         self.until: float | None = None  # monotonic, until when an answer is waited for; None when none is outstanding
         self.state: tuple[bool, bool] | None = None  # healthy, draining, as it was said last
         self.changes = Bucket(CHANGES)
@@ -81,6 +87,7 @@ class Stream:
         self._running = False  # it is entered in the registry, and may be sent something
         self._place: tuple[Any, ...] | None = None  # as it was said last
         self._where: tuple[Any, ...] | None = None  # the same, read
+        self._written: tuple[Any, Any] = None, None  # state and place, as the registry has them
         self._news = asyncio.Event()
         self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -188,27 +195,31 @@ class Stream:
 
     async def _write_down(self) -> None:
         """Bring the registry up to what the member said last."""
-        place: tuple[Any, ...] | None = None
-        state: tuple[bool, bool] | None = None
         while True:
             await self._news.wait()
             self._news.clear()
             wanted, where = self.state, self._where
             try:
-                if where is not None and where != place:
+                if where is not None and where != self._written[1]:
                     await self.hub.registry.moved(self.service, self.instance, *where)
-                    place = where
+                    self._written = self._written[0], where
                     self.hub.changed()
                     if network_of(where[1]) != self.network:
                         # What is told there may be older than what it has; its next stream sees to that.
                         self.end(GOING)
-                if wanted is not None and wanted != state:
+                if wanted is not None and wanted != self._written[0]:
                     await self.hub.registry.is_now(self.service, self.instance, *wanted)
-                    state = wanted
+                    self._written = wanted, self._written[1]
                     self.hub.changed()
             except StoreError:  # streams outlive the state: what was not written down is tried again
                 await asyncio.sleep(AGAIN)
                 self._news.set()
+
+    async def enter(self) -> None:
+        """Have the registry know that this stream is open here, and all that was heard on it."""
+        await self.hub.registry.connected(self.service, self.instance, self.peer.serial, self.peer.leaf.not_after)
+        self._written = None, None
+        self._news.set()
 
     async def _until_gone(self) -> None:
         while (await self.socket.receive())["type"] != "websocket.disconnect":
@@ -217,6 +228,16 @@ class Stream:
     def told(self) -> dict[str, Any]:
         """Who this is, for the log."""
         return {"service": self.service, "instance": self.instance, "serial": self.peer.serial}
+
+
+@dataclass
+class Lost:
+    """A member whose stream has ended."""
+
+    heard: float  # monotonic, its last word
+    until: float  # it may come back until then
+    goodbye: bool = False
+    kept: bool = False  # it did not, and can be reached
 
 
 class Hub:
@@ -234,7 +255,8 @@ class Hub:
         self._looked = time.monotonic()
         self._patience = 0.0  # monotonic, until when nobody is taken for dead, because nobody was listened to before
         self._clocks: dict[tuple[str, str], int] = {}  # of members, to be written
-        self._lingering: dict[tuple[str, str], float] = {}  # gone without a word; monotonic time when they are taken for dead
+        self.found: Callable[[tuple[str, str]], Target | None] = lambda key: None  # what looks at an instance found, when it can be reached
+        self._lingering: dict[tuple[str, str], Lost] = {}
 
     async def serve(self, stream: Stream) -> None:
         """Run a stream from its first to its last moment."""
@@ -247,7 +269,7 @@ class Hub:
             before.end(REPLACED)
         try:
             self._clocks[stream.key] = 0  # its heartbeats will say
-            await self.registry.connected(stream.service, stream.instance, stream.peer.serial, stream.peer.leaf.not_after)
+            await stream.enter()
             if stream.applied is not None and await self.registry.applied(*stream.key) != stream.applied:
                 # It came with an assignment whose acknowledgement was lost with the connection before.
                 stream.sent, stream.sent_at, stream.applied_at = stream.applied, time.time(), time.time()
@@ -259,8 +281,7 @@ class Hub:
             if self.streams.get(stream.key) is stream:
                 del self.streams[stream.key]
                 # Who said goodbye is gone; who vanished may be back in a moment, with a new certificate or over a new path.
-                now = time.monotonic()
-                self._lingering[stream.key] = now if stream.draining else max(now, stream.heard + self.registry.heartbeat, self._patience)
+                self._lingering[stream.key] = Lost(stream.heard, max(stream.heard + self.registry.heartbeat, self._patience), stream.draining)
                 log.info("a member's stream has ended", extra=stream.told() | {"draining": stream.draining})
 
     def scopes(self) -> set[str]:
@@ -308,11 +329,48 @@ class Hub:
             elif stream.until is not None and now > stream.until:
                 log.warning("a member does not answer an assignment", extra=stream.told() | {"version": stream.sent})
                 stream.end(SILENT)
-        for key, when in list(self._lingering.items()):
-            if now >= when and key not in self.streams:
+        await self._see_others(now)
+        for key, lost in list(self._lingering.items()):
+            if key not in self.streams and not await self._stays(key, lost, now):
                 await self.registry.left(*key)
                 self._lingering.pop(key, None)
                 self.changed()
+
+    async def _see_others(self, now: float) -> None:
+        """Take note of what other control planes wrote: instances of one that is over are ours now, and one that took us for over has ours."""
+        for key, row in self.registry.known.items():
+            stream = self.streams.get(key)
+            if stream is None:
+                if row["connected"] and row["replica"] == self.registry.replica and key not in self._lingering:
+                    self._lingering[key] = Lost(now, now + self.registry.heartbeat, kept=row["connected"] == REACHED)
+            elif row["connected"] != HEARD and now - stream.began > STALL and time.time() - (now - stream.heard) > row["since"]:
+                log.warning("a member that was taken for lost has its stream here", extra=stream.told() | {"by": row["replica"]})
+                await stream.enter()
+                self.changed()
+
+    async def _stays(self, key: tuple[str, str], lost: Lost, now: float) -> bool:
+        """Whether an instance without a stream is still there: it may be back in a moment, or can be reached."""
+        row = self.registry.known.get(key)
+        if lost.goodbye:
+            return False
+        if row is None or row["replica"] != self.registry.replica:
+            return now < lost.until  # not read yet, or another control plane's by now
+        if row["replaced"]:
+            return False
+        if now < lost.until:
+            return True
+        found = self.found(key) if self.registry.keeps(row) else None
+        if found is not None and found.seen > lost.heard and (row["connected"], row["serial"]) != (REACHED, found.serial):
+            await self._keep(row, lost, found, now)
+        return found is not None
+
+    async def _keep(self, row: Row, lost: Lost, found: Target, now: float) -> None:
+        key = row["service"], row["instance"]
+        await self.registry.silent(*key, time.time() - (now - lost.heard), found.serial, found.not_after)
+        if not lost.kept:
+            log.warning("a member has no stream but can be reached: it goes on being offered", extra={"service": key[0], "instance": key[1], "inbound": row["inbound"]})
+        lost.kept = True
+        self.changed()
 
     def _stood_still(self, seconds: float) -> None:
         """Nobody was heard because nobody listened (a machine that was paused or moved, a state that was away): who was there may come back, as after a start."""
@@ -322,8 +380,8 @@ class Hub:
         for stream in self.streams.values():
             stream.heard = now
         self._patience = now + COMEBACK
-        for key, when in self._lingering.items():
-            self._lingering[key] = max(when, self._patience)
+        for lost in self._lingering.values():
+            lost.until = lost.until if lost.kept else max(lost.until, self._patience)
 
     async def write(self) -> None:
         """Write down what members were told and what they said."""

@@ -26,6 +26,7 @@ class Patient(ScriptedOrigin):
 
     def __init__(self, port: int = 0, address: str = "127.0.0.1") -> None:
         self.well = True
+        self.serves = True
         self.checks: Counter[str] = Counter()  # by path
         self.requests = 0
         super().__init__(_answer, port, address)
@@ -42,7 +43,7 @@ def _answer(origin: ScriptedOrigin, stream: Stream) -> None:
         request = stream.request()
         if not request.path.startswith("/health"):
             origin.requests += 1
-            stream.send(ok(origin.name))
+            stream.send(ok(origin.name) if origin.serves else b"HTTP/1.1 503 Down\r\ncontent-length: 0\r\n\r\n")
             continue
         origin.checks[request.path] += 1
         answer = b"HTTP/1.1 200 OK\r\n" if origin.well else b"HTTP/1.1 500 Down\r\n"
@@ -62,10 +63,10 @@ def two() -> Iterator[tuple[Patient, Patient]]:
 CHECK = "http: {path: /health, body: up}, interval: 100ms, timeout: 5s, healthy: 2, unhealthy: 2"
 
 
-def write(folder: Path, *origins: Patient, check: str = CHECK, workers: int = 2, upstream: str = "") -> Path:
+def write(folder: Path, *origins: Patient, check: str = CHECK, workers: int = 2, upstream: str = "", eject: str = "{}") -> Path:
     path = folder / "edge.yaml"
     targets = ", ".join(f"'127.0.0.1:{origin.port}'" for origin in origins)
-    health = f", health: {{check: {{{check}}}}}" if check else ""
+    health = f", health: {{check: {{{check}}}, eject: {eject}}}" if check else ""
     path.write_text(
         f"version: 1\nworkers: {workers}\nadmin: {{bind: 127.0.0.1:0}}\nlisteners: {{public: {{bind: 127.0.0.1:0}}}}\n"
         f"upstreams: {{pay: {{balance: round_robin, {upstream or f'targets: [{targets}]'}{health}}}}}\n"
@@ -124,6 +125,34 @@ def test_an_endpoint_that_fails_its_checks_gets_no_traffic_until_it_passes_them(
         sick.well = True
         eventually(lambda: told(gateway, PASSED), "the verdict")
         eventually(lambda: gateway.get("/x")[1] == sick.name, "traffic at the endpoint that is back")
+
+
+def test_an_endpoint_that_passes_its_checks_again_is_not_kept_out_by_its_ejection(tmp_path: Path, two: tuple[Patient, Patient]) -> None:
+    sick, fine = two
+    with Gateway(write(tmp_path, sick, fine, eject="{failures: 1, base: 10m, max: 10m}")) as gateway:
+        more(sick), more(fine)
+        sick.serves = False
+        eventually(lambda: gateway.get("/x") == (503, b""), "a failure")
+        only(gateway, fine, sick)
+        before = sick.requests
+        more(sick, 10)
+        only(gateway, fine)
+        assert sick.requests == before, "checks that passed all along end nothing"
+
+        sick.well = False
+        eventually(lambda: told(gateway, FAILED), "the verdict")
+        sick.well = True
+        eventually(lambda: told(gateway, PASSED), "the verdict")
+        eventually(lambda: gateway.get("/x")[0] and sick.requests > before, "the request that tries it")
+        only(gateway, fine)
+        more(sick, 10)
+        only(gateway, fine)
+        assert sick.requests == before + 1, "one, which failed"
+
+        sick.well, sick.serves = False, True
+        eventually(lambda: len(told(gateway, FAILED)) == 2, "the verdict")
+        sick.well = True
+        eventually(lambda: {gateway.get("/x")[1] for _ in range(10)} == {sick.name, fine.name}, "traffic at both")
 
 
 def test_endpoints_are_checked_once_whatever_the_number_of_workers(tmp_path: Path, two: tuple[Patient, Patient]) -> None:

@@ -90,6 +90,7 @@ def test_where_an_instance_is_is_what_its_present_stream_says(pair: tuple[Contro
         ledger.close()
 
 
+@pytest.mark.timeout(180)  # for as long as a control plane waits
 def test_instances_of_a_dead_control_plane_that_do_not_come_back_are_out(pair: tuple[ControlProcess, ControlProcess]) -> None:
     one, two = pair
     payments, ledger = Member(one, "payments", 1), Member(two, "ledger", 2)

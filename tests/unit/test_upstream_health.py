@@ -364,13 +364,69 @@ def test_a_verdict_holds_no_longer_than_it_is_renewed() -> None:
     assert one.availability(START + 5 * SECOND) == USABLE
 
 
-def test_a_passed_check_ends_an_ejection_only_when_asked() -> None:
+def backed_off(upstream: UpstreamState, endpoint: EndpointState) -> int:
+    """Eject an endpoint and fail its probes until it is out for a minute; return when that was."""
+    eject(upstream, endpoint, START)
+    now = START
+    while endpoint.ejected_until() - now < 60 * SECOND:
+        now = endpoint.ejected_until()
+        assert send(upstream, endpoint, CONNECT, now) == PROBE_FAILED
+    return now
+
+
+@pytest.mark.parametrize(
+    ("results", "ended"),
+    [
+        ("++++++", False),      # it passed all along: checks know nothing of what the requests suffered
+        ("-----", False),
+        ("--+", False),
+        ("-++", True),          # too few failures for a verdict, and yet it was away and is back
+        ("---++", True),
+        ("---+-+-+", False),
+        ("+++-+++", True),
+    ],
+)
+def test_checks_that_failed_and_pass_again_end_the_time_of_an_ejection(results: str, ended: bool) -> None:
     upstream, (one, _) = seen_by(table(), 0, 2)
-    eject(upstream, one, START)
-    one.checked(True, START, 60 * SECOND)
-    assert one.availability(START) == EJECTED
-    one.checked(True, START, 60 * SECOND, clears=True)
-    assert one.availability(START) == USABLE
+    now = backed_off(upstream, one)
+    for result in results:
+        now += SECOND // 10
+        assert one.availability(now) == EJECTED
+        one.checked(result == "+", now, 60 * SECOND, healthy=2, unhealthy=3)
+        if one.availability(now) == MAY_PROBE:
+            break
+    assert (one.availability(now) == MAY_PROBE) is ended
+
+
+def test_after_checks_that_pass_again_one_request_decides() -> None:
+    upstream, (one, _) = seen_by(table(), 0, 2)
+    now = backed_off(upstream, one)
+    for good in (False, True, True):
+        one.checked(good, now, 60 * SECOND, healthy=2, unhealthy=3)
+    ticket = one.admit(now, PROBE)
+    assert ticket and one.admit(now, PROBE) == 0, "one request and no second"
+    assert one.report(upstream, STATUS, ticket, now) == PROBE_FAILED
+    assert one.ejected_until() - now >= 60 * SECOND, "no shorter than before"
+    one.checked(True, now, 60 * SECOND)
+    assert one.availability(now) == EJECTED, "nothing failed since"
+    for good in (False, True, True):
+        one.checked(good, now, 60 * SECOND, healthy=2, unhealthy=3)
+    assert send(upstream, one, OK, now) == RETURNED
+    assert one.availability(now) == USABLE
+
+
+def test_a_check_ends_no_probe_that_is_under_way_and_no_turn_that_is_due() -> None:
+    upstream, (one, _) = seen_by(table(), 0, 2)
+    backed_off(upstream, one)
+    now = one.ejected_until()
+    ticket = one.admit(now, PROBE)
+    for good in (False, True, True):
+        one.checked(good, now, 60 * SECOND, healthy=2, unhealthy=3)
+    assert one.is_probe(ticket) and one.admit(now, PROBE) == 0
+    assert one.report(upstream, CANCELLED, ticket, now) == NONE
+    for good in (False, True, True):
+        one.checked(good, now + 5 * SECOND, 60 * SECOND, healthy=2, unhealthy=3)
+    assert one.ejected_until() <= now
 
 
 def test_an_unhealthy_endpoint_is_not_probed() -> None:
