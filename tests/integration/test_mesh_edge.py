@@ -20,7 +20,7 @@ import jwt
 import pytest
 
 from tests.integration.mesh_kit import Control, Sidecar, key_pem
-from tests.integration.processes import PATIENCE, Gateway, Origin, environment, eventually
+from tests.integration.processes import Gateway, Origin, environment, eventually, request
 
 EDGE = """version: 1
 workers: 1
@@ -62,24 +62,12 @@ def write_edge(control: Control, token: Path | None = None) -> Path:
 
 def ask(url: str, path: str = "/v1/payments/1", **headers: str) -> int:
     parts = urlsplit(url)
-    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=PATIENCE)
-    try:
-        connection.request("GET", path, headers=headers)
-        answer = connection.getresponse()
-        answer.read()
-        return answer.status
-    finally:
-        connection.close()
+    return request(parts.port or 80, path, headers=headers, host=parts.hostname or "")[0]
 
 
 def page(url: str, path: str) -> str:
     parts = urlsplit(url)
-    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=PATIENCE)
-    try:
-        connection.request("GET", path)
-        return connection.getresponse().read().decode()
-    finally:
-        connection.close()
+    return request(parts.port or 80, path, host=parts.hostname or "")[2].decode()
 
 
 def test_an_edge_calls_a_service_with_its_own_identity(control: Control, payments: Sidecar) -> None:
