@@ -18,6 +18,7 @@ from gateway.config.load import _sorted, _translate
 from gateway.config.mesh_file import EVERYBODY, KubernetesJoin, MeshFile, Pkcs11
 from gateway.config.mesh_traffic import warn_traffic
 from gateway.config.source import Document, Path_
+from gateway.config.unusable import unfit, unreadable
 from gateway.errors import ConfigError, Problem
 
 TCP_RULE = "who connects to a tcp service is decided by `from` and `ports`, before the first byte passes"
@@ -137,9 +138,9 @@ def _check_roots(document: Document, at: Path_, path: Path) -> str | None:
         document.files[f"file:{path}"] = content
         return "".join(ssl.DER_cert_to_PEM_cert(each.der) for each in parse_certificates(content))
     except OSError as error:
-        document.report(at, f"cannot be read: {error.strerror}", "a file of certificates, PEM")
+        document.report(at, f"cannot read the certificates of authorities: {error.strerror}", unreadable(error, path))
     except TlsError as error:
-        document.report(at, f"cannot be used: {error}", "a file of certificates, PEM")
+        document.report(at, f"the certificates of authorities cannot be used: {error}", unfit("certificates of authorities", content, path))
     return None
 
 
