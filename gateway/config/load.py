@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 from gateway.config.base import Model, _key
 from gateway.config.check import findings
 from gateway.config.discovery import MAX_ENDPOINTS, file_time
+from gateway.config.kinds import refuse_other
 from gateway.config.mesh_parts import add_parts
 from gateway.config.names import check_names
 from gateway.config.schema import Config, Endpoint, Target, check_targets
@@ -48,6 +49,7 @@ def load(path: str | Path) -> Config:
     document.read()
     if document.data is None:
         raise ConfigError(document.problems or [Problem(document.name, 1, 1, "empty: there is no configuration in it")])
+    refuse_other(document, "gateway")
     context: dict[str, Any] = {"base": document.base, "models": {}, "documents": []}
     config: Config | None = None
     try:

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from gateway._speedups.certificates import TlsError, parse_certificates
+from gateway.config.kinds import kind_of, refuse_other
 from gateway.config.load import _sorted, _translate
 from gateway.config.mesh_file import EVERYBODY, KubernetesJoin, MeshFile, Pkcs11
 from gateway.config.mesh_traffic import warn_traffic
@@ -26,10 +27,10 @@ LAYER7 = ("methods", "path", "prefix", "headers", "claims")  # what a rule may s
 
 
 def is_mesh(path: str | Path) -> bool:
-    """Tell whether a file is a mesh's rather than a gateway's: it names a trust domain."""
+    """Tell whether a file is a mesh's rather than a gateway's."""
     document = Document(path)
     document.read()
-    return isinstance(document.data, dict) and "trust_domain" in document.data and "listeners" not in document.data
+    return kind_of(document.data) == "mesh"
 
 
 def load_mesh(path: str | Path, content: bytes | None = None, name: str = "") -> MeshFile:
@@ -38,6 +39,7 @@ def load_mesh(path: str | Path, content: bytes | None = None, name: str = "") ->
     document.read()
     if document.data is None:
         raise ConfigError(document.problems or [Problem(document.name, 1, 1, "empty: there is no mesh in it")])
+    refuse_other(document, "mesh")
     context: dict[str, Any] = {"base": document.base, "models": {}, "documents": []}
     mesh: MeshFile | None = None
     try:
