@@ -23,6 +23,7 @@ from gateway.config.redis_check import check_redis
 from gateway.config.schema import Config, Route, Upstream
 from gateway.config.shaping_check import check_shaping
 from gateway.config.source import Document, Key
+from gateway.config.unusable import unreadable
 from gateway.config.web import Bind, parameters
 from gateway.errors import Problem
 
@@ -157,6 +158,13 @@ def _mesh(config: Config, document: Document) -> None:
         document.warn(
             ("mesh", "state"), "this gateway has not joined the mesh yet", "`crossway run` joins, with a `token` of `crossway mesh token`"
         )
+        for key in ("token", "kubernetes", "control_ca"):
+            path = getattr(config.mesh, key)
+            try:
+                if path is not None:
+                    read_file(path, 1)
+            except OSError as error:
+                document.warn(("mesh", key), f"cannot read what it joins with: {error.strerror}", unreadable(error, path))
     if not any(upstream.service for upstream in config.upstreams.values()):
         document.warn(("mesh",), "a member of a mesh that calls none of its services", "write `{service: NAME}` as an upstream")
 
