@@ -177,7 +177,9 @@ def _check_names(document: Document) -> None:
     """Report services that rules, `revoked` and `join` name and that are not there, and rule names that are used twice."""
     data = document.data if isinstance(document.data, dict) else {}
     services = data.get("services")
-    known = [str(name) for name in services] if isinstance(services, dict) else []
+    if not isinstance(services, dict):
+        return  # which is told, and then every name would be unknown
+    known = [str(name) for name in services]
     outside = data.get("external")
     called = [*known, *(str(name) for name in outside)] if isinstance(outside, dict) else known
     section = data.get("authorization")
