@@ -16,6 +16,7 @@ from gateway.config.check_tls import check_tls, file_versions, watched_files
 from gateway.config.cpus import available_cpus
 from gateway.config.hooks import check_hook
 from gateway.config.keyfile import MAX_JWKS, read_file
+from gateway.config.methods import warn_methods
 from gateway.config.names import check_names
 from gateway.config.overlaps import check_overlaps
 from gateway.config.policies import AUDIT_FIELDS, DESCRIPTORS, Audit, Jwt, Policy, Python
@@ -53,6 +54,7 @@ def findings(config: Config) -> list[Problem]:
     check_redis(config.redis, _all_policies(config), document)
     for number, route in enumerate(config.routes):
         _route(config, number, route, document)
+        warn_methods(document, ("routes", number, "match", "methods"), route.match.methods)
     check_http2(config)
     check_overlaps(config)
     check_tcp(config)

@@ -18,6 +18,7 @@ from gateway.config.kinds import kind_of, refuse_other
 from gateway.config.load import _sorted, _translate
 from gateway.config.mesh_file import EVERYBODY, KubernetesJoin, MeshFile, Pkcs11
 from gateway.config.mesh_traffic import warn_traffic
+from gateway.config.methods import warn_methods
 from gateway.config.source import Document, Path_
 from gateway.config.unusable import unfit, unreadable
 from gateway.errors import ConfigError, Problem
@@ -75,6 +76,7 @@ def mesh_findings(mesh: MeshFile) -> list[Problem]:
         warn_traffic(document, name, service)
     for number, rule in enumerate(mesh.authorization.rules):
         at = ("authorization", "rules", number)
+        warn_methods(document, (*at, "methods"), rule.methods)
         tcp = [name for name, service in mesh.services.items() if service.protocol == "tcp"]
         if tcp and rule.layer7 and EVERYBODY in rule.to:
             document.warn(at, f"rule {rule.name} looks into requests, and {tcp[0]} speaks tcp: it allows nothing there", TCP_RULE)

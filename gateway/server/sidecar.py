@@ -201,7 +201,7 @@ class Sidecar:
                 if self.identity.lasting:
                     raise CannotStart(f"cannot join the mesh: {self.identity.error}")
                 if time.time() > until:
-                    raise CannotStart(f"cannot join the mesh before the token ends: {self.identity.error}")
+                    raise CannotStart(f"cannot join the mesh, and the token has ended (`crossway mesh token {self.setup.service}` makes another): {self.identity.error}")
                 await asyncio.wait({stopped}, timeout=min(10.0, pause(self.identity.failures, self.identity.draw())))
                 if stopped.done():
                     return False

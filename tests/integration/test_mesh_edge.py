@@ -183,6 +183,10 @@ def test_what_contradicts_a_service_is_told_at_its_place(control: Control, tmp_p
 def test_a_file_can_be_checked_before_it_has_joined(control: Control, tmp_path: Path) -> None:
     done = run("check", "-c", str(write_edge(control)), cwd=tmp_path)
     assert done.returncode == 0 and "has not joined the mesh yet" in done.stdout + done.stderr
+    assert "cannot read" not in done.stdout
+    path = write_edge(control, tmp_path / "nowhere.token")
+    done = run("check", "-c", str(path), cwd=tmp_path)
+    assert done.returncode == 0 and "warning: cannot read what it joins with: No such file" in done.stdout and f"put it there: {tmp_path}/nowhere.token" in done.stdout
 
 
 def test_keys_of_an_edge_are_its_owners_alone(control: Control, payments: Sidecar) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -68,6 +69,16 @@ def test_a_member_that_is_stopped_while_it_joins_ends_in_peace(tmp_path: Path, t
     assert lines[-1]["event"] == "stopped before it joined the mesh"
     if not answers:
         assert lines[0]["error"].startswith("the control plane at https://127.0.0.1:") and lines[0]["error"].endswith("cannot be reached: Connection refused")
+
+
+def test_a_token_that_has_ended_is_called_so(tmp_path: Path, token: Path) -> None:
+    """A token that is over makes one attempt, whose failure may be the clock's; the sentence says both."""
+    line = token.read_text().strip()
+    said = json.loads(base64.urlsafe_b64decode(line + "=" * (-len(line) % 4))) | {"expires": 1}
+    token.write_text(base64.urlsafe_b64encode(json.dumps(said).encode()).decode().rstrip("="))
+    assert joining(tmp_path, free_port(), "--token", str(token)).wait(PATIENCE) == 1
+    last = (tmp_path / "log").read_text().splitlines()[-1]
+    assert last.startswith("crossway: cannot join the mesh, and the token has ended (`crossway mesh token ledger` makes another): the control plane at https://")
 
 
 @pytest.mark.parametrize(

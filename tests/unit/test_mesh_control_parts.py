@@ -115,6 +115,11 @@ def test_one_mistake_is_not_told_as_many(tmp_path: Path) -> None:
         assert message in problem.message and problem.hint.startswith(hint), problem.render()
 
 
+def test_a_method_that_nobody_sends_is_told(tmp_path: Path) -> None:
+    (problem,) = mesh_findings(load_mesh(write(tmp_path, MESH.replace("methods: [GET]", "methods: [GTE, MERGE-ALL]"))))
+    assert "'GTE' is no usual method" in problem.message and problem.hint == "did you mean 'GET'?" and problem.line == 7
+
+
 def test_files_are_beside_the_meshs_file_also_when_nothing_is_said(tmp_path: Path) -> None:
     mesh = load_mesh(write(tmp_path))
     assert mesh.control.ca == tmp_path / "ca" and mesh.control.state == str(tmp_path / "mesh.db")
