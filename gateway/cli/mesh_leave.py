@@ -10,23 +10,14 @@ import argparse
 import sys
 
 from gateway.cli import Subparsers
+from gateway.cli.mesh_member import parse_seconds
 
 
 def register(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("leave", help="have a running sidecar leave the registry, and go on serving")
     parser.add_argument("--state", required=True, metavar="FOLDER", help="the sidecar's, as it was started")
-    parser.add_argument("--wait", default=0.0, type=_seconds, metavar="SECONDS", help="return only after this time, in which callers learn of it (0)")
+    parser.add_argument("--wait", default=0.0, type=parse_seconds, metavar="SECONDS", help="return only after this time, in which callers learn of it (0)")
     parser.set_defaults(run=run)
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1
-    if not 0 <= value <= 600:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds up to 600")
-    return value
 
 
 def run(parsed: argparse.Namespace) -> int:

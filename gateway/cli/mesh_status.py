@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
 import time
 from typing import TYPE_CHECKING, Any
 
 from gateway.cli import Subparsers
 from gateway.cli.mesh_file import add_file, with_store
+from gateway.cli.tables import console_for
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from gateway.config.mesh_file import MeshFile
     from gateway.mesh.store import Store
 
-PIPE_COLUMNS = 200
 RECENT = 3600.0  # seconds that who is gone is shown
 STYLES = {"healthy": "green", "silent": "yellow", "unreachable": "red", "unhealthy": "red", "draining": "yellow", "gone": "dim"}
 
@@ -66,13 +64,14 @@ def well(said: dict[str, Any]) -> bool:
 
 
 def show(said: dict[str, Any], every: bool) -> None:
-    from rich.console import Console
     from rich.markup import escape
 
     from gateway.mesh.clock import span
 
-    console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_COLUMNS)
     now, rows = said["time"], said["instances"]
+    shown = [row for row in rows if every or row["state"] != "gone" or now - row["since"] < RECENT]
+    table = table_of(shown, now)
+    console = console_for(table)
     alive = [f"{row['id']} (up {span(now - row['started'])})" for row in said["control_planes"] if row["alive"]]
     console.print(f"[bold]{escape(said['trust_domain'])}[/bold]   policy {said['policy']}, default {said['default']}", highlight=False)
     console.print(f"control planes   {escape(', '.join(alive)) or '[red]none is running[/red]'}", highlight=False, soft_wrap=True)
@@ -85,10 +84,9 @@ def show(said: dict[str, Any], every: bool) -> None:
         console.print(f"instances        {told}", highlight=False)
     if empty := [name for name in said["services"] if not any(row["service"] == name and row["state"] != "gone" for row in rows)]:
         console.print(f"no instance of   {', '.join(empty)}", highlight=False, soft_wrap=True)
-    shown = [row for row in rows if every or row["state"] != "gone" or now - row["since"] < RECENT]
     if shown:
         console.print()
-        console.print(table_of(shown, now))
+        console.print(table)
     elif not rows:
         console.print("\nno instance has joined yet: `crossway mesh token SERVICE` makes a token for one")
     if hidden := len(rows) - len(shown):
@@ -112,7 +110,7 @@ def table_of(rows: list[dict[str, Any]], now: float) -> Table:
     labels = any(_labels(row) for row in rows)
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for title in ("service", "instance", "state", "inbound", "zone", *(["labels"] if labels else []), "certificate", "version", "applied"):
-        table.add_column(title, justify="right" if title == "version" else "left", no_wrap=title not in ("instance", "labels"), overflow="fold")
+        table.add_column(title, justify="right" if title == "version" else "left", no_wrap=True)
     for row in rows:
         state = f"{row['state']}, {_ago(row['since'], now)}" if row["state"] == "gone" else row["state"]
         behind = row["state"] != "gone" and (row["refused"] or row["seconds_waiting"] is not None)

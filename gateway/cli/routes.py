@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from gateway.cli.mesh_ways import cell_lines, divided, notes, share_texts
+from gateway.cli.tables import console_for
 from gateway.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -80,7 +81,6 @@ def raw_tcp(config: Config) -> list[dict[str, Any]]:
 
 
 def _print_raw(raw: list[dict[str, Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -90,7 +90,7 @@ def _print_raw(raw: list[dict[str, Any]]) -> None:
     for each in raw:
         cells = (each["listener"], each["server_name"] or "any", each["tls"], f"at most {each['connections']}", each["upstream"])
         table.add_row(*(Text(cell) for cell in cells))
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    console_for(table, fold=True).print(table)
 
 
 def describe(config: Config, route: Route) -> dict[str, Any]:
@@ -163,7 +163,6 @@ def condition_text(wanted: ValueMatch) -> str:
 
 
 def _print_table(facts: list[dict[str, Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -184,8 +183,7 @@ def _print_table(facts: list[dict[str, Any]]) -> None:
         )
         # Text: what stands in a configuration is never read as markup.
         table.add_row(*(Text(cell) for cell in cells))
-    # A pipe has no width: 80 columns would fold what a person then greps.
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    console_for(table, fold=True).print(table)
 
 
 def below(prefix: str) -> str:

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
 import time
 from typing import Any
 
 from gateway.cli import Subparsers
 from gateway.cli.client import Client, Unreachable, add_arguments, complain
+from gateway.cli.tables import console_for
 
 Row = dict[str, Any]
-PIPE_COLUMNS = 200
 FAILURES = ("connect", "reset", "timeout", "status")
 STYLES = {"up": "green", "ejected": "red", "unhealthy": "red", "probing": "yellow", "probe due": "yellow"}
 
@@ -91,15 +89,13 @@ def _share(part: int, whole: int) -> float | None:
 
 
 def _print(rows: list[Row]) -> None:
-    from rich.console import Console
-
-    # Into a pipe, as wide as it is: whoever reads it there wants whole lines.
-    console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_COLUMNS)
-    for number, row in enumerate(rows):
+    tables = [_table(row["endpoints"]) for row in rows]
+    console = console_for(*tables)
+    for number, (row, table) in enumerate(zip(rows, tables, strict=True)):
         if number:
             console.print()
         console.print(headline(row), highlight=False, soft_wrap=True)
-        console.print(_table(row["endpoints"]))
+        console.print(table)
     if not rows:
         console.print("no upstreams: no worker has opened one yet")
 
@@ -132,9 +128,8 @@ def _table(endpoints: list[Row]) -> Any:
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 2))
     titles = ("endpoint", "zone", "weight", "state", "in flight", "ewma", "attempts", "failures", "ejections", "retries")
     for title in titles:
-        wide = title in ("endpoint", "failures")        # on a narrow terminal these take more lines; figures are never cut
-        justify: Any = "left" if wide or title in ("zone", "state") else "right"
-        table.add_column(title, justify=justify, no_wrap=not wide, overflow="fold")
+        justify: Any = "left" if title in ("endpoint", "failures", "zone", "state") else "right"
+        table.add_column(title, justify=justify, no_wrap=True)
     for endpoint in endpoints:
         counters = endpoint["counters"]
         name = endpoint["address"] if endpoint["target"] in (None, endpoint["address"]) else f"{endpoint['address']} {endpoint['target']}"

@@ -9,6 +9,7 @@ from typing import Any
 
 from gateway.cli import Subparsers
 from gateway.cli.client import Client, Unreachable, add_arguments, complain
+from gateway.cli.tables import console_for
 
 Row = dict[str, Any]
 
@@ -75,7 +76,6 @@ def _rate(old: Row | None, new: Row, key: str, seconds: float) -> float | None:
 
 
 def _print_table(rows: list[Row]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
@@ -92,7 +92,7 @@ def _print_table(rows: list[Row]) -> None:
             row["config_version"],
         ]
         table.add_row(*("-" if cell is None else str(cell) for cell in cells), _duration(row["uptime"]))
-    Console().print(table)
+    console_for(table).print(table)
 
 
 def _duration(seconds: float | None) -> str:

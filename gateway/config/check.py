@@ -16,6 +16,7 @@ from gateway.config.check_tls import check_tls, file_versions, watched_files
 from gateway.config.cpus import available_cpus
 from gateway.config.hooks import check_hook
 from gateway.config.keyfile import MAX_JWKS, read_file
+from gateway.config.methods import warn_methods
 from gateway.config.names import check_names
 from gateway.config.overlaps import check_overlaps
 from gateway.config.policies import AUDIT_FIELDS, DESCRIPTORS, Audit, Jwt, Policy, Python
@@ -23,6 +24,7 @@ from gateway.config.redis_check import check_redis
 from gateway.config.schema import Config, Route, Upstream
 from gateway.config.shaping_check import check_shaping
 from gateway.config.source import Document, Key
+from gateway.config.unusable import unreadable
 from gateway.config.web import Bind, parameters
 from gateway.errors import Problem
 
@@ -52,6 +54,7 @@ def findings(config: Config) -> list[Problem]:
     check_redis(config.redis, _all_policies(config), document)
     for number, route in enumerate(config.routes):
         _route(config, number, route, document)
+        warn_methods(document, ("routes", number, "match", "methods"), route.match.methods)
     check_http2(config)
     check_overlaps(config)
     check_tcp(config)
@@ -157,6 +160,13 @@ def _mesh(config: Config, document: Document) -> None:
         document.warn(
             ("mesh", "state"), "this gateway has not joined the mesh yet", "`crossway run` joins, with a `token` of `crossway mesh token`"
         )
+        for key in ("token", "kubernetes", "control_ca"):
+            path = getattr(config.mesh, key)
+            try:
+                if path is not None:
+                    read_file(path, 1)
+            except OSError as error:
+                document.warn(("mesh", key), f"cannot read what it joins with: {error.strerror}", unreadable(error, path))
     if not any(upstream.service for upstream in config.upstreams.values()):
         document.warn(("mesh",), "a member of a mesh that calls none of its services", "write `{service: NAME}` as an upstream")
 

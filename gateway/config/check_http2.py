@@ -23,6 +23,7 @@ def check_http2(config: Config) -> None:
         _upstream(upstream, ("upstreams", name), config.document)
     for number, route in enumerate(config.routes):
         _route(config, route, ("routes", number), config.document)
+        _heard(config, route, ("routes", number), config.document)
         _grpc_web(config, number, route, config.document)
 
 
@@ -106,6 +107,22 @@ def _route(config: Config, route: Route, place: Place, document: Document) -> No
                 "write `protocol: grpc` there: then grpc-status counts for health and retries",
             )
     _mirror(config, route, place, document)
+
+
+def _heard(config: Config, route: Route, place: Place, document: Document) -> None:
+    """Calls come over HTTP/2, but for those of browsers."""
+    names = route.listeners or config.http_listeners
+    if route.match.grpc is None or any(name in config.listeners and config.listeners[name].spoken_http2 is not None for name in names):
+        return
+    policies = [use.inline or config.policies.get(use.use or "") for use in route.policies]
+    if any(policy is not None and policy.kind == "grpc_web" for policy in policies):
+        return
+    document.warn(
+        (*place, "match", "grpc"),
+        f"nobody can make these calls: they need HTTP/2, and no listener of this route speaks it ({', '.join(names)})",
+        "give one `http2: {clear: true}`, for clients without TLS, or `tls`",
+        key=True,
+    )
 
 
 def _mirror(config: Config, route: Route, place: Place, document: Document) -> None:

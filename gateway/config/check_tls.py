@@ -29,6 +29,7 @@ from gateway._speedups.certificates import (
 from gateway.config.keyfile import read_file
 from gateway.config.source import Document, Key
 from gateway.config.tls import ListenerTls, Pair, UpstreamTls, listener_files, upstream_files
+from gateway.config.unusable import unfit, unreadable
 from gateway.workload.authorities import system_authorities
 
 if TYPE_CHECKING:
@@ -77,13 +78,13 @@ class _Files:
         try:
             content = read_file(path, PEM_MAX + 1)
         except OSError as error:
-            self.document.report(place, f"cannot read the {what}: {error.strerror}", f"put it there: {path}")
+            self.document.report(place, f"cannot read the {what}: {error.strerror}", unreadable(error, path))
             return None
         self.document.files[f"file:{path}"] = hashlib.sha256(content).digest() if secret else content
         try:
             return parse(content)
         except TlsError as error:
-            self.document.report(place, f"the {what} cannot be used: {error}", f"the file is {path}")
+            self.document.report(place, f"the {what} cannot be used: {error}", unfit(what, content, path))
             return None
 
     def pair(self, pair: Pair, place: Place, owner: str) -> list[Certificate] | None:
@@ -93,6 +94,14 @@ class _Files:
         if chain is None:
             return None
         if key is not None and not key.matches(chain[0]):
+            own = next((number for number, each in enumerate(chain) if key.matches(each)), 0)
+            if own:
+                self.document.report(
+                    (*place, "cert"),
+                    f"the chain is out of order: {chain[own].subject}, whose key this is, is certificate {own + 1} of {len(chain)} in it",
+                    f"put it first, then its issuer, and so on: {pair.cert}",
+                )
+                return None
             self.document.report(
                 (*place, "key"),
                 "this key does not belong to the certificate",
@@ -103,9 +112,10 @@ class _Files:
             self.used.append(CertificateInfo(owner, str(pair.cert), chain[0].subject, chain[0].not_after))
         for one, issuer in itertools.pairwise(chain):
             if one.issuer != issuer.subject:
+                there = any(each.subject == one.issuer for each in chain)
                 self.document.warn(
                     (*place, "cert"),
-                    f"the chain is out of order: {one.issuer} should follow {one.subject}",
+                    f"the chain is {'out of order' if there else 'broken'}: {one.issuer} should follow {one.subject}, and {issuer.subject} does",
                     "put the certificate first, then each one's issuer; clients may refuse it as it is",
                 )
                 break
@@ -128,7 +138,7 @@ class _Files:
                     place, f"not valid before {begin} UTC: {certificate.subject}", "is this machine's clock right?"
                 )
 
-    def authorities(self, path: Path, place: Place) -> None:
+    def authorities(self, path: Path, place: Place) -> list[Certificate]:
         def lenient(content: bytes) -> list[Certificate]:
             return parse_certificates(content, strict=False)
 
@@ -140,8 +150,9 @@ class _Files:
                 )
         if found:
             self.dates(found, place)
+        return found or []
 
-    def revocations(self, path: Path, place: Place) -> None:
+    def revocations(self, path: Path, place: Place, authorities: Sequence[Certificate]) -> None:
         lists: list[RevocationList] | None = self.read(path, place, "revocation list", parse_revocations)
         for each in lists or ():
             if each.next_update and each.next_update < self.now:
@@ -150,9 +161,18 @@ class _Files:
                     f"the revocation list of {each.issuer} is out of date",
                     "get the present one: no certificate of this authority is accepted with it",
                 )
+        issuers = {each.issuer for each in lists or ()}
+        for authority in authorities:
+            if lists is not None and authority.authority and authority.subject not in issuers:
+                self.document.warn(
+                    place,
+                    f"no list of {authority.subject} is in it; there are: {', '.join(sorted(issuers))}",
+                    "add the list of that authority: no certificate that leads to it is accepted without",
+                )
 
 
 def _listener(tls: ListenerTls, place: Place, owner: str, files: _Files) -> None:
+    seen: dict[tuple[object, ...], int] = {}  # names and kind of key -> which certificate of the list
     for index, pair in enumerate(tls.certificates):
         at: Place = (*place, "certificates", index)
         chain = files.pair(pair, at, owner)
@@ -160,14 +180,19 @@ def _listener(tls: ListenerTls, place: Place, owner: str, files: _Files) -> None
             files.document.warn(
                 (*at, "cert"), "the certificate carries no subjectAltName", "clients look for their host's name there"
             )
+        elif chain is not None:
+            same = seen.setdefault((frozenset(chain[0].dns), frozenset(chain[0].addresses), chain[0].kind), index)
+            if same != index:
+                files.document.warn(
+                    (*at, "cert"), f"the same names and kind of key as certificates[{same}]: one of the two is never used", "remove it, or name another file"
+                )
         if pair.ocsp is not None:
             staple: OcspResponse | None = files.read(pair.ocsp, (*at, "ocsp"), "OCSP response", OcspResponse)
             if staple is not None and chain is not None:
                 _staple(staple, chain[0], (*at, "ocsp"), files)
-    if tls.client_ca is not None:
-        files.authorities(tls.client_ca, (*place, "client_ca"))
+    authorities = [] if tls.client_ca is None else files.authorities(tls.client_ca, (*place, "client_ca"))
     if tls.crl is not None:
-        files.revocations(tls.crl, (*place, "crl"))
+        files.revocations(tls.crl, (*place, "crl"), authorities)
 
 
 def _staple(staple: OcspResponse, certificate: Certificate, place: Place, files: _Files) -> None:
@@ -181,6 +206,7 @@ def _staple(staple: OcspResponse, certificate: Certificate, place: Place, files:
 
 def _upstream(tls: UpstreamTls, place: Place, owner: str, files: _Files, member: bool) -> None:
     files.renewed = member
+    authorities: list[Certificate] = []
     if tls.insecure:
         files.document.warn(
             (*place, "insecure"),
@@ -193,11 +219,11 @@ def _upstream(tls: UpstreamTls, place: Place, owner: str, files: _Files, member:
                 place, "this machine has no certificates of authorities", "install ca-certificates, or name a file in `ca`", key=True
             )
     else:
-        files.authorities(tls.ca, (*place, "ca"))
+        authorities = files.authorities(tls.ca, (*place, "ca"))
     if tls.certificate is not None:
         files.pair(tls.certificate, (*place, "certificate"), owner)
     if tls.crl is not None:
-        files.revocations(tls.crl, (*place, "crl"))
+        files.revocations(tls.crl, (*place, "crl"), authorities)
 
 
 def watched_files(config: Config) -> list[str]:

@@ -8,9 +8,9 @@ model.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
@@ -18,15 +18,18 @@ from pydantic_core import ErrorDetails
 from gateway.config.base import Model, _key
 from gateway.config.check import findings
 from gateway.config.discovery import MAX_ENDPOINTS, file_time
+from gateway.config.kinds import GATEWAY, kind_of, refuse_other
 from gateway.config.mesh_parts import add_parts
 from gateway.config.names import check_names
-from gateway.config.schema import Config, Endpoint, Target, check_targets
+from gateway.config.schema import Config, Endpoint, Listener, Route, Target, Upstream, check_targets
 from gateway.config.source import Document, Resolved, hide_login
 from gateway.config.values import fault
 from gateway.errors import ConfigError, Problem
 
 Loc = tuple[str | int, ...]
 
+_ALIKE = 0.75  # above it a likeness is a slip of the finger
+_CALLED = (("http2", "h2", "h2c", "http/2", "http/2.0"), ("http1", "http/1.1", "http", "http1.1", "h1"))
 _ELSEWHERE = "docs/configuration.md says what may stand here"
 _SHAPES = {
     "dict_type": ("a mapping", "write `key: value` lines below it, or {key: value}"),
@@ -48,6 +51,7 @@ def load(path: str | Path) -> Config:
     document.read()
     if document.data is None:
         raise ConfigError(document.problems or [Problem(document.name, 1, 1, "empty: there is no configuration in it")])
+    refuse_other(document, "gateway")
     context: dict[str, Any] = {"base": document.base, "models": {}, "documents": []}
     config: Config | None = None
     try:
@@ -193,7 +197,7 @@ def _sentence(kind: str, text: str, context: dict[str, Any], value: Any) -> tupl
         return f"expected {_SHAPES[kind][0]}", _SHAPES[kind][1]
     if kind == "literal_error":
         choices = [choice.strip("'") for choice in str(context["expected"]).replace(" or ", ", ").split(", ")]
-        near = _near(value, choices)
+        near = _same(value, choices) or _near(value, choices)
         listed = choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}"
         return f"expected {listed}", near or f"write {listed}"
     if kind in ("too_short", "string_too_short"):
@@ -205,10 +209,19 @@ def _sentence(kind: str, text: str, context: dict[str, Any], value: Any) -> tupl
     return text[:1].lower() + text[1:], _ELSEWHERE
 
 
+def _same(name: Any, choices: Sequence[str]) -> str:
+    """Return a hint for a protocol that other programs call otherwise."""
+    group = next((each for each in _CALLED if str(name).lower() in each), ())
+    return next((f"did you mean '{choice}'?" for choice in choices if choice in group), "")
+
+
 def _near(name: Any, choices: Sequence[str], likeness: float = 0.6) -> str:
     if isinstance(name, Resolved) or not isinstance(name, str) or not any(map(str.isalpha, name)):
         return ""  # numbers are not misspelt
     close = get_close_matches(name.lower(), [choice.lower() for choice in choices], 1, likeness)
+    if close and SequenceMatcher(None, name.lower(), close[0]).ratio() < _ALIKE:
+        # An abbreviation is more like its own word than like another one of the same length: certs is certificates, not tickets.
+        close = [choice.lower() for choice in choices if choice.lower().startswith(name.lower()[:4])][:1] or close
     return next((f"did you mean '{choice}'?" for choice in choices if close and choice.lower() == close[0]), "")
 
 
@@ -241,7 +254,8 @@ def _unknown(document: Document, loc: Loc, models: dict[int, type[Model]]) -> No
     _, parent = _raw(document, loc[:-1])
     where = _spell(parent) or "the top level"
     name = str(loc[-1])
-    hint = _near(name, known, 0.85) or _below(name, model) or _near(name, known) or f"known here: {', '.join(known)}"
+    elsewhere, listed = _elsewhere(name, document), f"known here: {', '.join(known)}"
+    hint = _near(name, known, 0.85) or _below(name, model) or (f"{elsewhere}; {listed}" if elsewhere else _near(name, known) or listed)
     document.report((*parent, name), f"unknown key {name!r} in {where}", hint, key=True)
 
 
@@ -251,8 +265,23 @@ def _below(name: str, model: type[Model] | None) -> str:
         return ""
     for key, field in model.model_fields.items():
         if any(name in (_key(inner, known) for known in inner.model_fields) for inner in _models_in(field.annotation)):
-            return f"it belongs below `{_key(model, key)}`: {_key(model, key)}: {{{name}: ...}}"
+            return f"it belongs below `{_key(model, key)}`: {_key(model, key)}: {_shape(field.annotation, f'{{{name}: ...}}')}"
     return ""
+
+
+def _shape(annotation: Any, text: str) -> str:
+    """Return how a mapping is written where an annotation stands: alone, in a list, or under a name."""
+    kinds = {get_origin(each) for each in (annotation, *get_args(annotation))}
+    return f"{{NAME: {text}}}" if dict in kinds else f"[{text}]" if tuple in kinds else text
+
+
+def _elsewhere(name: str, document: Document) -> str:
+    """Return a hint for a key of another part of the file, or of the other kind of file."""
+    if kind_of(document.data) == "mesh":
+        return "it is a key of a gateway's file" if name in GATEWAY else ""
+    places = [place for place, part in (("an upstream", Upstream), ("a route", Route), ("a listener", Listener)) if name in (_key(part, known) for known in part.model_fields)]
+    places += ["the top level"] if name in (_key(Config, known) for known in Config.model_fields) else []
+    return f"it is a key of {' and of '.join(places)}" if places else ""
 
 
 def _models_in(annotation: Any) -> Iterator[type[Model]]:

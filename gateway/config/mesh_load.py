@@ -14,10 +14,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from gateway._speedups.certificates import TlsError, parse_certificates
+from gateway.config.kinds import kind_of, refuse_other
 from gateway.config.load import _sorted, _translate
 from gateway.config.mesh_file import EVERYBODY, KubernetesJoin, MeshFile, Pkcs11
 from gateway.config.mesh_traffic import warn_traffic
+from gateway.config.methods import warn_methods
 from gateway.config.source import Document, Path_
+from gateway.config.unusable import unfit, unreadable
 from gateway.errors import ConfigError, Problem
 
 TCP_RULE = "who connects to a tcp service is decided by `from` and `ports`, before the first byte passes"
@@ -25,10 +28,10 @@ LAYER7 = ("methods", "path", "prefix", "headers", "claims")  # what a rule may s
 
 
 def is_mesh(path: str | Path) -> bool:
-    """Tell whether a file is a mesh's rather than a gateway's: it names a trust domain."""
+    """Tell whether a file is a mesh's rather than a gateway's."""
     document = Document(path)
     document.read()
-    return isinstance(document.data, dict) and "trust_domain" in document.data and "listeners" not in document.data
+    return kind_of(document.data) == "mesh"
 
 
 def load_mesh(path: str | Path, content: bytes | None = None, name: str = "") -> MeshFile:
@@ -37,6 +40,7 @@ def load_mesh(path: str | Path, content: bytes | None = None, name: str = "") ->
     document.read()
     if document.data is None:
         raise ConfigError(document.problems or [Problem(document.name, 1, 1, "empty: there is no mesh in it")])
+    refuse_other(document, "mesh")
     context: dict[str, Any] = {"base": document.base, "models": {}, "documents": []}
     mesh: MeshFile | None = None
     try:
@@ -74,6 +78,7 @@ def mesh_findings(mesh: MeshFile) -> list[Problem]:
             _warn_websocket(document, mesh, name)
     for number, rule in enumerate(mesh.authorization.rules):
         at = ("authorization", "rules", number)
+        warn_methods(document, (*at, "methods"), rule.methods)
         tcp = [name for name, service in mesh.services.items() if service.protocol == "tcp"]
         if tcp and rule.layer7 and EVERYBODY in rule.to:
             document.warn(at, f"rule {rule.name} looks into requests, and {tcp[0]} speaks tcp: it allows nothing there", TCP_RULE)
@@ -147,9 +152,9 @@ def _check_roots(document: Document, at: Path_, path: Path) -> str | None:
         document.files[f"file:{path}"] = content
         return "".join(ssl.DER_cert_to_PEM_cert(each.der) for each in parse_certificates(content))
     except OSError as error:
-        document.report(at, f"cannot be read: {error.strerror}", "a file of certificates, PEM")
+        document.report(at, f"cannot read the certificates of authorities: {error.strerror}", unreadable(error, path))
     except TlsError as error:
-        document.report(at, f"cannot be used: {error}", "a file of certificates, PEM")
+        document.report(at, f"the certificates of authorities cannot be used: {error}", unfit("certificates of authorities", content, path))
     return None
 
 
@@ -184,7 +189,9 @@ def _check_names(document: Document) -> None:
     """Report services that rules, `revoked` and `join` name and that are not there, and rule names that are used twice."""
     data = document.data if isinstance(document.data, dict) else {}
     services = data.get("services")
-    known = [str(name) for name in services] if isinstance(services, dict) else []
+    if not isinstance(services, dict):
+        return  # which is told, and then every name would be unknown
+    known = [str(name) for name in services]
     outside = data.get("external")
     called = [*known, *(str(name) for name in outside)] if isinstance(outside, dict) else known
     section = data.get("authorization")

@@ -387,8 +387,10 @@ def _stat(path: Path) -> os.stat_result | None:
 def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except FileExistsError:
+        raise CaError(f"control.ca: {folder}: this is a file: name a folder, which is made when it is not there") from None
     except OSError as error:
-        raise CaError(f"{folder}: {error.strerror}") from None
+        raise CaError(f"control.ca: {folder}: {error.strerror}") from None
 
 
 def _write(path: Path, content: bytes) -> None:

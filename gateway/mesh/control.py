@@ -109,12 +109,15 @@ class ControlPlane:
         await plane.registry.load()
         plane.deny = plane.peers.deny = await revocation.load(plane.store, mesh)
         plane._seen = seen | {"changes": await plane.registry.changes()}
+        return plane
+
+    def announce(self) -> None:
+        """Tell that it serves, and what."""
         log.info(
             "the control plane is ready to serve",
-            extra={"trust_domain": mesh.trust_domain, "replica": plane.replica, "services": len(mesh.services), "rules": len(mesh.authorization.rules),
-                   "document": plane.document, "policy": plane.policy, "generation": ca.active_number, "root_offline": ca.root_offline},
+            extra={"trust_domain": self.mesh.trust_domain, "replica": self.replica, "services": len(self.mesh.services), "rules": len(self.mesh.authorization.rules),
+                   "document": self.document, "policy": self.policy, "generation": self.ca.active_number, "root_offline": self.ca.root_offline},
         )  # fmt: skip
-        return plane
 
     def changed(self) -> None:
         """Have the assignments made anew, soon."""

@@ -186,7 +186,8 @@ def main() -> int:
     except StateError as error:
         outcome = {"error": str(error), "lasting": True}
     except (OSError, http.client.HTTPException) as error:
-        outcome = {"error": f"the control plane cannot be reached: {error.strerror if isinstance(error, OSError) and error.strerror else error!r}", "lasting": False}
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else repr(error)
+        outcome = {"error": f"the control plane at {job['control']} cannot be reached: {reason}", "lasting": False}
     print(json.dumps(outcome))
     return 0
 

@@ -194,8 +194,9 @@ async def run_enrol(job: dict[str, Any]) -> dict[str, Any]:
     """Run the program; return its outcome, {"error": ...} when it did not work."""
     try:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", "-m", "gateway.mesh.enrol", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
-        )
+            sys.executable, "-P", "-m", "gateway.mesh.enrol", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+            start_new_session=True,  # a terminal's Ctrl-C is for who asked for it, and he ends it
+        )  # fmt: skip
     except OSError as error:  # no process, no memory or no descriptor to be had, or another version is being installed: it passes
         return {"error": f"the program that asks for certificates cannot be started: {error.strerror or error}"}
     try:

@@ -36,7 +36,8 @@ class State:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             found = self.folder.stat()
         except OSError as error:
-            raise StateError(f"{self.folder}: {error.strerror}") from None
+            fault = "this is a file, and the member's state is a folder: name another" if isinstance(error, FileExistsError) else error.strerror
+            raise StateError(f"{self.folder}: {fault}") from None
         if found.st_mode & 0o077:
             raise StateError(f"{self.folder}: others may enter it; chmod 0700 {self.folder}")
 

@@ -74,8 +74,20 @@ def is_postgres(place: str) -> bool:
 
 async def open_store(place: str) -> Store:
     """Open (and make, the first time) the state at a file or a postgresql:// URL. Raises StoreError."""
-    store: Store = await PostgresStore.open(place) if is_postgres(place) else await SqliteStore.open(place)
+    try:
+        store: Store = await PostgresStore.open(place) if is_postgres(place) else await SqliteStore.open(place)
+    except StoreError as error:
+        raise StoreError(f"control.state: {error}{'' if is_postgres(place) else _remedy(place)}") from None
     return store
+
+
+def _remedy(place: str) -> str:
+    """What to do about a file that cannot be opened."""
+    if os.path.isdir(place):
+        return ": name a file, which is made when it is not there"
+    if not os.path.isdir(os.path.dirname(place) or "."):
+        return ": make its folder first"
+    return ""
 
 
 class SqliteStore:

@@ -37,6 +37,7 @@ from gateway.mesh.stream import MESSAGE_MAX
 from gateway.server import log as logs
 from gateway.server.admin import BoundedProtocol, Server
 from gateway.server.guard import Guard
+from gateway.server.sockets import advice
 from gateway.server.systemd import Notifier
 
 log = logging.getLogger("crossway.mesh")
@@ -160,8 +161,8 @@ class Tls:
         self._from, self._until = mark, (time.time() + ends) / 2
 
 
-def listen(bind: Bind) -> socket.socket:
-    """Return a listening socket. Raises CannotStart."""
+def listen(name: str, bind: Bind) -> socket.socket:
+    """Return a listening socket for a key of `control`. Raises CannotStart."""
     family = socket.AF_UNIX if bind.unix else socket.AF_INET6 if ":" in bind.host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -178,7 +179,7 @@ def listen(bind: Bind) -> socket.socket:
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
-        raise CannotStart(f"{bind}: {error.strerror}") from None
+        raise CannotStart(f"control.{name}: cannot bind {bind}: {advice(error, bind)}") from None
     sock.setblocking(False)
     return sock
 
@@ -209,7 +210,7 @@ async def _serve(path: Path) -> None:
     plane = await ControlPlane.open(path)
     loop.add_signal_handler(signal.SIGHUP, plane.look_again)
     try:
-        sockets = [listen(plane.mesh.control.bind)]
+        sockets = [listen("bind", plane.mesh.control.bind)]
         tls = Tls(plane)
         plane.server_changed = tls.refresh
         servers = [_server(Api(plane).app, members_protocol(plane.peers), StreamProtocol, tls.context)]
@@ -217,8 +218,9 @@ async def _serve(path: Path) -> None:
         for name, bind, app in (("probes", plane.mesh.control.probes, pages.probes), ("admin", plane.mesh.control.admin, pages.app)):
             if bind is not None:
                 names.append(name)
-                sockets.append(listen(bind))
+                sockets.append(listen(name, bind))
                 servers.append(_server(Guard(app, bind, None, {PATH: MOST}), AdminProtocol, "none", None))
+        plane.announce()
         await _until(leaving, plane, dict(zip(names, sockets, strict=True)), servers)
     finally:
         await plane.close()

@@ -144,7 +144,9 @@ class Sidecar:
             from gateway.mesh.spire import SpireIdentity
 
             self.identity = SpireIdentity(self.state, job, self._renewed, agent=self.setup.agent)
-        await self._become_member()
+        if not await self._become_member():
+            log.info("stopped before it joined the mesh", extra={"error": self.identity.error})
+            return
         assert self.identity.svid is not None
         self.link = Link(self.state, self.setup.control, job["instance"], self.svid, self.apply)
         self.link.healthy = lambda: self.app_there
@@ -175,8 +177,8 @@ class Sidecar:
                 self.around.journal.close()
             self.state.unlock()
 
-    async def _become_member(self) -> None:
-        """Take the certificate that is there, or join by the token, for as long as it takes."""
+    async def _become_member(self) -> bool:
+        """Take the certificate that is there, or join by what there is, for as long as it takes; False when told to stop meanwhile. Raises CannotStart."""
         try:
             held = load(self.state)
         except StateError as error:
@@ -185,15 +187,28 @@ class Sidecar:
             raise CannotStart(f"{self.state.folder} belongs to {held.service}, not {self.setup.service}")
         if held is not None and held.leaf.not_after > time.time():
             self.identity.svid = held
-            return
+            return True
         proof, until = proof_of(self.setup, self.state.folder, held)
-        while not await self.identity.join(proof):
-            if self.identity.lasting:
-                raise CannotStart(f"cannot join the mesh: {self.identity.error}")
-            if self.hurry.is_set() or time.time() > until:
-                raise CannotStart(f"cannot join the mesh before the token ends: {self.identity.error}")
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.hurry.wait(), min(10.0, pause(self.identity.failures, self.identity.draw())))
+        stopped = asyncio.ensure_future(self.hurry.wait())
+        try:
+            while True:
+                joining = asyncio.ensure_future(self.identity.join(proof))
+                await asyncio.wait({joining, stopped}, return_when=asyncio.FIRST_COMPLETED)
+                if not joining.done():
+                    joining.cancel()
+                    await asyncio.wait({joining})
+                    return False
+                if joining.result():
+                    return True
+                if self.identity.lasting:
+                    raise CannotStart(f"cannot join the mesh: {self.identity.error}")
+                if time.time() > until:
+                    raise CannotStart(f"cannot join the mesh, and the token has ended (`crossway mesh token {self.setup.service}` makes another): {self.identity.error}")
+                await asyncio.wait({stopped}, timeout=min(10.0, pause(self.identity.failures, self.identity.draw())))
+                if stopped.done():
+                    return False
+        finally:
+            stopped.cancel()
 
     def _from_disk(self) -> None:
         svid = self.svid()

@@ -88,6 +88,6 @@ def proof_of(setup: Setup, folder: Path, held: Svid | None) -> tuple[dict[str, A
         text = Path(setup.token).read_text("ascii")
         return {"token": text}, read_token(text).expires
     except (OSError, UnicodeDecodeError) as error:
-        raise CannotStart(f"{setup.token}: {error.strerror if isinstance(error, OSError) else 'not a token'}") from None
+        raise CannotStart(f"--token {setup.token}: {error.strerror if isinstance(error, OSError) else 'not a token'}; `crossway mesh token {setup.service}` makes one") from None
     except EnrolError as error:
         raise CannotStart(str(error)) from None

@@ -94,7 +94,7 @@ def open_listener(
         listener.grow(slots)
         return listener
     except OSError as error:
-        raise BindError(f"listener {name}: cannot bind {bind}: {_advice(error, bind)}") from None
+        raise BindError(f"listener {name}: cannot bind {bind}: {advice(error, bind)}") from None
 
 
 def adopt(name: str, bind: Bind, slots: int, sockets: list[socket.socket]) -> Listener:
@@ -204,12 +204,13 @@ def _stale(path: str) -> bool:
         return probe.connect_ex(path) == errno.ECONNREFUSED
 
 
-def _advice(error: OSError, bind: Bind) -> str:
-    advice = {
+def advice(error: OSError, bind: Bind) -> str:
+    """Return why an address cannot be bound, and what to do."""
+    known = {
         errno.EADDRINUSE: f"it is in use by another process (ss -ltnp shows which); stop it or change bind: {bind}",
         errno.EACCES: "not permitted; ports below net.ipv4.ip_unprivileged_port_start need CAP_NET_BIND_SERVICE,"
         " a Unix socket needs a writable directory",
         errno.EADDRNOTAVAIL: "no interface of this machine has that address",
         errno.ENOENT: "the directory of the socket does not exist",
     }
-    return advice.get(error.errno or 0, error.strerror or str(error))
+    return known.get(error.errno or 0, error.strerror or str(error))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -14,6 +15,10 @@ from tests.integration.h2_pairs import PAIRS, Pair
 from tests.integration.h2_subject import Subject, open_subject
 from tests.integration.processes import Origin, write_config
 from tests.integration.vault import Vault, open_vault
+
+if TYPE_CHECKING:
+    from tests.integration.mesh_kit import Control
+    from tests.integration.net_kit import Host, Net
 
 
 @pytest.fixture
@@ -84,6 +89,25 @@ def h2(opened_h2: Subject) -> Iterator[Subject]:
 def pair(request: pytest.FixtureRequest, h2: Subject) -> Pair:
     """Every combination of a client's and an upstream's version."""
     return Pair(h2, *request.param)
+
+
+@pytest.fixture
+def net() -> Iterator[Net]:
+    """A bridge for hosts in networks of their own."""
+    from tests.integration.net_kit import Net  # which looks what this machine can do
+
+    made = Net()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def hosts(net: Net, tmp_path: Path) -> Iterator[tuple[Control, Host, Host]]:
+    """A control plane, payments and ledger, the two on hosts of their own."""
+    from tests.integration.net_kit import two_hosts
+
+    with two_hosts(net, tmp_path) as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

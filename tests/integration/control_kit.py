@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from tests.integration.processes import PATIENCE, environment, eventually
+from tests.integration.processes import PATIENCE, environment, eventually, request
 
 FILE = """\
 version: 1
@@ -126,13 +126,8 @@ class ControlProcess:
         return path
 
     def page(self, path: str) -> tuple[int, str]:
-        connection = http.client.HTTPConnection("127.0.0.1", int(self.addresses["admin"].rpartition(":")[2]), timeout=PATIENCE)
-        try:
-            connection.request("GET", path)
-            answer = connection.getresponse()
-            return answer.status, answer.read().decode()
-        finally:
-            connection.close()
+        status, _, body = request(int(self.addresses["admin"].rpartition(":")[2]), path)
+        return status, body.decode()
 
     def status(self) -> dict[str, Any]:
         done = self.command("status", "--json")

@@ -11,7 +11,6 @@ import base64
 import contextlib
 import datetime
 import hashlib
-import http.client
 import json
 import os
 import secrets
@@ -36,7 +35,7 @@ from websockets.exceptions import InvalidState
 from websockets.frames import Opcode
 from websockets.server import ServerProtocol
 
-from tests.integration.processes import PATIENCE, environment, eventually
+from tests.integration.processes import PATIENCE, environment, eventually, request
 
 DOMAIN = "bank.test"
 PEM = serialization.Encoding.PEM
@@ -380,12 +379,7 @@ class Sidecar:
                 [*self.arguments[:4], "curl", "-s", f"http://127.0.0.1:{self.admin}{path}"], capture_output=True, text=True, check=False, timeout=PATIENCE
             )
             return done.stdout
-        connection = http.client.HTTPConnection("127.0.0.1", self.admin, timeout=PATIENCE)
-        try:
-            connection.request("GET", path)
-            return connection.getresponse().read().decode()
-        finally:
-            connection.close()
+        return request(self.admin, path)[2].decode()
 
     def status(self) -> dict[str, Any]:
         return dict(json.loads(self.page("/status")))

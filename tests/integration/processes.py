@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Self
@@ -32,6 +32,17 @@ def eventually(condition: Callable[[], Any], what: str = "the condition") -> Any
         assert time.monotonic() < end, f"{what} never came"
         time.sleep(0.01)
     return value
+
+
+def request(port: int, path: str, method: str = "GET", headers: Mapping[str, str] | None = None, host: str = "127.0.0.1") -> tuple[int, dict[str, str], bytes]:
+    """One request over a connection of its own: status, headers by small names, body. Raises OSError or HTTPException."""
+    connection = http.client.HTTPConnection(host, port, timeout=PATIENCE)
+    try:
+        connection.request(method, path, headers=headers or {})
+        answer = connection.getresponse()
+        return answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
+    finally:
+        connection.close()
 
 
 class QuietServer(ThreadingHTTPServer):
@@ -203,6 +214,27 @@ class Gateway:
         """Run another `crossway` command against this gateway."""
         done = [sys.executable, "-m", "gateway", *words, "--admin", self.addresses["admin"]]
         return subprocess.run(done, env=environment(), capture_output=True, text=True, timeout=PATIENCE, check=False)
+
+
+class Callers:
+    """Threads that call something for as long as a `with` lasts: `call`, each with a number of its own, until `over`."""
+
+    def __init__(self, count: int) -> None:
+        self.over = threading.Event()
+        self._threads = [threading.Thread(target=self.call, args=(number,), daemon=True) for number in range(count)]
+
+    def call(self, number: int) -> None:
+        raise AssertionError("a class of its own says what is called")
+
+    def __enter__(self) -> Self:
+        for each in self._threads:
+            each.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.over.set()
+        for each in self._threads:
+            each.join(PATIENCE)
 
 
 def alive(pid: int) -> bool:

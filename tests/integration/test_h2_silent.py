@@ -179,13 +179,19 @@ def test_a_stream_whose_other_side_is_silent_ends(tmp_path: Path, origin: TwinOr
 # -- connections that live
 
 
+def asked_often_enough(gateway: WatchedGateway, origin: TwinOrigin) -> Later:
+    """A payment that is held, on a connection that has had the two PINGs that it gets without payload between."""
+    held = Later(gateway, post("/held", b"x"))
+    origin.saw()
+    eventually(lambda: gateway.counter(PINGS) == 2, "two PINGs")
+    rested(3)
+    return held
+
+
 def test_a_server_that_is_slow_and_answers_is_asked_twice_and_keeps_its_exchange(tmp_path: Path, origin: TwinOrigin) -> None:
     """Also a server of gRPC's takes that: it ends a connection at the fourth PING without payload between."""
     with running(tmp_path, origin.two, QUICK) as gateway:
-        held = Later(gateway, post("/held", b"x"))
-        origin.saw()
-        eventually(lambda: gateway.counter(PINGS) == 2, "two PINGs")
-        rested(3)
+        held = asked_often_enough(gateway, origin)
         assert gateway.counter(PINGS) == 2
         origin.release()
         assert held.result().status == 200
@@ -196,10 +202,7 @@ def test_a_server_that_is_slow_and_answers_is_asked_twice_and_keeps_its_exchange
 @pytest.mark.parametrize(("limits", "connections"), [("limits: {}", 2), ("limits: {connections: 1}", 1)])
 def test_a_connection_that_was_asked_often_enough_is_passed_over_or_has_to_do(tmp_path: Path, origin: TwinOrigin, limits: str, connections: int) -> None:
     with running(tmp_path, origin.two, QUICK, limits) as gateway:
-        held = Later(gateway, post("/held", b"x"))
-        origin.saw()
-        eventually(lambda: gateway.counter(PINGS) == 2, "two PINGs")
-        rested(3)
+        held = asked_often_enough(gateway, origin)
         assert pay(gateway).status == 200
         assert gateway.counter(PINGS) == 2 and gateway.counter(MADE) == connections
         origin.release()

@@ -22,7 +22,7 @@ import pytest
 
 from tests.integration.faults import ScriptedOrigin, connect
 from tests.integration.mesh_kit import Control, Sidecar, key_pem
-from tests.integration.processes import PATIENCE, Gateway, Origin, environment, eventually
+from tests.integration.processes import PATIENCE, Gateway, Origin, environment, eventually, request
 from tests.integration.test_tcp_streams import echo
 
 EDGE = """version: 1
@@ -65,24 +65,12 @@ def write_edge(control: Control, token: Path | None = None) -> Path:
 
 def ask(url: str, path: str = "/v1/payments/1", **headers: str) -> int:
     parts = urlsplit(url)
-    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=PATIENCE)
-    try:
-        connection.request("GET", path, headers=headers)
-        answer = connection.getresponse()
-        answer.read()
-        return answer.status
-    finally:
-        connection.close()
+    return request(parts.port or 80, path, headers=headers, host=parts.hostname or "")[0]
 
 
 def page(url: str, path: str) -> str:
     parts = urlsplit(url)
-    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=PATIENCE)
-    try:
-        connection.request("GET", path)
-        return connection.getresponse().read().decode()
-    finally:
-        connection.close()
+    return request(parts.port or 80, path, host=parts.hostname or "")[2].decode()
 
 
 def test_an_edge_calls_a_service_with_its_own_identity(control: Control, payments: Sidecar) -> None:
@@ -198,6 +186,10 @@ def test_what_contradicts_a_service_is_told_at_its_place(control: Control, tmp_p
 def test_a_file_can_be_checked_before_it_has_joined(control: Control, tmp_path: Path) -> None:
     done = run("check", "-c", str(write_edge(control)), cwd=tmp_path)
     assert done.returncode == 0 and "has not joined the mesh yet" in done.stdout + done.stderr
+    assert "cannot read" not in done.stdout
+    path = write_edge(control, tmp_path / "nowhere.token")
+    done = run("check", "-c", str(path), cwd=tmp_path)
+    assert done.returncode == 0 and "warning: cannot read what it joins with: No such file" in done.stdout and f"put it there: {tmp_path}/nowhere.token" in done.stdout
 
 
 def test_keys_of_an_edge_are_its_owners_alone(control: Control, payments: Sidecar) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import http.client
 import json
 import signal
 import socket
@@ -21,7 +20,7 @@ from tests.integration.h2_origin import TwinOrigin
 from tests.integration.mesh_kit import Control, Sidecar
 from tests.integration.name_server import NameServer
 from tests.integration.pki import Authority, Issued
-from tests.integration.processes import PATIENCE, Gateway, Origin, eventually
+from tests.integration.processes import Gateway, Origin, eventually, request
 from tests.integration.test_mesh_edge import Heads, ask, authenticated, register, token_of
 
 HOST = "api.cards.example"
@@ -72,13 +71,7 @@ class Partner:
 
 
 def call(sidecar: Sidecar, path: str = "/v1/charges", host: str = HOST, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", sidecar.outbound, timeout=PATIENCE)
-    try:
-        connection.request(method, path, headers={"host": host, **{name.replace("_", "-"): value for name, value in headers.items()}})
-        answer = connection.getresponse()
-        return answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
-    finally:
-        connection.close()
+    return request(sidecar.outbound, path, method, {"host": host, **{name.replace("_", "-"): value for name, value in headers.items()}})
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pytest
 
@@ -23,9 +23,9 @@ from gateway.cli import main
 from tests.integration.control_kit import ControlProcess, Member, metric
 from tests.integration.faults import ScriptedOrigin, connect
 from tests.integration.mesh_kit import Ca, Sidecar, free_port
-from tests.integration.processes import PATIENCE, Gateway, environment, eventually
+from tests.integration.net_kit import SERVER, Net, networks
+from tests.integration.processes import PATIENCE, Callers, Gateway, environment, eventually, request
 from tests.integration.spire_kit import Agent
-from tests.integration.test_mesh_intercept import SERVER, Net, networks
 from tests.integration.test_mesh_kubernetes import ISSUER, Cluster, pod_options
 from tests.integration.test_mesh_tcp import connects
 from tests.integration.test_tcp_streams import echo
@@ -80,16 +80,11 @@ def member(control: ControlProcess, service: str, app: int, network: str, *more:
 
 
 def call(sidecar: Sidecar, path: str = "/v1/x", service: str = "ledger") -> tuple[int, dict[str, Any]]:
-    connection = http.client.HTTPConnection("127.0.0.1", sidecar.outbound, timeout=PATIENCE)
     try:
-        connection.request("GET", path, headers={"host": service})
-        answer = connection.getresponse()
-        body = answer.read()
-        return answer.status, json.loads(body) if answer.status == 200 else {}
+        status, _, body = request(sidecar.outbound, path, headers={"host": service})
     except (ConnectionError, http.client.HTTPException):
         return 0, {}
-    finally:
-        connection.close()
+    return status, json.loads(body) if status == 200 else {}
 
 
 class App:
@@ -298,13 +293,8 @@ def test_a_gateway_joins_as_a_pod_and_is_asked_by_its_kubelet(tmp_path: Path, ap
 
 
 def asked(port: int, path: str) -> tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
-    try:
-        connection.request("GET", path)
-        answer = connection.getresponse()
-        return answer.status, answer.read().decode()
-    finally:
-        connection.close()
+    status, _, body = request(port, path)
+    return status, body.decode()
 
 
 def test_a_gateway_is_a_member_by_spire(tmp_path: Path, apps: tuple[App, App]) -> None:
@@ -481,15 +471,15 @@ def test_only_the_gateways_port_is_open_between_two_networks(tmp_path: Path) -> 
 # -- one of two gateways dies under load
 
 
-class Load:
+class Load(Callers):
     """Callers of a member, each over a connection of its own; when each of them was answered, and how."""
 
     def __init__(self, sidecar: Sidecar, callers: int) -> None:
-        self.sidecar, self.over = sidecar, threading.Event()
+        super().__init__(callers)
+        self.sidecar = sidecar
         self.answers: list[tuple[float, int]] = []  # (when the request began, status)
-        self.threads = [threading.Thread(target=self._run, daemon=True) for _ in range(callers)]
 
-    def _run(self) -> None:
+    def call(self, number: int) -> None:
         while not self.over.is_set():
             began = time.monotonic()
             self.answers.append((began, call(self.sidecar, "/v1/slow")[0]))
@@ -499,16 +489,6 @@ class Load:
 
     def good_since(self, when: float) -> int:
         return len([each for each in list(self.answers) if each[0] > when and each[1] == 200])
-
-    def __enter__(self) -> Self:
-        for each in self.threads:
-            each.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.over.set()
-        for each in self.threads:
-            each.join(PATIENCE)
 
 
 class SlowApp(App):

@@ -16,14 +16,14 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pytest
 
 from tests.integration.control_kit import ControlProcess
 from tests.integration.mesh_kit import Sidecar, free_port
-from tests.integration.processes import PATIENCE, Gateway, Origin, alive, eventually
-from tests.integration.test_mesh_intercept import Net, networks
+from tests.integration.net_kit import Net, networks
+from tests.integration.processes import PATIENCE, Callers, Gateway, Origin, alive, eventually
 from tests.integration.test_mesh_whole import call
 
 FILE = """\
@@ -176,17 +176,17 @@ class Site:
         self.control.kill()
 
 
-class Traffic:
+class Traffic(Callers):
     """Clients that ask all the time, half of them over connections that they keep; `wrong` is what was not the answer that it should be."""
 
     def __init__(self, site: Site, clients: int = 4) -> None:
-        self.site, self.over = site, threading.Event()
+        super().__init__(clients)
+        self.site = site
         self.good, self.wrong = 0, []  # type: int, list[tuple[float, int, bytes]]
         self.lock = threading.Lock()
-        self.threads = [threading.Thread(target=self._run, args=(bool(number % 2),), daemon=True) for number in range(clients)]
 
-    def _run(self, keep: bool) -> None:
-        connection = http.client.HTTPConnection(*self.site.edge_at, timeout=PATIENCE) if keep else None
+    def call(self, number: int) -> None:
+        connection = http.client.HTTPConnection(*self.site.edge_at, timeout=PATIENCE) if number % 2 else None
         while not self.over.wait(0.02):
             status, body = self.site.ask(connection)
             with self.lock:
@@ -198,23 +198,6 @@ class Traffic:
                 connection.close()
         if connection is not None:
             connection.close()
-
-    def __enter__(self) -> Self:
-        for each in self.threads:
-            each.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.over.set()
-        for each in self.threads:
-            each.join(PATIENCE)
-
-
-@pytest.fixture
-def net() -> Iterator[Net]:
-    made = Net()
-    yield made
-    made.close()
 
 
 @pytest.fixture

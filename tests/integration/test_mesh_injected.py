@@ -18,8 +18,8 @@ from ruamel.yaml import YAML
 
 from gateway.mesh.inject import Injection
 from tests.integration.control_kit import FILE, ControlProcess
-from tests.integration.processes import PATIENCE, environment, eventually
-from tests.integration.test_mesh_intercept import APP, CLIENT, PAYMENTS, SERVER, Net, networks
+from tests.integration.net_kit import APP, CLIENT, PAYMENTS, SERVER, Net, networks
+from tests.integration.processes import PATIENCE, environment, eventually, request
 from tests.integration.test_mesh_kubernetes import JOIN, Cluster
 
 MANIFEST = """apiVersion: v1
@@ -91,15 +91,11 @@ class Pod:
 
 def plain(address: str, port: int, path: str) -> tuple[int, str]:
     """A request in clear text from outside; 0 when there is no answer."""
-    connection = http.client.HTTPConnection(address, port, timeout=PATIENCE)
     try:
-        connection.request("GET", path)
-        answer = connection.getresponse()
-        return answer.status, answer.read().decode("latin-1")
+        status, _, body = request(port, path, host=address)
     except (OSError, http.client.HTTPException):
         return 0, ""
-    finally:
-        connection.close()
+    return status, body.decode("latin-1")
 
 
 @pytest.fixture

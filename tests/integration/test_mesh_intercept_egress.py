@@ -9,16 +9,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.integration.mesh_kit import Control
 from tests.integration.name_server import NameServer
+from tests.integration.net_kit import OTHER, PAYMENTS, Host, Net, networks
 from tests.integration.processes import PATIENCE, eventually
 from tests.integration.test_mesh_egress import HOST, ROOT, Partner, cards
-from tests.integration.test_mesh_intercept import OTHER, PAYMENTS, Host, Net, networks
 
 # An app that speaks TLS itself, as user argv[1], to argv[2]:argv[3]: what came of it.
 TLS = """
@@ -33,13 +32,6 @@ try:
 except OSError as error:
     print("refused")
 """
-
-
-@pytest.fixture
-def net() -> Iterator[Net]:
-    made = Net()
-    yield made
-    made.close()
 
 
 @networks

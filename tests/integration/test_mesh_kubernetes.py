@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import shutil
 import signal
@@ -26,7 +25,7 @@ from tests.integration.control_kit import FILE, ControlProcess, make_request, po
 from tests.integration.control_kit import Member as PlainMember
 from tests.integration.mesh_kit import Control, Sidecar, free_port
 from tests.integration.pki import Authority
-from tests.integration.processes import PATIENCE, Gateway, environment, eventually
+from tests.integration.processes import PATIENCE, Gateway, environment, eventually, request
 from tests.integration.test_mesh_whole import app, call
 
 __all__ = ["app"]
@@ -333,14 +332,10 @@ def test_what_is_injected_runs(tmp_path: Path, control: ControlProcess, cluster:
 
 
 def asked(probe: dict[str, Any]) -> bool:
-    connection = http.client.HTTPConnection("127.0.0.1", probe["port"], timeout=PATIENCE)
     try:
-        connection.request("GET", probe["path"])
-        return connection.getresponse().status == 200
+        return request(probe["port"], probe["path"])[0] == 200
     except OSError:
         return False
-    finally:
-        connection.close()
 
 
 def config_map(folder: Path, number: int, **files: str) -> None:

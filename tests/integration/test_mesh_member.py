@@ -21,20 +21,14 @@ import pytest
 from cryptography import x509
 
 from tests.integration.mesh_kit import Ca, Control, Sidecar, free_port
-from tests.integration.processes import PATIENCE, Origin, eventually
+from tests.integration.processes import PATIENCE, Origin, eventually, request
 
 RULE = {"name": "payments-to-ledger", "from": ["payments"], "to": "ledger", "methods": ["GET", "POST"], "prefix": "/v1"}
 
 
 def call(port: int, path: str = "/v1/x", host: str = "ledger", method: str = "GET", **headers: str) -> tuple[int, dict[str, str], bytes]:
     """One request to a sidecar's outbound listener."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
-    try:
-        connection.request(method, path, headers={"host": host, **{name.replace("_", "-"): value for name, value in headers.items()}})
-        answer = connection.getresponse()
-        return answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
-    finally:
-        connection.close()
+    return request(port, path, method, {"host": host, **{name.replace("_", "-"): value for name, value in headers.items()}})
 
 
 def endpoint(sidecar: Sidecar) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import signal
 import subprocess
@@ -18,20 +17,16 @@ import pytest
 
 from tests.integration.control_kit import ControlProcess
 from tests.integration.mesh_kit import Sidecar, free_port
-from tests.integration.processes import PATIENCE, environment, eventually
+from tests.integration.processes import PATIENCE, environment, eventually, request
 from tests.integration.test_mesh_whole import app, call
 
 __all__ = ["app"]
 
 
 def ask(port: int, path: str, method: str = "GET") -> tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
-    try:
-        connection.request(method, path, headers={"host": "10.1.2.3:9104", "x-crossway-caller": "spiffe://bank.test/service/edge", "x-wanted": "theirs"})
-        answer = connection.getresponse()
-        return answer.status, answer.read().decode()
-    finally:
-        connection.close()
+    headers = {"host": "10.1.2.3:9104", "x-crossway-caller": "spiffe://bank.test/service/edge", "x-wanted": "theirs"}
+    status, _, body = request(port, path, method, headers)
+    return status, body.decode()
 
 
 class Health:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import re
 import threading
@@ -19,7 +18,7 @@ import pytest
 from gateway.cli import main
 from tests.integration.control_kit import ControlProcess
 from tests.integration.mesh_kit import Control, Sidecar, free_port
-from tests.integration.processes import PATIENCE, Gateway, QuietServer, eventually
+from tests.integration.processes import PATIENCE, Gateway, QuietServer, eventually, request
 
 V1, V2 = {"labels": {"version": "v1"}}, {"labels": {"version": "v2"}}
 LABELS: dict[str, dict[str, str]] = {"one": {"version": "v1"}, "two": {"version": "v2", "tier": "gold"}, "bare": {}}
@@ -61,14 +60,8 @@ class Named:
 
 def ask(port: int, host: str = "ledger", path: str = "/v1/x", **headers: str) -> tuple[int, str]:
     """Status and the name of the app that answered."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
-    try:
-        connection.request("GET", path, headers={"host": host, **{name.replace("_", "-"): value for name, value in headers.items()}})
-        answer = connection.getresponse()
-        body = answer.read()
-        return answer.status, str(json.loads(body)["app"]) if answer.status == 200 else ""
-    finally:
-        connection.close()
+    status, _, body = request(port, path, headers={"host": host, **{name.replace("_", "-"): value for name, value in headers.items()}})
+    return status, str(json.loads(body)["app"]) if status == 200 else ""
 
 
 def many(port: int, count: int = 60, **options: str) -> Counter[str]:
@@ -253,10 +246,7 @@ def test_an_edge_deals_out_as_the_mesh_says(estate: Estate) -> None:
             eventually(lambda: other.paths.count("/v3/x") == 60, "the copies")
 
             def versions() -> set[str]:
-                connection = http.client.HTTPConnection("127.0.0.1", admin, timeout=PATIENCE)
-                connection.request("GET", "/metrics")
-                lines = connection.getresponse().read().decode().splitlines()
-                connection.close()
+                lines = request(admin, "/metrics")[2].decode().splitlines()
                 found = [line for line in lines if line.startswith("istio_requests_total{") and 'destination_workload="ledger"' in line]
                 return {line.partition('destination_version="')[2].partition('"')[0] for line in found}
 

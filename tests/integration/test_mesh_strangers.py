@@ -16,10 +16,8 @@ from typing import Any
 import pytest
 
 from tests.integration.mesh_kit import Ca, Control
+from tests.integration.net_kit import APP, Host, Net, networks
 from tests.integration.processes import PATIENCE, eventually
-from tests.integration.test_mesh_intercept import APP, Host, Net, hosts, net, networks
-
-__all__ = ["hosts", "net"]  # fixtures
 
 # A caller of its own: mutual TLS with a pair of files, whoever the server is.
 CALLER = """

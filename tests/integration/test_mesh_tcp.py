@@ -15,8 +15,8 @@ import pytest
 from tests.integration.control_kit import ControlProcess
 from tests.integration.faults import PATTERN, ScriptedOrigin, Stream, connect
 from tests.integration.mesh_kit import Control, Sidecar, free_port
+from tests.integration.net_kit import APP, Host, Net, networks
 from tests.integration.processes import PATIENCE, Origin, eventually
-from tests.integration.test_mesh_intercept import APP, Host, Net, networks
 from tests.integration.test_mesh_member import call, endpoint, secured
 from tests.integration.test_tcp_streams import echo
 

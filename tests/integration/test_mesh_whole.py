@@ -16,7 +16,7 @@ import pytest
 
 from tests.integration.control_kit import ControlProcess
 from tests.integration.mesh_kit import Sidecar
-from tests.integration.processes import PATIENCE, Gateway, eventually
+from tests.integration.processes import Gateway, eventually, request
 
 
 @pytest.fixture
@@ -56,15 +56,10 @@ routes:
 
 def call(sidecar: Sidecar, service: str, path: str = "/v1/x") -> tuple[int, dict[str, str], bytes]:
     """Status 0: the connection was cut, as that of a revoked caller is."""
-    connection = http.client.HTTPConnection("127.0.0.1", sidecar.outbound, timeout=PATIENCE)
     try:
-        connection.request("GET", path, headers={"host": service})
-        answer = connection.getresponse()
-        return answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
+        return request(sidecar.outbound, path, headers={"host": service})
     except (ConnectionError, http.client.HTTPException):
         return 0, {}, b""
-    finally:
-        connection.close()
 
 
 def test_services_call_each_other_through_the_mesh(tmp_path: Path, app: int) -> None:

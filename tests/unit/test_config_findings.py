@@ -106,6 +106,12 @@ def test_routes_that_compete(tmp_path: Path, first: str, second: str, severity: 
         assert problems == []
 
 
+def test_a_method_that_nobody_sends_is_a_warning(tmp_path: Path) -> None:
+    """One of a protocol of its own is none of the gateway's business."""
+    (problem,) = found(write(tmp_path, "routes: [{name: a, match: {prefix: /, methods: [GET, PSOT, BASELINE-CONTROL, QUERY]}, upstream: origin}]\n"))
+    assert (problem.severity, problem.line, problem.hint) == ("warning", 8, "did you mean 'POST'?") and "'PSOT' is no usual method" in problem.message
+
+
 def test_routes_of_different_listeners_do_not_compete(tmp_path: Path) -> None:
     head = HEAD.replace("  public:", "  private: {bind: 127.0.0.1:8081}\n  public:")
     routes = (

@@ -36,6 +36,8 @@ TLS = ", tls: {certificates: [{cert: bank.crt, key: bank.key}]}"
 
 def write(folder: Path, *, listener: str = "", upstream: str = "", routes: str = ALL, more: str = "") -> Path:
     path = folder / "edge.yaml"
+    if "grpc:" in routes and not listener:
+        listener = ", http2: {clear: true}"
     path.write_text(
         f"version: 1\nworkers: 1\nlisteners:\n  public: {{bind: 127.0.0.1:8080{listener}}}\n"
         f"upstreams:\n  origin: {{targets: [127.0.0.1:9001]{upstream}}}\n{more}"
@@ -374,3 +376,23 @@ def test_grpc_web_is_not_mirrored(folder: Path) -> None:
     for match in ("prefix: /a.B", "grpc: {service: a.B}"):
         path = write(folder, upstream=", protocol: grpc", more=more, routes=web_route(match, more=", mirror: {upstream: copies, methods: [GET]}"))
         only(path, "error", "gRPC calls cannot be mirrored", 9)
+
+
+@pytest.mark.parametrize(
+    ("listener", "policies", "heard"),
+    [("", "", False), (", http2: true", "", False), (", http2: false" + TLS, "", False), (TLS, "", True), (", http2: {clear: true}", "", True), ("", ", policies: [{grpc_web: {}}]", True)],
+)
+def test_calls_that_no_listener_can_hear_are_told(folder: Path, listener: str, policies: str, heard: bool) -> None:
+    """Browsers' calls alone come over HTTP/1.1."""
+    path = write(folder, listener=listener or ", backlog: 100", upstream=", protocol: grpc", routes="{name: pay, match: {grpc: {service: a.B}}, upstream: origin" + policies + "}")
+    found = [each for each in problems(path) if "nobody can make these calls" in each.message]
+    assert len(found) == (not heard), [each.render() for each in problems(path)]
+    for each in found:
+        assert each.severity == "warning" and each.line == 8 and "(public)" in each.message and "http2: {clear: true}" in each.hint
+
+
+def test_one_listener_of_several_that_hears_them_is_enough(folder: Path) -> None:
+    path = write(folder, listener="}\n  inner: {bind: 127.0.0.1:8081, http2: {clear: true}", upstream=", protocol: grpc", routes="{name: pay, match: {grpc: {service: a.B}}, upstream: origin}")
+    assert problems(path) == []
+    path.write_text(path.read_text().replace("upstream: origin}", "upstream: origin, listeners: [public]}"))
+    assert any("no listener of this route speaks it (public)" in each.message and each.line == 9 for each in problems(path))

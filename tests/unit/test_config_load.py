@@ -350,3 +350,26 @@ def test_json_is_yaml(tmp_path: Path) -> None:
     assert isinstance(config, Config)
     assert config.listeners["l"].bind == Bind("::1", 0)
     assert config.routes[0].match.prefix == "/v1"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "hint"),
+    [
+        ("bind: 127.0.0.1:8080", "bind: 127.0.0.1:8080, websocket: true", "it is a key of a route; known here: bind,"),
+        ("bind: 127.0.0.1:8080", "bind: 127.0.0.1:8080, retries: 2", "it is a key of an upstream; known here: bind,"),
+        ("bind: 127.0.0.1:8080", "bind: 127.0.0.1:8080, protocol: http2", "it is a key of an upstream; known here: bind,"),
+        ("bind: 127.0.0.1:8080", "bind: 127.0.0.1:8080, tls: {certs: []}", "did you mean 'certificates'?"),
+        ("bind: 127.0.0.1:8080", "bind: 127.0.0.1:8080, tls: {cert: a.crt}", "it belongs below `certificates`: certificates: [{cert: ...}]"),
+        ("version: 1", "version: 1\ntls: {}", "it belongs below `listeners`: listeners: {NAME: {tls: ...}}"),
+        ("targets: [127.0.0.1:9001]", "targets: [127.0.0.1:9001], protocol: h2c", "did you mean 'http2'?"),
+        ("targets: [127.0.0.1:9001]", "targets: [127.0.0.1:9001], protocol: HTTP/1.1", "did you mean 'http1'?"),
+        ("bind: 127.0.0.1:8080", "bind: 127.0.0.1:8080, tls: {certificates: [], alpn: [http2]}", "did you mean 'h2'?"),
+        ("targets: [127.0.0.1:9001]", "targets: [127.0.0.1:9001], services: 1", "did you mean 'service'?"),
+    ],
+)
+def test_a_key_of_another_place_and_a_word_of_another_program_are_understood(tmp_path: Path, old: str, new: str, hint: str) -> None:
+    text = "version: 1\nlisteners: {public: {bind: 127.0.0.1:8080}}\nupstreams: {a: {targets: [127.0.0.1:9001]}}\nroutes: [{name: a, match: {prefix: /}, upstream: a}]\n"
+    (tmp_path / "gateway.yaml").write_text(text.replace(old, new))
+    with pytest.raises(ConfigError) as raised:
+        load(tmp_path / "gateway.yaml")
+    assert any(each.hint.startswith(hint) for each in raised.value.problems), raised.value.render()

@@ -7,10 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives import serialization
 
 from gateway._speedups.certificates import TlsError, parse_certificates, parse_key, parse_revocations
 from gateway.config import load
 from gateway.config.check_tls import file_versions
+from gateway.config.unusable import unreadable
 from gateway.errors import Problem
 from gateway.server.tickets import interval
 from gateway.server.watch import REMIND, Watch
@@ -186,9 +188,74 @@ def test_a_staple_out_of_date_is_a_warning(folder: Path, authority: Authority) -
 
 
 def test_a_chain_out_of_order_is_a_warning(folder: Path, authority: Authority) -> None:
-    stranger = Authority("Stranger", number=93)
-    (folder / "bank.crt").write_bytes((folder / "bank.crt").read_bytes() + stranger.pem)
-    only(write(folder), "warning", "the chain is out of order")
+    stranger, upper = Authority("Stranger", number=93), Authority("Upper", number=94)
+    own = (folder / "bank.crt").read_bytes()
+    (folder / "bank.crt").write_bytes(own + stranger.pem)
+    only(write(folder), "warning", "the chain is broken: CN=Root should follow CN=bank.test, and CN=Stranger does")
+    lower = Authority("Lower", upper, number=95)
+    lower.issue("bank.test").write(folder, "bank")
+    own = lower.issue("bank.test").certificate.public_bytes(serialization.Encoding.PEM)
+    (folder / "bank.crt").write_bytes(own + upper.pem + lower.pem)
+    only(write(folder), "warning", "the chain is out of order: CN=Lower should follow CN=bank.test, and CN=Upper does")
+
+
+def test_a_chain_that_begins_with_the_authority_is_told_by_whose_key_it_is(folder: Path) -> None:
+    """The one mistake, and not also a key that is not the certificate's, or the authority's lack of names."""
+    lower = Authority("Lower", Authority("Upper", number=94), number=95)
+    own = lower.issue("bank.test").write(folder, "bank").certificate.public_bytes(serialization.Encoding.PEM)
+    (folder / "bank.crt").write_bytes(lower.pem + own)
+    found = only(write(folder), "error", "the chain is out of order: CN=bank.test, whose key this is, is certificate 2 of 2 in it")
+    assert "put it first" in found.hint and str(folder / "bank.crt") in found.hint
+
+
+def test_an_authority_without_a_list_is_a_warning(folder: Path, authority: Authority) -> None:
+    """With a `crl` nobody gets in by an authority of which it has no list: this is silent until the first client comes."""
+    other = Authority("Other", number=93)
+    (folder / "ca.crl").write_bytes(other.revocations())
+    listener = "client_auth: required, client_ca: ca.crt, crl: ca.crl, " + LISTENER
+    found = only(write(folder, listener), "warning", "no list of CN=Root is in it; there are: CN=Other")
+    assert "no certificate that leads to it is accepted" in found.hint
+    only(write(folder, upstream=", tls: {ca: ca.crt, crl: ca.crl}"), "warning", "no list of CN=Root")
+    (folder / "ca.crl").write_bytes(other.revocations() + authority.revocations())
+    assert problems(write(folder, listener)) == []
+
+
+def test_certificates_of_the_same_names_and_kind_of_key_are_a_warning(folder: Path, authority: Authority) -> None:
+    authority.issue("bank.test", kind="rsa").write(folder, "rsa")
+    authority.issue("bank.test", number=96).write(folder, "next")
+    pair = "{{cert: {0}.crt, key: {0}.key}}".format
+    assert problems(write(folder, f"certificates: [{pair('bank')}, {pair('rsa')}, {pair('edge')}]")) == []
+    only(write(folder, f"certificates: [{pair('bank')}, {pair('rsa')}, {pair('next')}]"), "warning", "the same names and kind of key as certificates[0]")
+
+
+@pytest.mark.parametrize(
+    ("content", "where", "hint"),
+    [
+        ("crt", "key", "it holds a certificate: are `cert` and `key` exchanged?"), ("key", "cert", "it holds a private key: are `cert` and `key` exchanged?"),
+        ("der", "cert", "openssl x509 -inform der -in"), ("der", "key", "openssl pkey -inform der -in"), ("der", "crl", "openssl crl -inform der -in"),
+        ("locked", "key", "openssl pkey -in"), ("empty", "cert", "the file is empty"), ("folder", "cert", "this is a folder, name the file in it"),
+        ("missing", "key", "put it there"), ("crl", "client_ca", "it holds a revocation list"), ("key", "client_ca", "it holds a private key"), ("noise", "cert", "the file is"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_file_says_what_to_do_about_it(folder: Path, authority: Authority, content: str, where: str, hint: str) -> None:
+    issued = authority.issue("bank.test")
+    made = {
+        "crt": issued.pem, "key": issued.key_pem, "der": issued.certificate.public_bytes(serialization.Encoding.DER), "empty": b"\n", "noise": b"hello",
+        "crl": authority.revocations(), "locked": b"-----BEGIN ENCRYPTED PRIVATE KEY-----\nAAAA\n-----END ENCRYPTED PRIVATE KEY-----\n",
+    }  # fmt: skip
+    if content == "folder":
+        (folder / "it").mkdir()
+    elif content != "missing":
+        (folder / "it").write_bytes(made[content])
+    files = {"cert": "bank.crt", "key": "bank.key", "client_ca": "ca.crt", "crl": "ca.crl", where: "it"}
+    text = "client_auth: required, client_ca: {client_ca}, crl: {crl}, certificates: [{{cert: {cert}, key: {key}}}]"
+    found = only(write(folder, text.format(**files)), "error", "cannot")
+    assert hint in found.hint and str(folder / "it") in found.hint
+
+
+def test_a_file_that_this_user_may_not_read_names_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 4_000_000)
+    assert unreadable(PermissionError(13, "Permission denied"), "/etc/bank.key") == "let the user 4000000 read it, as whom this runs: /etc/bank.key"
 
 
 def test_no_name_and_no_authority_are_warnings(folder: Path, authority: Authority) -> None:

@@ -139,7 +139,7 @@ def test_the_examples_of_http2_and_grpc_can_be_used(tmp_path: Path, example: str
     (tmp_path / "internal-ca.crt").write_bytes(authority.pem)
     yaml = YAML(typ="safe")
     whole: dict[str, Any] = {
-        "version": 1, "listeners": {"public": {"bind": "127.0.0.1:0"}},
+        "version": 1, "listeners": {"public": {"bind": "127.0.0.1:0", "http2": {"clear": True}}},
         "upstreams": yaml.load(blocks(GRPC, "yaml")[0])["upstreams"],
         "routes": [{"name": "all", "match": {"prefix": "/"}, "upstream": "payments"}],
     }  # fmt: skip

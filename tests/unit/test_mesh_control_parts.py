@@ -101,6 +101,27 @@ def test_mistakes_have_places(tmp_path: Path, old: str, new: str, place: str, me
     assert place in found and message in found[place], found
 
 
+def test_one_mistake_is_not_told_as_many(tmp_path: Path) -> None:
+    """A mesh's file without its first key is still one; services that are no mapping do not make every rule's names unknown; a gateway's key is known as one."""
+    for old, new, message, hint in (
+        (MESH.splitlines()[1] + "\n", "", "missing key 'trust_domain'", "add `trust_domain:`"),
+        ("authorization:", "listeners: {a: {bind: 127.0.0.1:1}}\nauthorization:", "unknown key 'listeners'", "it is a key of a gateway's file; known here:"),
+        (MESH.splitlines()[2], "services: [edge, payments, ledger]", "services: expected a mapping", "write `key: value`"),
+    ):
+        assert old in MESH
+        path = write(tmp_path, MESH.replace(old, new))
+        assert is_mesh(path)
+        with pytest.raises(ConfigError) as raised:
+            load_mesh(path)
+        (problem,) = raised.value.problems
+        assert message in problem.message and problem.hint.startswith(hint), problem.render()
+
+
+def test_a_method_that_nobody_sends_is_told(tmp_path: Path) -> None:
+    (problem,) = mesh_findings(load_mesh(write(tmp_path, MESH.replace("methods: [GET]", "methods: [GTE, MERGE-ALL]"))))
+    assert "'GTE' is no usual method" in problem.message and problem.hint == "did you mean 'GET'?" and problem.line == 7
+
+
 def test_files_are_beside_the_meshs_file_also_when_nothing_is_said(tmp_path: Path) -> None:
     mesh = load_mesh(write(tmp_path))
     assert mesh.control.ca == tmp_path / "ca" and mesh.control.state == str(tmp_path / "mesh.db")

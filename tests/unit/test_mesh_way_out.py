@@ -97,7 +97,7 @@ def test_members_are_told_of_their_own_way_out_only(tmp_path: Path) -> None:
         ("  cards: {", "  ledger: {hosts: [a.example]}\n  cards: {", "ledger is a service already"),
         ("timeout: 2s", "port: 0", "must be at least 1"),
         ("timeout: 2s", "tls: {insecure: true}", "unknown key 'insecure'"),
-        ("timeout: 2s", "tls: {ca: nowhere.pem}", "cannot be read"),
+        ("timeout: 2s", "tls: {ca: nowhere.pem}", "cannot read the certificates of authorities: No such file"),
         ("timeout: 2s", "tls: {ca: mesh.yaml}", "cannot be used"),
         ("timeout: 2s", "addresses: [10.0.0.1/8]", "not a network"),
         ("timeout: 2s", "resolver: ns.bank.test", "expected host:port"),

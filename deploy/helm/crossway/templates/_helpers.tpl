@@ -106,6 +106,41 @@ affinity:
 {{- end -}}
 {{- end -}}
 
+{{/* SPIRE: the agent's socket in the pod, and the volume that brings it, as `crossway mesh inject --spire` has them. The folder is mounted, not the
+     socket, which is another one after each start of the agent. */}}
+{{- define "crossway.agentSocket" -}}
+unix:/run/crossway-agent/{{ ternary "spire-agent.sock" (base .Values.spire.agent) (eq .Values.spire.agent "csi") }}
+{{- end -}}
+
+{{- define "crossway.agentVolume" -}}
+- name: agent
+  {{- if hasPrefix "/" .Values.spire.agent }}
+  hostPath: {path: {{ dir .Values.spire.agent }}, type: Directory}
+  {{- else }}
+  csi: {driver: csi.spiffe.io, readOnly: true}
+  {{- end }}
+{{- end -}}
+
+{{/* The components that have an identity, and the path of each, as JSON. */}}
+{{- define "crossway.paths" -}}
+{{- $paths := dict -}}
+{{- if .Values.control.enabled }}{{ $_ := set $paths "control" "control" }}{{ end -}}
+{{- if and .Values.edge.enabled .Values.edge.mesh.enabled }}{{ $_ := set $paths "edge" (printf "service/%s" .Values.edge.mesh.service) }}{{ end -}}
+{{- if .Values.gateway.enabled }}{{ $_ := set $paths "gateway" (printf "service/%s" .Values.gateway.mesh.service) }}{{ end -}}
+{{- toJson $paths -}}
+{{- end -}}
+
+{{- define "crossway.identities" -}}
+{{- range $component, $path := include "crossway.paths" . | fromJson }}
+  spiffe://TRUST_DOMAIN/{{ $path }}    k8s:ns:{{ $.Release.Namespace }} k8s:sa:{{ include "crossway.fullname" $ }}-{{ $component }} k8s:container-name:{{ $component }}
+{{- end }}
+{{- end -}}
+
+{{/* Whether pods join by their service accounts: with SPIRE nobody joins. */}}
+{{- define "crossway.byToken" -}}
+{{- if and .Values.control.kubernetes.enabled (not .Values.spire.enabled) }}yes{{ end -}}
+{{- end -}}
+
 {{/* mesh.yaml: what the chart decides goes before what the values say. */}}
 {{- define "crossway.mesh" -}}
 {{- $said := deepCopy .Values.control.mesh -}}
@@ -113,10 +148,25 @@ affinity:
 {{- $_ := set $control "bind" "0.0.0.0:9700" -}}
 {{- $_ := set $control "probes" "0.0.0.0:9701" -}}
 {{- $_ := set $control "admin" "127.0.0.1:9702" -}}
+{{- if .Values.spire.enabled -}}
+{{- range $key := list "join" "keys" -}}
+{{- if hasKey $control $key -}}
+{{- fail (printf "control.mesh.control.%s: with spire.enabled nobody joins and nothing is issued here; take it away" $key) -}}
+{{- end -}}
+{{- end -}}
+{{- if .Values.control.kubernetes.services -}}
+{{- fail "control.kubernetes.services: with spire.enabled nobody joins by a service account; who is what is SPIRE's to say, in its registration entries" -}}
+{{- end -}}
+{{- if .Values.control.ca.existingSecret -}}
+{{- fail "control.ca.existingSecret: with spire.enabled the authority is SPIRE's; take it away" -}}
+{{- end -}}
+{{- $_ := set $control "spire" (include "crossway.agentSocket" .) -}}
+{{- else -}}
 {{- $_ := set $control "ca" (ternary "/var/run/crossway/ca" "/var/lib/crossway/ca" (ne .Values.control.ca.existingSecret "")) -}}
+{{- end -}}
 {{- $_ := set $control "state" (ternary "/var/lib/crossway/mesh.db" "${file:/etc/crossway-state/url}" (eq .Values.control.state.kind "sqlite")) -}}
 {{- $kubernetes := .Values.control.kubernetes -}}
-{{- if $kubernetes.enabled -}}
+{{- if include "crossway.byToken" . -}}
 {{- $services := deepCopy $kubernetes.services -}}
 {{- $own := dict -}}
 {{- if and .Values.edge.enabled .Values.edge.mesh.enabled -}}
@@ -160,7 +210,13 @@ affinity:
 {{- $_ := set $said "drain" (dict "delay" (printf "%ds" (int .Values.edge.drain.delay)) "deadline" (printf "%ds" (int .Values.edge.drain.deadline))) -}}
 {{- if .Values.edge.mesh.enabled -}}
 {{- $control := include "crossway.control" (list . .Values.edge.mesh.control) -}}
-{{- $mesh := dict "service" .Values.edge.mesh.service "control" $control "kubernetes" "/var/run/secrets/crossway/token" "control_ca" "/var/run/secrets/crossway/root.crt" "state" "/var/run/crossway/member" -}}
+{{- $mesh := dict "service" .Values.edge.mesh.service "control" $control "state" "/var/run/crossway/member" -}}
+{{- if .Values.spire.enabled -}}
+{{- $_ := set $mesh "spire" (include "crossway.agentSocket" .) -}}
+{{- else -}}
+{{- $_ := set $mesh "kubernetes" "/var/run/secrets/crossway/token" -}}
+{{- $_ := set $mesh "control_ca" "/var/run/secrets/crossway/root.crt" -}}
+{{- end -}}
 {{- with .Values.edge.mesh.network }}{{ $_ := set $mesh "network" . }}{{ end -}}
 {{- $_ := set $said "mesh" $mesh -}}
 {{- end -}}
