@@ -22,7 +22,7 @@ import pytest
 
 from tests.integration.faults import ScriptedOrigin, connect
 from tests.integration.mesh_kit import Control, Sidecar, key_pem
-from tests.integration.processes import PATIENCE, Gateway, Origin, environment, eventually, request
+from tests.integration.processes import Gateway, Origin, environment, eventually, request
 from tests.integration.test_tcp_streams import echo
 
 EDGE = """version: 1
