@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import secrets
 import shutil
 import subprocess
@@ -84,10 +85,14 @@ class Net:
 
     def __init__(self) -> None:
         self.id = secrets.token_hex(3)
-        self.octet = 1 + int(self.id, 16) % 250
-        self.bridge, self.address = f"cwb{self.id}", f"10.211.{self.octet}.254"
         self.hosts: list[str] = []
-        command("ip", "link", "add", self.bridge, "type", "bridge")
+        # The kernel gives each name once, so no two tests that run side by side have one network.
+        for self.octet in random.sample(range(1, 251), 250):
+            self.bridge, self.address = f"cwb{self.octet}", f"10.211.{self.octet}.254"
+            made = command("ip", "link", "add", self.bridge, "type", "bridge", check=False)
+            if made.returncode == 0:
+                break
+            assert "exists" in made.stderr, made.stderr
         command("ip", "addr", "add", f"{self.address}/24", "dev", self.bridge)
         command("ip", "link", "set", self.bridge, "up")
 
