@@ -259,11 +259,16 @@ def test_who_is_silent_is_out_of_the_registry(tmp_path: Path, members: list[Memb
         payments.open()
         ledger.open()
 
+        def there() -> bool:
+            payments.beat()
+            ledger.beat()
+            return payments.endpoints("ledger") == ["127.0.0.1:9002"]
+
         def gone() -> bool:
             payments.beat()
             return payments.endpoints("ledger") == []
 
-        payments.has(lambda held: payments.endpoints("ledger") == ["127.0.0.1:9002"], "the endpoint")
+        eventually(there, "the endpoint")
         eventually(gone, "the end of the silent one")
         assert ledger.closed.wait(PATIENCE)
 
