@@ -593,6 +593,9 @@ PATHS: dict[str, Callable[[Lab, int], None]] = {
 }  # fmt: skip
 
 
+FIRST = {"tls_moves": 600}  # turns after which what is kept for a while is as much as ever
+
+
 def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
@@ -614,7 +617,7 @@ def measure(path: Callable[[Lab, int], None], count: int, folder: Path) -> dict[
             path(lab, next(turns))
 
     before = held(lab)
-    go(count // 10)
+    go(max(count // 10, FIRST.get(path.__name__, 0)))
     sizes = [resident()]
     for _ in range(4):
         go(count // 5)
