@@ -102,7 +102,7 @@ def test_a_file_with_mistakes_changes_nothing(tmp_path: Path, two: tuple[Scripte
             eventually(lambda: told()[-1] == (str(file), "cannot be read: No such file or directory"))
             os.mkfifo(file)  # nobody ever writes to it: opening it would hang
             eventually(lambda: told()[-1] == (str(file), "cannot be read: not a regular file"))
-            eventually(lambda: counted(gateway, "endpoint_files_rejected") >= 6, "the counters of both workers")
+            eventually(lambda: counted(gateway, "endpoint_files_rejected")[0] >= 6, "the counters of both workers")
             flowing(a)
             assert not b.ledger.executed
             renamed(file, f"- 127.0.0.1:{b.port}\n")
